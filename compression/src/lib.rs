@@ -1,0 +1,16 @@
+//! How a block of gradient becomes bytes and back, and what error feedback remembers.
+//!
+//! This crate knows no tensor library and no network: slices in, bytes out, so that checkpoints and exports can use
+//! the very same kernels as the gradients.
+//!
+//! - [`codec`]: the family of codecs by name, and the exact size of what each one writes.
+//! - [`region`]: the address of a part of a tensor, shared by gradients, checkpoints and manifests.
+
+pub mod codec;
+pub mod region;
+
+pub use codec::Codec;
+pub use region::{Region, RegionError};
+
+/// Elements a block: each block has one scale, and every cut of a tensor falls on a block border.
+pub const BLOCK: usize = 128;

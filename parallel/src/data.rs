@@ -1,0 +1,10 @@
+//! Data parallelism: every rank computes gradients of its own part of the batch, and all of them apply the sum.
+//!
+//! - [`plan`]: which parameter goes into which bucket, fixed before the first step.
+//! - [`stream`]: takes gradients out of the backward pass, fills buckets, and hands back the sum.
+
+pub mod plan;
+pub mod stream;
+
+pub use plan::{Parameter, Plan};
+pub use stream::{Gradient, GradientStream, StreamError, Sum};

@@ -1,0 +1,290 @@
+//! From the backward pass to the sum.
+//!
+//! A step is `begin`, then for each micro-batch `begin_micro_batch` and the taps' calls of `add`, then `finish`. Micro-
+//! batches add up in the bucket's buffer in the order in which they ran, starting from zero; a bucket is complete when
+//! the last micro-batch has given all of its parameters. With one rank the sum is the buffer itself: nothing is encoded
+//! and nothing is sent.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use burn::Tensor;
+use burn::tensor::DType;
+use thiserror::Error;
+
+use super::plan::Plan;
+
+/// A gradient on its way into a bucket, opaque to everything above: where it lies is its own business.
+pub enum Gradient<'a> {
+    /// Elements in host memory, row-major.
+    Host(&'a [f32]),
+    /// A tensor on any device; its elements are read back when the bucket takes them.
+    Device(Tensor<1>),
+}
+
+/// Why a step's gradients do not add up. All of them are faults of the program, not of the data.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum StreamError {
+    /// The gradient has not the parameter's number of elements.
+    #[error("step {step}, parameter {parameter}: the gradient has {found} elements, the parameter has {expected}")]
+    Size {
+        /// The step.
+        step: u64,
+        /// The parameter's logical name.
+        parameter: String,
+        /// Elements of the parameter.
+        expected: usize,
+        /// Elements that came.
+        found: usize,
+    },
+    /// A parameter gave its gradient twice in one micro-batch, as a weight does that is tapped at two places.
+    #[error("step {step}, parameter {parameter}: a second gradient in micro-batch {micro_batch}; tap a tied weight once")]
+    Twice {
+        /// The step.
+        step: u64,
+        /// The parameter's logical name.
+        parameter: String,
+        /// Which micro-batch.
+        micro_batch: usize,
+    },
+    /// A device tensor could not be read back as f32.
+    #[error("step {step}, parameter {parameter}: the gradient could not be read as f32: {why}")]
+    Read {
+        /// The step.
+        step: u64,
+        /// The parameter's logical name.
+        parameter: String,
+        /// What the backend said.
+        why: String,
+    },
+}
+
+/// Takes gradients in any order within a micro-batch and hands back their sum by parameter.
+#[derive(Debug)]
+pub struct GradientStream {
+    plan: Arc<Plan>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    step: u64,
+    /// One buffer a bucket, kept from step to step.
+    buffers: Vec<Vec<f32>>,
+    /// For each parameter, one past the last micro-batch that gave a gradient; 0 for none in this step.
+    given: Vec<usize>,
+    /// For each bucket, parameters that the last micro-batch has not given yet.
+    missing: Vec<usize>,
+    micro_batch: usize,
+    micro_batches: usize,
+    /// Buckets in the order in which they became complete.
+    complete: Vec<usize>,
+    /// The first fault of the step. `add` runs inside the backward pass, from which nothing can be returned.
+    fault: Option<StreamError>,
+}
+
+/// The summed gradient of one step, by parameter. Dropping it gives the buffers back to the stream.
+#[derive(Debug)]
+pub struct Sum<'a> {
+    plan: &'a Plan,
+    state: MutexGuard<'a, State>,
+}
+
+impl GradientStream {
+    /// A stream with a buffer of 4 bytes for each element of the plan.
+    #[must_use]
+    pub fn new(plan: Arc<Plan>) -> Self {
+        let state = State {
+            step: 0,
+            buffers: plan.buckets().iter().map(|bucket| vec![0.0; bucket.elements]).collect(),
+            given: vec![0; plan.parameters().len()],
+            missing: vec![0; plan.buckets().len()],
+            micro_batch: 0,
+            micro_batches: 0,
+            complete: Vec::with_capacity(plan.buckets().len()),
+            fault: None,
+        };
+        Self { plan, state: Mutex::new(state) }
+    }
+
+    /// Starts a step of `micro_batches` micro-batches: every buffer is zero.
+    pub fn begin(&self, step: u64, micro_batches: usize) {
+        assert!(micro_batches > 0, "a step has at least one micro-batch");
+        let mut state = self.lock();
+        state.step = step;
+        state.micro_batches = micro_batches;
+        state.micro_batch = 0;
+        state.fault = None;
+        state.complete.clear();
+        state.given.fill(0);
+        for buffer in &mut state.buffers {
+            buffer.fill(0.0);
+        }
+        for (missing, bucket) in state.missing.iter_mut().zip(self.plan.buckets()) {
+            *missing = bucket.parameters.len();
+        }
+    }
+
+    /// Says which micro-batch the gradients that follow belong to.
+    pub fn begin_micro_batch(&self, micro_batch: usize) {
+        let mut state = self.lock();
+        assert!(micro_batch < state.micro_batches, "micro-batch {micro_batch} of {}", state.micro_batches);
+        state.micro_batch = micro_batch;
+    }
+
+    /// Adds one micro-batch's gradient of parameter `index`. A fault is kept and returned by [`finish`](Self::finish).
+    pub fn add(&self, index: usize, gradient: Gradient<'_>) {
+        let mut state = self.lock();
+        if state.fault.is_none()
+            && let Err(fault) = state.add(&self.plan, index, gradient)
+        {
+            state.fault = Some(fault);
+        }
+    }
+
+    /// The buckets that are complete so far in this step, in the order in which they were.
+    #[must_use]
+    pub fn complete(&self) -> Vec<usize> {
+        self.lock().complete.clone()
+    }
+
+    /// The sum over all micro-batches. A parameter that gave nothing has zeros.
+    ///
+    /// # Errors
+    /// The first fault of the step.
+    pub fn finish(&self) -> Result<Sum<'_>, StreamError> {
+        let mut state = self.lock();
+        match state.fault.take() {
+            Some(fault) => Err(fault),
+            None => Ok(Sum { plan: &self.plan, state }),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic while the lock is held ends the step; `begin` makes the state whole again.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn add(&mut self, plan: &Plan, index: usize, gradient: Gradient<'_>) -> Result<(), StreamError> {
+        let name = || plan.parameters()[index].name.clone();
+        if self.given[index] > self.micro_batch {
+            return Err(StreamError::Twice { step: self.step, parameter: name(), micro_batch: self.micro_batch });
+        }
+        let slot = plan.slot(index);
+        let sum = &mut self.buffers[slot.bucket][slot.range.clone()];
+        let found = match gradient {
+            Gradient::Host(values) => add_to(sum, values),
+            Gradient::Device(tensor) => {
+                let read = |why: String| StreamError::Read { step: self.step, parameter: name(), why };
+                let data = tensor.try_into_data().map_err(|e| read(format!("{e:?}")))?;
+                let data = if data.dtype() == DType::F32 { data } else { data.convert::<f32>() };
+                add_to(sum, data.as_slice::<f32>().map_err(|e| read(format!("{e:?}")))?)
+            }
+        };
+        if let Err(found) = found {
+            return Err(StreamError::Size { step: self.step, parameter: name(), expected: slot.range.len(), found });
+        }
+        self.given[index] = self.micro_batch + 1;
+        if self.micro_batch + 1 == self.micro_batches {
+            self.missing[slot.bucket] -= 1;
+            if self.missing[slot.bucket] == 0 {
+                self.complete.push(slot.bucket);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `sum += values`, or the number of values when it is not the number expected.
+fn add_to(sum: &mut [f32], values: &[f32]) -> Result<(), usize> {
+    if sum.len() != values.len() {
+        return Err(values.len());
+    }
+    for (sum, value) in sum.iter_mut().zip(values) {
+        *sum += value;
+    }
+    Ok(())
+}
+
+impl Sum<'_> {
+    /// The summed gradient of parameter `index`, row-major.
+    #[must_use]
+    pub fn parameter(&self, index: usize) -> &[f32] {
+        let slot = self.plan.slot(index);
+        &self.state.buffers[slot.bucket][slot.range.clone()]
+    }
+
+    /// All parameters in logical order.
+    pub fn parameters(&self) -> impl Iterator<Item = &[f32]> {
+        (0..self.plan.parameters().len()).map(|index| self.parameter(index))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::plan::Parameter;
+
+    fn stream(bucket_bytes_max: usize) -> GradientStream {
+        let parameter = |name: &str, n| Parameter { name: name.into(), shape: vec![n] };
+        let plan = Plan::new(vec![parameter("a", 3), parameter("b", 2), parameter("c", 1)], bucket_bytes_max);
+        GradientStream::new(Arc::new(plan.expect("small")))
+    }
+
+    #[test]
+    fn micro_batches_add_and_only_the_last_completes_a_bucket() {
+        let stream = stream(12);
+        stream.begin(7, 2);
+        for micro_batch in 0..2 {
+            stream.begin_micro_batch(micro_batch);
+            assert_eq!(stream.complete(), [] as [usize; 0]);
+            stream.add(2, Gradient::Host(&[1.0]));
+            stream.add(1, Gradient::Host(&[2.0, 3.0]));
+            assert_eq!(stream.complete(), if micro_batch == 1 { vec![0] } else { vec![] });
+            stream.add(0, Gradient::Host(&[4.0, 5.0, 6.0]));
+        }
+        assert_eq!(stream.complete(), [0, 1]);
+        let sum = stream.finish().expect("no fault");
+        let found: Vec<Vec<f32>> = sum.parameters().map(<[f32]>::to_vec).collect();
+        assert_eq!(found, [vec![8.0, 10.0, 12.0], vec![4.0, 6.0], vec![2.0]]);
+    }
+
+    #[test]
+    fn a_parameter_without_a_gradient_has_zeros_and_no_trace_of_the_step_before() {
+        let stream = stream(1 << 20);
+        for step in 0..2 {
+            stream.begin(step, 1);
+            if step == 0 {
+                stream.add(1, Gradient::Host(&[2.0, 3.0]));
+            }
+            let sum = stream.finish().expect("no fault");
+            assert_eq!(sum.parameter(1), if step == 0 { [2.0, 3.0] } else { [0.0, 0.0] });
+        }
+    }
+
+    #[test]
+    fn a_wrong_size_and_a_second_gradient_are_named_and_the_next_step_is_clean() {
+        let stream = stream(1 << 20);
+        stream.begin(3, 1);
+        stream.add(1, Gradient::Host(&[2.0]));
+        let fault = stream.finish().map(|_| ()).expect_err("one element of two");
+        assert_eq!(fault, StreamError::Size { step: 3, parameter: "b".into(), expected: 2, found: 1 });
+        stream.begin(4, 1);
+        stream.add(2, Gradient::Host(&[2.0]));
+        stream.add(2, Gradient::Host(&[2.0]));
+        let fault = stream.finish().map(|_| ()).expect_err("twice");
+        assert_eq!(fault, StreamError::Twice { step: 4, parameter: "c".into(), micro_batch: 0 });
+        stream.begin(5, 1);
+        assert!(stream.finish().is_ok());
+    }
+
+    #[test]
+    fn a_device_tensor_adds_like_a_host_slice() {
+        let stream = stream(1 << 20);
+        stream.begin(0, 1);
+        let tensor = Tensor::<1>::from_floats([2.0, 3.0], &burn::tensor::Device::flex());
+        stream.add(1, Gradient::Device(tensor));
+        assert_eq!(stream.finish().expect("no fault").parameter(1), [2.0, 3.0]);
+    }
+}
