@@ -1,1 +1,37 @@
-//! x
+//! What survives a crash: snapshots of a training run, and the folders that leave it.
+//!
+//! A checkpoint is a folder of safetensors files and a manifest that names every byte of them. It is written by a
+//! thread of its own while training goes on, and it exists from one atomic rename on. `docs/checkpoint-format.md` draws
+//! the format and says what a reader must check.
+//!
+//! - [`disk`]: the one seam to the file system, real and simulated.
+//! - [`safetensors_file`]: our streaming writer of safetensors files, hashing as it writes.
+//! - [`manifest`]: what a checkpoint holds, where each piece lies, and the hash of every file.
+//! - [`layout`]: the names inside the folder of checkpoints, and which of them count.
+//! - [`writer`]: two host buffers, one thread, the commit, retention.
+//! - [`reader`]: lists, opens, verifies and loads checkpoints.
+//! - [`export`]: Hugging Face folders, written at once or not at all, and read back.
+//! - [`error`]: everything that can go wrong, with what to do about it.
+
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that unwraps says where it stands"))]
+
+pub mod disk;
+pub mod error;
+pub mod export;
+pub mod layout;
+pub mod manifest;
+mod mapped;
+pub mod reader;
+pub mod safetensors_file;
+pub mod writer;
+
+pub use disk::{Disk, RealDisk, SimulatedDisk};
+pub use error::CheckpointError;
+pub use manifest::Manifest;
+pub use reader::{Checkpoint, list};
+pub use safetensors_file::Dtype;
+pub use writer::{Attachment, Offer, Outcome, Retention, Snapshot, TensorSpec, Writer};
+
+/// Tensors are written and mapped as they lie in memory, and the format is little-endian.
+const _: () =
+    assert!(cfg!(target_endian = "little"), "checkpoints are read and written on little-endian machines only");

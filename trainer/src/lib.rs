@@ -1,1 +1,32 @@
-//! x
+//! Tributary's trainer: from a recipe to an exported model.
+//!
+//! - [`cli`]: the command line of the binary `tributary`.
+//! - [`recipe`]: what a run should do, one TOML file.
+//! - [`data`]: from text to batches of tokens.
+//! - [`model`]: a Llama-style decoder as plain burn modules.
+//! - [`device`]: from `[device]` to a burn device.
+//! - [`step`]: one training step; [`optimizer`]: AdamW and the schedule; [`state`]: what a step changes.
+//! - [`run`]: a run from its folder to its end.
+//! - [`weights`]: weights that exist already; [`export`]: Hugging Face's format; [`generate`]: text from a model.
+//! - [`bench`]: speed of this machine.
+//! - [`rng`]: random numbers without state; [`log`]: where log lines go; [`error`]: everything that can go wrong.
+
+pub mod bench;
+pub mod cli;
+pub mod data;
+pub mod device;
+pub mod error;
+pub mod export;
+pub mod generate;
+pub mod log;
+pub mod model;
+pub mod optimizer;
+pub mod recipe;
+pub mod rng;
+pub mod run;
+pub mod state;
+pub mod step;
+pub mod weights;
+
+/// The version of this build.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -1,0 +1,268 @@
+//! The one seam to the file system.
+//!
+//! Everything that the writer and the exporter do to a disk goes through [`Disk`], so that a test can stop the machine
+//! between any two operations ([`SimulatedDisk`]) and look at what is left.
+
+use std::fmt::Debug;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use crate::error::CheckpointError;
+
+#[cfg(test)]
+pub(crate) mod hooked;
+mod simulated;
+
+pub use simulated::SimulatedDisk;
+
+/// A file system, as far as checkpoints need one.
+///
+/// Nothing is durable before it is synced: a file's bytes by [`DiskFile::sync`], a name (made, renamed or removed) by
+/// [`Disk::sync_dir`] of the folder that holds it.
+pub trait Disk: Send + Sync + Debug {
+    /// Makes one folder; its parent exists.
+    ///
+    /// # Errors
+    /// What the file system says, `AlreadyExists` among it.
+    fn create_dir(&self, path: &Path) -> io::Result<()>;
+
+    /// Makes a new, empty file for writing.
+    ///
+    /// # Errors
+    /// What the file system says; `AlreadyExists` when the name is taken.
+    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
+
+    /// Makes the names in a folder durable.
+    ///
+    /// # Errors
+    /// What the file system says.
+    fn sync_dir(&self, path: &Path) -> io::Result<()>;
+
+    /// Gives a file or folder another name in one atomic act. It never replaces anything.
+    ///
+    /// # Errors
+    /// What the file system says; `AlreadyExists` when `to` exists.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    /// Removes a folder and what is in it. A failure may leave some of it.
+    ///
+    /// # Errors
+    /// What the file system says.
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()>;
+
+    /// The names in a folder, files and folders alike, in no particular order. Names that are not UTF-8 are left out:
+    /// none of ours is one of them.
+    ///
+    /// # Errors
+    /// What the file system says.
+    fn list(&self, path: &Path) -> io::Result<Vec<String>>;
+
+    /// Opens a file for reading from its start.
+    ///
+    /// # Errors
+    /// What the file system says.
+    fn open(&self, path: &Path) -> io::Result<Box<dyn Read + Send>>;
+
+    /// Whether a file or folder of this name exists.
+    ///
+    /// # Errors
+    /// What the file system says when it cannot tell.
+    fn exists(&self, path: &Path) -> io::Result<bool>;
+
+    /// A whole file, for the small ones.
+    ///
+    /// # Errors
+    /// What the file system says.
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.open(path)?.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+/// A file open for writing.
+pub trait DiskFile: Send {
+    /// Appends all of `bytes`.
+    ///
+    /// # Errors
+    /// What the file system says; some of the bytes may have been written.
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()>;
+
+    /// Makes what was written durable. The file's name is a matter of [`Disk::sync_dir`].
+    ///
+    /// # Errors
+    /// What the file system says. What was written is in doubt from then on, even if a later call succeeds.
+    fn sync(&mut self) -> io::Result<()>;
+}
+
+/// The machine's own file system.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RealDisk;
+
+impl Disk for RealDisk {
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        fs::create_dir(path)
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        Ok(Box::new(File::create_new(path)?))
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        File::open(path)?.sync_all()
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        rename_noreplace(from, to)
+    }
+
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
+        fs::remove_dir_all(path)
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(path)? {
+            names.extend(entry?.file_name().into_string());
+        }
+        Ok(names)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Box<dyn Read + Send>> {
+        Ok(Box::new(File::open(path)?))
+    }
+
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        path.try_exists()
+    }
+}
+
+impl DiskFile for File {
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        Write::write_all(self, bytes)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.sync_all()
+    }
+}
+
+/// `rename` alone replaces an empty folder without a word, so the kernel is asked not to.
+#[cfg(target_os = "linux")]
+fn rename_noreplace(from: &Path, to: &Path) -> io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    use rustix::io::Errno;
+
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // File systems without the flag, NFS among them.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => rename_if_free(from, to),
+        other => Ok(other?),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn rename_noreplace(from: &Path, to: &Path) -> io::Result<()> {
+    rename_if_free(from, to)
+}
+
+fn rename_if_free(from: &Path, to: &Path) -> io::Result<()> {
+    if to.try_exists()? {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
+    fs::rename(from, to)
+}
+
+/// The folder that holds `path`'s name.
+pub(crate) fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => path,
+    }
+}
+
+/// Makes `path` and the folders above it that do not exist yet, durably.
+pub(crate) fn ensure_folder(disk: &dyn Disk, path: &Path) -> Result<(), CheckpointError> {
+    let mut missing: Vec<PathBuf> = Vec::new();
+    let mut next = path;
+    while !disk.exists(next).map_err(CheckpointError::io("look for", next))? && next != parent(next) {
+        missing.push(next.to_path_buf());
+        next = parent(next);
+    }
+    for folder in missing.iter().rev() {
+        disk.create_dir(folder).map_err(CheckpointError::io("make the folder", folder))?;
+        sync_dir(disk, parent(folder))?;
+    }
+    Ok(())
+}
+
+/// [`Disk::sync_dir`] with an error that says where.
+pub(crate) fn sync_dir(disk: &dyn Disk, path: &Path) -> Result<(), CheckpointError> {
+    disk.sync_dir(path).map_err(CheckpointError::io("sync the folder", path))
+}
+
+/// [`Disk::rename`] with an error that says where.
+pub(crate) fn rename(disk: &dyn Disk, from: &Path, to: &Path) -> Result<(), CheckpointError> {
+    disk.rename(from, to).map_err(CheckpointError::io("rename to its final name the folder", from))
+}
+
+/// [`Disk::remove_dir_all`] with an error that says where.
+pub(crate) fn remove(disk: &dyn Disk, path: &Path) -> Result<(), CheckpointError> {
+    disk.remove_dir_all(path).map_err(CheckpointError::io("remove the folder", path))
+}
+
+/// [`Disk::list`] with an error that says where.
+pub(crate) fn names(disk: &dyn Disk, path: &Path) -> Result<Vec<String>, CheckpointError> {
+    disk.list(path).map_err(CheckpointError::io("list the folder", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the writer relies on, asked of the real disk and of its twin alike.
+    fn check(disk: &dyn Disk, root: &Path) {
+        let (a, b) = (root.join("a"), root.join("b"));
+        ensure_folder(disk, &a.join("deep").join("er")).expect("free names");
+        assert_eq!(disk.create_dir(&a).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(disk.create_dir(&root.join("no/parent")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        let mut file = disk.create(&a.join("file")).unwrap();
+        file.write_all(b"one ").unwrap();
+        file.write_all(b"two").unwrap();
+        file.sync().unwrap();
+        assert_eq!(disk.read(&a.join("file")).unwrap(), b"one two");
+        assert_eq!(disk.create(&a.join("file")).err().unwrap().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(disk.read(&a.join("none")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        disk.create_dir(&b).unwrap();
+        assert_eq!(
+            disk.rename(&a, &b).unwrap_err().kind(),
+            io::ErrorKind::AlreadyExists,
+            "an empty folder is not free"
+        );
+        disk.remove_dir_all(&b).unwrap();
+        disk.rename(&a, &b).unwrap();
+        disk.sync_dir(root).unwrap();
+        assert!(!disk.exists(&a).unwrap() && disk.exists(&b).unwrap());
+        let mut names = disk.list(&b).unwrap();
+        names.sort();
+        assert_eq!(names, ["deep", "file"]);
+        assert_eq!(disk.list(&a).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(disk.remove_dir_all(&a).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn the_real_disk_and_its_twin_answer_alike() {
+        let root = tempfile::tempdir().unwrap();
+        check(&RealDisk, root.path());
+        check(&SimulatedDisk::new(), Path::new("/"));
+    }
+
+    #[test]
+    fn a_relative_name_lies_in_the_current_folder() {
+        assert_eq!(parent(Path::new("checkpoints")), Path::new("."));
+        assert_eq!(parent(Path::new("runs/a")), Path::new("runs"));
+        assert_eq!(parent(Path::new("/")), Path::new("/"));
+        ensure_folder(&RealDisk, Path::new(".")).unwrap();
+    }
+}

@@ -1,0 +1,141 @@
+//! The names inside the folder of checkpoints, and which of them count.
+//!
+//! `step-00000100` is a checkpoint. `step-00000100.replaced` is the one that was there before, set aside while a new one
+//! of the same step takes its name; it counts while there is no other of that step, so that there is no instant without
+//! one. A name that ends in `.partial` is being written or being removed and never counts.
+
+use std::collections::BTreeMap;
+use std::path::{Component, Path};
+
+/// The file that makes a folder a checkpoint.
+pub const MANIFEST: &str = "manifest.json";
+
+const REPLACED: &str = ".replaced";
+const PARTIAL: &str = ".partial";
+
+/// The folder of a step's checkpoint.
+#[must_use]
+pub fn committed(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+/// Where a step's earlier checkpoint waits while a new one takes its name.
+#[must_use]
+pub fn replaced(step: u64) -> String {
+    committed(step) + REPLACED
+}
+
+/// Where `name` is written before it exists, or removed after it has ceased to.
+#[must_use]
+pub fn partial(name: &str) -> String {
+    format!("{name}{PARTIAL}")
+}
+
+/// The file of one rank's tensors.
+#[must_use]
+pub fn shard(rank: usize) -> String {
+    format!("rank-{rank:04}.safetensors")
+}
+
+/// The step of a committed folder's name.
+#[must_use]
+pub fn step_of(name: &str) -> Option<u64> {
+    let step = name.strip_prefix("step-")?.parse().ok()?;
+    (committed(step) == name).then_some(step)
+}
+
+/// The step of a replaced folder's name.
+#[must_use]
+pub fn replaced_step_of(name: &str) -> Option<u64> {
+    step_of(name.strip_suffix(REPLACED)?)
+}
+
+/// Whether this is the name of a folder that we were writing or removing.
+#[must_use]
+pub fn is_left_over(name: &str) -> bool {
+    let whole = name.strip_suffix(PARTIAL);
+    whole.is_some_and(|whole| step_of(whole).is_some() || replaced_step_of(whole).is_some())
+}
+
+/// The checkpoints among these names, with the folder to read for each step.
+#[must_use]
+pub fn checkpoints(names: &[String]) -> BTreeMap<u64, String> {
+    let set_aside = names.iter().filter_map(|name| Some((replaced_step_of(name)?, name.clone())));
+    let proper = names.iter().filter_map(|name| Some((step_of(name)?, name.clone())));
+    // The later entry of a map wins, and that is the proper one.
+    set_aside.chain(proper).collect()
+}
+
+/// The steps that retention gives up after `step` was committed: of those up to it, all but the last `keep_last` (0 keeps
+/// all). Steps above it belong to a run that was rewound; nobody asked for their removal.
+#[must_use]
+pub fn beyond(steps: impl Iterator<Item = u64>, step: u64, keep_last: usize) -> Vec<u64> {
+    let mut older: Vec<u64> = steps.filter(|&other| other < step).collect();
+    older.sort_unstable();
+    let keep = if keep_last == 0 { older.len() } else { keep_last - 1 };
+    older.truncate(older.len().saturating_sub(keep));
+    older
+}
+
+/// Why `name` is not a plain file name, or nothing if it is: a manifest must not lead a reader out of its folder.
+#[must_use]
+pub fn fault_of_file_name(name: &str) -> Option<&'static str> {
+    let mut components = Path::new(name).components();
+    let plain = matches!((components.next(), components.next()), (Some(Component::Normal(only)), None) if only == name);
+    if !plain || name.contains(['/', '\\', '\0']) {
+        return Some("expected a plain name inside the folder, without separators and not absolute");
+    }
+    (name == MANIFEST).then_some("it is the manifest's own name")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_to_steps_and_back() {
+        for step in [0, 7, 100, 99_999_999, 100_000_000, u64::MAX] {
+            assert_eq!(step_of(&committed(step)), Some(step));
+            assert_eq!(replaced_step_of(&replaced(step)), Some(step));
+            assert!(is_left_over(&partial(&committed(step))) && is_left_over(&partial(&replaced(step))));
+            assert!(!is_left_over(&committed(step)) && !is_left_over(&replaced(step)));
+        }
+        for other in
+            ["step-1", "step-+0000001", "step-00000001.partial", "step-000000001", "step-", "best", "step-0000000a"]
+        {
+            assert_eq!(step_of(other), None, "{other}");
+        }
+        for other in ["notes.partial", "step-1.partial", ".partial", "step-00000001.partial.bak"] {
+            assert!(!is_left_over(other), "{other} is not ours");
+        }
+    }
+
+    #[test]
+    fn what_was_set_aside_counts_until_its_successor_is_there() {
+        let names = |names: &[&str]| checkpoints(&names.iter().map(ToString::to_string).collect::<Vec<_>>());
+        let (both, alone) =
+            (["step-00000001", "step-00000001.replaced"], ["step-00000001.replaced", "step-00000002.partial"]);
+        assert_eq!(names(&both), BTreeMap::from([(1, both[0].to_owned())]));
+        assert_eq!(names(&alone), BTreeMap::from([(1, alone[0].to_owned())]));
+    }
+
+    #[test]
+    fn retention_gives_up_the_oldest_and_never_the_newest() {
+        let beyond = |steps: &[u64], step, keep| beyond(steps.iter().copied(), step, keep);
+        assert_eq!(beyond(&[30, 10, 20, 40], 40, 2), [10, 20]);
+        assert_eq!(beyond(&[30, 10, 20, 40], 40, 1), [10, 20, 30]);
+        assert_eq!(beyond(&[30, 10, 20, 40], 40, 0), [0u64; 0]);
+        assert_eq!(beyond(&[30, 10, 20, 40], 40, 9), [0u64; 0]);
+        assert_eq!(beyond(&[10, 20, 30, 40], 20, 1), [10], "later steps are left alone");
+    }
+
+    #[test]
+    fn a_name_that_climbs_out_is_refused() {
+        for name in ["", ".", "..", "/etc/passwd", "a/b", "../a", "a/", "./a", "a\\b", "manifest.json", "a\0b"] {
+            assert!(fault_of_file_name(name).is_some(), "{name:?}");
+        }
+        for name in ["rank-0000.safetensors", "tokenizer.json", "..a", "a..b"] {
+            assert_eq!(fault_of_file_name(name), None, "{name:?}");
+        }
+    }
+}

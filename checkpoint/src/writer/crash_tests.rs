@@ -1,0 +1,142 @@
+//! The machine stops, or the disk fails, at every single operation of a save.
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::tests::{check_content, offer, writer};
+use super::*;
+use crate::disk::hooked::{Call, Fate, Hooked};
+use crate::{Checkpoint, SimulatedDisk, list};
+
+const FOLDER: &str = "/checkpoints";
+
+/// A disk with the committed checkpoint of step 1.
+fn base() -> SimulatedDisk {
+    let disk = SimulatedDisk::new();
+    let mut writer = writer(Arc::new(disk.clone()), Path::new(FOLDER), 1).unwrap();
+    offer(&mut writer, 1, 1.0);
+    assert!(matches!(writer.flush()[..], [Outcome::Committed { .. }]));
+    disk.after_crash()
+}
+
+/// Saves `step` through `disk`, and says whether it was reported as committed.
+fn save(disk: Arc<dyn Disk>, step: u64, seed: f32) -> bool {
+    let Ok(mut writer) = writer(disk, Path::new(FOLDER), 1) else { return false };
+    offer(&mut writer, step, seed);
+    matches!(writer.flush()[..], [Outcome::Committed { .. }])
+}
+
+/// Every checkpoint that is listed must load, and be one of `allowed` (step, seed); the newest must be `newest` if given.
+fn check(disk: &SimulatedDisk, allowed: &[(u64, f32)], newest: Option<(u64, f32)>) -> Result<(), String> {
+    let root = tempfile::tempdir().unwrap();
+    disk.dump(root.path()).unwrap();
+    let listed = list(&root.path().join(&FOLDER[1..])).map_err(|fault| fault.to_string())?;
+    let mut last = None;
+    for (step, path) in &listed {
+        let checkpoint = Checkpoint::open(path).map_err(|fault| fault.to_string())?;
+        let seed = checkpoint.state()["seed"].as_f64().unwrap() as f32;
+        check_content(&checkpoint, *step, seed).map_err(|fault| fault.to_string())?;
+        if !allowed.contains(&(*step, seed)) {
+            return Err(format!("step {step} with seed {seed} is none of {allowed:?}"));
+        }
+        last = Some((*step, seed));
+    }
+    match (last, newest) {
+        (None, _) => Err("no checkpoint is left".to_owned()),
+        (found, Some(_)) if found != newest => Err(format!("{newest:?} was reported, {found:?} was found")),
+        _ => Ok(()),
+    }
+}
+
+/// Stops at each operation of a save of `step`, `skipped` being the one sync that does nothing, and looks at what a loss
+/// of power and what a kill leave. The first fault found, if any; otherwise how many operations there are.
+fn crash_everywhere(step: u64, skipped: Option<usize>) -> Result<usize, String> {
+    let allowed = [(1, 1.0), (step, 2.0)];
+    for crash in 0.. {
+        let disk = base();
+        disk.crash_at(crash);
+        let syncs = AtomicUsize::new(0);
+        let hooked = Hooked::new(&disk, move |call| match call {
+            Call::Sync | Call::SyncDir if Some(syncs.fetch_add(1, Ordering::SeqCst)) == skipped => Fate::Skip,
+            Call::Sync | Call::SyncDir | Call::CreateDir => Fate::Pass,
+        });
+        let newest = save(hooked, step, 2.0).then_some((step, 2.0));
+        for left in [disk.after_crash(), disk.after_kill()] {
+            check(&left, &allowed, newest).map_err(|fault| format!("operation {crash}: {fault}"))?;
+            assert!(save(Arc::new(left.clone()), 3, 3.0), "the next run saves");
+            assert_eq!(left.list(Path::new(FOLDER)).unwrap(), ["step-00000003"], "and puts the folder in order");
+        }
+        if disk.operations() <= crash {
+            return Ok(crash);
+        }
+    }
+    unreachable!("the loop ends when no operation is left to crash at")
+}
+
+#[test]
+fn a_crash_at_any_operation_leaves_whole_checkpoints_only() {
+    let operations = crash_everywhere(2, None).unwrap();
+    assert!(operations > 20, "a save has more operations than {operations}");
+}
+
+/// The control of the test above: each sync is there for a reason, and leaving out any one of them is found.
+#[test]
+fn a_crash_after_any_left_out_sync_is_noticed() {
+    let syncs = Arc::new(AtomicUsize::new(0));
+    let theirs = Arc::clone(&syncs);
+    let counting = Hooked::new(&base(), move |call| {
+        if call != Call::CreateDir {
+            theirs.fetch_add(1, Ordering::SeqCst);
+        }
+        Fate::Pass
+    });
+    assert!(save(counting, 2, 2.0));
+    let syncs = syncs.load(Ordering::SeqCst);
+    assert_eq!(syncs, 6, "shard, attachment, manifest, their folder, the commit, the removal");
+    for skipped in 0..syncs {
+        let found = crash_everywhere(2, Some(skipped));
+        assert!(found.is_err(), "sync {skipped} can be left out unnoticed");
+    }
+}
+
+#[test]
+fn a_crash_while_a_step_is_replaced_leaves_one_or_the_other() {
+    let operations = crash_everywhere(1, None).unwrap();
+    assert!(operations > 20, "a save has more operations than {operations}");
+}
+
+#[test]
+fn a_failure_at_any_operation_leaves_the_older_one_and_the_next_save_works() {
+    for kind in [io::ErrorKind::StorageFull, io::ErrorKind::Other] {
+        let mut failed = 0;
+        for index in 0.. {
+            let disk = base();
+            let mut writer = writer(Arc::new(disk.clone()), Path::new(FOLDER), 1).unwrap();
+            let start = disk.operations();
+            disk.fail_at(start + index, kind);
+            offer(&mut writer, 2, 2.0);
+            let outcomes = writer.flush();
+            let newest = match &outcomes[..] {
+                [Outcome::Committed { .. }] => Some((2, 2.0)),
+                [Outcome::Failed { step: 2, error }] => {
+                    failed += 1;
+                    assert!(error.to_string().contains(FOLDER), "{error}");
+                    None
+                }
+                other => panic!("{other:?}"),
+            };
+            check(&disk, &[(1, 1.0), (2, 2.0)], newest).unwrap_or_else(|fault| panic!("operation {index}: {fault}"));
+            if newest.is_none() {
+                assert!(disk.exists(&Path::new(FOLDER).join("step-00000001")).unwrap(), "the older one is intact");
+            }
+            if disk.operations() <= start + index {
+                break;
+            }
+            offer(&mut writer, 3, 3.0);
+            assert!(matches!(writer.flush()[..], [Outcome::Committed { step: 3, .. }]), "operation {index}");
+            check(&disk.after_crash(), &[(3, 3.0)], Some((3, 3.0))).unwrap();
+        }
+        assert!(failed > 12, "a save has more operations than {failed}");
+    }
+}

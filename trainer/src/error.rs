@@ -1,0 +1,127 @@
+//! Everything that can go wrong in this crate, by kind, with what was expected, what came, and the way out.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::recipe::Faults;
+
+/// The errors of the trainer.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The recipe is at fault.
+    #[error(transparent)]
+    Recipe(#[from] Faults),
+    /// A file or folder could not be read or written.
+    #[error("could not {action} {path}: {source}")]
+    Io {
+        /// What was tried, as a verb.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A crate of the corpus is not in the local cargo registry.
+    #[error(
+        "data: the sources of {missing} are not in the cargo registry below {registry}: expected them there because \
+         this project's Cargo.lock pins them; run `cargo fetch --locked` in the repository, or name crates that are there"
+    )]
+    MissingCrate {
+        /// All that are missing.
+        missing: String,
+        /// Where they were looked for.
+        registry: PathBuf,
+    },
+    /// The corpus is not the one that the recipe pins.
+    #[error(
+        "data: the corpus has BLAKE3 {found}, the recipe's data.blake3 expects {expected}: some text differs; restore \
+         it, or write the new hash into the recipe if the change is meant"
+    )]
+    CorpusChanged {
+        /// From the recipe.
+        expected: String,
+        /// Of the text that is there.
+        found: String,
+    },
+    /// A text of the corpus is at fault.
+    #[error("data: {path}: {what}")]
+    Text {
+        /// Which file, with the line where there is one.
+        path: String,
+        /// Expected, found, how to mend it.
+        what: String,
+    },
+    /// The tokenizer is at fault.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// Weights do not fit the model that the recipe asks for. One line each.
+    #[error("model.from: {path} does not fit this recipe:\n  {}", .mismatches.join("\n  "))]
+    Mismatch {
+        /// Where the weights come from.
+        path: PathBuf,
+        /// Every mismatch.
+        mismatches: Vec<String>,
+    },
+    /// A run folder is not in the state that the command needs.
+    #[error("run {name}: {what}")]
+    Run {
+        /// The run's name.
+        name: String,
+        /// Expected, found, how to mend it.
+        what: String,
+    },
+    /// Something on the command line, or an input that it names, is at fault.
+    #[error("{0}")]
+    Usage(String),
+    /// Too many steps in a row were skipped.
+    #[error(
+        "step {step}: {skips} steps in a row had non-finite gradients (train.skip_max = {skip_max}); parameters are as \
+         after step {good}; lower schedule.learning_rate, or look at the data"
+    )]
+    NotFinite {
+        /// The step at which the run gave up.
+        step: u64,
+        /// How many in a row.
+        skips: u64,
+        /// The limit.
+        skip_max: u64,
+        /// The last step that was applied.
+        good: u64,
+    },
+    /// A gradient did not add up.
+    #[error(transparent)]
+    Stream(#[from] parallel::data::StreamError),
+    /// A checkpoint or an export.
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::CheckpointError),
+    /// A tensor could not be read back from the device.
+    #[error("step {step}: {what}")]
+    Device {
+        /// The step.
+        step: u64,
+        /// What the backend said.
+        what: String,
+    },
+}
+
+/// The result of everything in this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An [`Error::Io`] for `map_err`.
+    pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { action, path, source }
+    }
+
+    /// The exit code of a process that ends with this error: 2 for bad usage or a bad recipe, else 1.
+    #[must_use]
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Recipe(_) | Self::Usage(_) | Self::Mismatch { .. } | Self::Run { .. } => 2,
+            _ => 1,
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! The decoder. Shapes: B batch, T tokens, D width, V vocabulary.
+
+use burn::Tensor;
+use burn::module::Module;
+use burn::tensor::activation::{log_softmax, silu};
+use burn::tensor::{Device, Int, TensorData};
+
+use super::attention::{Attention, KvCache, Positions};
+use super::config::Config;
+use super::layers::{Embedding, Hook, Linear, RmsNorm, look_up, project};
+
+/// A decoder with its head, as Hugging Face's `LlamaForCausalLM`.
+#[derive(Module, Debug)]
+pub struct Llama {
+    /// Everything but the head.
+    pub model: Decoder,
+    /// `[V, D]`; `None` when the embedding table serves as the head.
+    pub lm_head: Option<Linear>,
+    #[module(skip)]
+    config: Config,
+}
+
+/// The decoder without its head.
+#[derive(Module, Debug)]
+pub struct Decoder {
+    /// `[V, D]`
+    pub embed_tokens: Embedding,
+    /// The layers, first to last.
+    pub layers: Vec<Block>,
+    /// Before the head.
+    pub norm: RmsNorm,
+}
+
+/// One layer.
+#[derive(Module, Debug)]
+pub struct Block {
+    /// Before the attention.
+    pub input_layernorm: RmsNorm,
+    /// The attention.
+    pub self_attn: Attention,
+    /// Before the feed-forward part.
+    pub post_attention_layernorm: RmsNorm,
+    /// The feed-forward part.
+    pub mlp: Mlp,
+}
+
+/// SwiGLU: `down(silu(gate(x)) * up(x))`.
+#[derive(Module, Debug)]
+pub struct Mlp {
+    /// `[F, D]`
+    pub gate_proj: Linear,
+    /// `[F, D]`
+    pub up_proj: Linear,
+    /// `[D, F]`
+    pub down_proj: Linear,
+}
+
+/// What one parameter of a model is built from.
+#[derive(Debug)]
+pub struct Leaf {
+    /// The values, in the shape that was asked for.
+    pub data: TensorData,
+    /// The slot.
+    pub hook: Hook,
+}
+
+impl Llama {
+    /// Builds a model on `device`, asking `source` for every parameter by logical name and shape. On a device with
+    /// autodiff the parameters are tracked.
+    pub fn build(config: &Config, device: &Device, source: &mut dyn FnMut(&str, &[usize]) -> Leaf) -> Self {
+        let mut builder = Builder { config, device, source };
+        let model = Decoder {
+            embed_tokens: {
+                let (weight, hook) = builder.leaf("model.embed_tokens", [config.vocab_size, config.hidden_size]);
+                Embedding::new(weight, hook)
+            },
+            layers: (0..config.num_hidden_layers).map(|layer| builder.block(layer)).collect(),
+            norm: builder.norm("model.norm"),
+        };
+        let lm_head =
+            (!config.tie_word_embeddings).then(|| builder.linear("lm_head", [config.vocab_size, config.hidden_size]));
+        Self { model, lm_head, config: config.clone() }
+    }
+
+    /// The shape of the model.
+    #[must_use]
+    pub const fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Logits `[B, T, V]` of tokens `[B, T]`. With caches (one a layer) the tokens follow those that the caches hold.
+    pub fn forward(&self, tokens_bt: Tensor<2, Int>, caches: Option<&mut [KvCache]>) -> Tensor<3> {
+        let [_, t] = tokens_bt.dims();
+        let start = caches.as_ref().and_then(|caches| caches.first()).map_or(0, KvCache::len);
+        let positions = Positions::new(&self.config, start, t, &tokens_bt.device());
+        let table_vd = self.model.embed_tokens.table();
+        let mut x_btd = look_up(table_vd.clone(), tokens_bt);
+        let mut caches = caches.map(<[KvCache]>::iter_mut);
+        for block in &self.model.layers {
+            x_btd = block.forward(x_btd, &positions, caches.as_mut().and_then(Iterator::next));
+        }
+        let x_btd = self.model.norm.forward(x_btd);
+        match &self.lm_head {
+            Some(head) => head.forward(x_btd),
+            None => project(x_btd, table_vd),
+        }
+    }
+
+    /// The sum over all tokens of the cross entropy between the logits and `targets_bt`, in nats: `[1]`.
+    pub fn loss(&self, tokens_bt: Tensor<2, Int>, targets_bt: Tensor<2, Int>) -> Tensor<1> {
+        let [b, t] = tokens_bt.dims();
+        let logits = self.forward(tokens_bt, None).reshape([b * t, self.config.vocab_size]);
+        let chosen = log_softmax(logits, 1).gather(1, targets_bt.reshape([b * t, 1]));
+        chosen.sum().neg()
+    }
+}
+
+impl Block {
+    fn forward(&self, x_btd: Tensor<3>, positions: &Positions, cache: Option<&mut KvCache>) -> Tensor<3> {
+        let x_btd =
+            x_btd.clone() + self.self_attn.forward(self.input_layernorm.forward(x_btd), positions, cache);
+        x_btd.clone() + self.mlp.forward(self.post_attention_layernorm.forward(x_btd))
+    }
+}
+
+impl Mlp {
+    fn forward(&self, x_btd: Tensor<3>) -> Tensor<3> {
+        self.down_proj.forward(silu(self.gate_proj.forward(x_btd.clone())) * self.up_proj.forward(x_btd))
+    }
+}
+
+struct Builder<'a> {
+    config: &'a Config,
+    device: &'a Device,
+    source: &'a mut dyn FnMut(&str, &[usize]) -> Leaf,
+}
+
+impl Builder<'_> {
+    fn leaf<const D: usize>(&mut self, name: &str, shape: [usize; D]) -> (Tensor<D>, Hook) {
+        let leaf = (self.source)(&format!("{name}.weight"), &shape);
+        (Tensor::from_data(leaf.data, self.device), leaf.hook)
+    }
+
+    fn linear(&mut self, name: &str, shape: [usize; 2]) -> Linear {
+        let (weight, hook) = self.leaf(name, shape);
+        Linear::new(weight, hook)
+    }
+
+    fn norm(&mut self, name: &str) -> RmsNorm {
+        let (weight, hook) = self.leaf(name, [self.config.hidden_size]);
+        RmsNorm::new(weight, self.config.rms_norm_eps, hook)
+    }
+
+    fn block(&mut self, layer: usize) -> Block {
+        let config = self.config;
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let shared = config.num_key_value_heads * config.head_dim();
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        Block {
+            input_layernorm: self.norm(&name("input_layernorm")),
+            self_attn: Attention {
+                q_proj: self.linear(&name("self_attn.q_proj"), [hidden, hidden]),
+                k_proj: self.linear(&name("self_attn.k_proj"), [shared, hidden]),
+                v_proj: self.linear(&name("self_attn.v_proj"), [shared, hidden]),
+                o_proj: self.linear(&name("self_attn.o_proj"), [hidden, hidden]),
+                heads: config.num_attention_heads,
+                shared_heads: config.num_key_value_heads,
+            },
+            post_attention_layernorm: self.norm(&name("post_attention_layernorm")),
+            mlp: Mlp {
+                gate_proj: self.linear(&name("mlp.gate_proj"), [inner, hidden]),
+                up_proj: self.linear(&name("mlp.up_proj"), [inner, hidden]),
+                down_proj: self.linear(&name("mlp.down_proj"), [hidden, inner]),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,473 @@
+//! The recipe as validated: typed, complete, consistent with itself.
+
+use std::path::PathBuf;
+
+use checkpoint::export::Dtype;
+use compression::Codec;
+
+use super::fault::{Fault, Origin};
+use super::raw::{Raw, Value};
+
+/// A recipe that may be run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Recipe {
+    /// `[model]`: the shape, as far as it is written.
+    pub model: ModelKeys,
+    /// `[tokenizer]`.
+    pub tokenizer: Tokenizer,
+    /// `[data]`, and the held-out files of `[eval]`.
+    pub data: Data,
+    /// `[train]`.
+    pub train: Train,
+    /// `[eval]`.
+    pub eval: Eval,
+    /// `[optimizer]`.
+    pub optimizer: Optimizer,
+    /// `[schedule]`.
+    pub schedule: Schedule,
+    /// `[parallel]`: bytes of f32 gradient a bucket.
+    pub bucket_bytes_max: usize,
+    /// `[compression]`.
+    pub codec: Codec,
+    /// `[checkpoint]`.
+    pub checkpoint: Checkpoint,
+    /// `[device]`.
+    pub device: DeviceKeys,
+    /// `[metrics]`.
+    pub metrics: Metrics,
+    /// `[export]`.
+    pub export: Export,
+}
+
+/// `[model]`. What is not written comes from `from`, or from a default once the vocabulary is known.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelKeys {
+    /// `hidden_size`
+    pub hidden_size: Option<usize>,
+    /// `intermediate_size`
+    pub intermediate_size: Option<usize>,
+    /// `num_hidden_layers`
+    pub num_hidden_layers: Option<usize>,
+    /// `num_attention_heads`
+    pub num_attention_heads: Option<usize>,
+    /// `num_key_value_heads`
+    pub num_key_value_heads: Option<usize>,
+    /// `max_position_embeddings`
+    pub max_position_embeddings: Option<usize>,
+    /// `rope_theta`
+    pub rope_theta: Option<f64>,
+    /// `rms_norm_eps`
+    pub rms_norm_eps: Option<f64>,
+    /// `tie_word_embeddings`
+    pub tie_word_embeddings: Option<bool>,
+    /// `initializer_range`
+    pub initializer_range: f64,
+    /// `from`
+    pub from: Option<PathBuf>,
+}
+
+/// `[tokenizer]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tokenizer {
+    /// Where it comes from.
+    pub source: TokenizerSource,
+    /// The token between documents.
+    pub end_of_text: String,
+}
+
+/// Where the tokenizer comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenizerSource {
+    /// A byte-level BPE of this many tokens, trained on the training text.
+    Train {
+        /// Tokens, the special one included.
+        vocab_size: usize,
+    },
+    /// A file in Hugging Face's format.
+    File(PathBuf),
+    /// The one that lies beside the weights of `model.from`.
+    From,
+}
+
+/// `[data]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Data {
+    /// The kind of the text.
+    pub source: Source,
+    /// What to train on.
+    pub train: Vec<String>,
+    /// What to hold out, from `[eval]`.
+    pub held_out: Vec<String>,
+    /// BLAKE3 of the corpus, if it is to be checked.
+    pub blake3: Option<String>,
+    /// Where tokenizers and tokens are kept.
+    pub cache_dir: PathBuf,
+}
+
+/// The kind of the text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Rust sources of crates in the local cargo registry.
+    Crates,
+    /// One document a file.
+    Text,
+    /// One document a line of JSON.
+    Jsonl {
+        /// The field that holds the document.
+        field: String,
+    },
+}
+
+/// `[train]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Train {
+    /// Optimiser steps.
+    pub steps: u64,
+    /// The step after which to stop in good order.
+    pub stop_at_step: Option<u64>,
+    /// Tokens a sequence.
+    pub seq_len: usize,
+    /// Sequences a forward pass.
+    pub micro_batch_size: usize,
+    /// Forward passes a step.
+    pub micro_batches: usize,
+    /// Of weights and order.
+    pub seed: u64,
+    /// Largest global norm; `None` for no clipping.
+    pub clip_norm: Option<f64>,
+    /// Skipped steps in a row that end the run.
+    pub skip_max: u64,
+}
+
+/// `[eval]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Eval {
+    /// Steps between evaluations; 0 for none but the last.
+    pub every: u64,
+    /// Windows an evaluation; 0 for all.
+    pub windows: usize,
+}
+
+/// `[optimizer]`: AdamW.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Optimizer {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+}
+
+/// `[schedule]`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Schedule {
+    /// The peak.
+    pub learning_rate: f64,
+    /// Steps of linear warm-up.
+    pub warmup_steps: u64,
+    /// Where the cosine ends.
+    pub min_learning_rate: f64,
+}
+
+/// `[checkpoint]`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Checkpoint {
+    /// Steps between two; 0 for none but the last.
+    pub every: u64,
+    /// How many to keep; 0 for all.
+    pub keep_last: usize,
+    /// Seconds to write one after a signal.
+    pub grace_s: f64,
+}
+
+/// `[device]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceKeys {
+    /// Which backend.
+    pub backend: String,
+    /// Which of its devices.
+    pub index: usize,
+    /// Threads; 0 for all cores.
+    pub threads: usize,
+}
+
+/// `[metrics]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Metrics {
+    /// Where run folders are made.
+    pub runs_dir: PathBuf,
+    /// Whether to write TensorBoard files.
+    pub tensorboard: bool,
+    /// Steps between two plain lines.
+    pub log_every: u64,
+}
+
+/// `[export]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Export {
+    /// Whether to export at the end.
+    pub at_end: bool,
+    /// Type of the exported weights.
+    pub dtype: Dtype,
+    /// What the sample continues, if one is wanted.
+    pub prompt: Option<String>,
+    /// Tokens of the sample.
+    pub sample_tokens: usize,
+    /// Temperature of the sample.
+    pub temperature: f64,
+}
+
+/// Builds the typed recipe and adds every fault that no key shows alone. `None` when a required key has no value.
+pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
+    model_faults(raw, faults);
+    data_faults(raw, faults);
+    schedule_faults(raw, faults);
+    device_faults(raw, faults);
+    let keys = Reader(raw);
+    Some(Recipe {
+        model: ModelKeys {
+            hidden_size: keys.count("model.hidden_size"),
+            intermediate_size: keys.count("model.intermediate_size"),
+            num_hidden_layers: keys.count("model.num_hidden_layers"),
+            num_attention_heads: keys.count("model.num_attention_heads"),
+            num_key_value_heads: keys.count("model.num_key_value_heads"),
+            max_position_embeddings: keys.count("model.max_position_embeddings"),
+            rope_theta: keys.real("model.rope_theta"),
+            rms_norm_eps: keys.real("model.rms_norm_eps"),
+            tie_word_embeddings: keys.flag("model.tie_word_embeddings"),
+            initializer_range: keys.real("model.initializer_range")?,
+            from: keys.text("model.from").map(PathBuf::from),
+        },
+        tokenizer: Tokenizer {
+            source: match (keys.count("tokenizer.vocab_size"), keys.text("tokenizer.file")) {
+                (Some(vocab_size), _) => TokenizerSource::Train { vocab_size },
+                (None, Some(file)) => TokenizerSource::File(file.into()),
+                (None, None) => TokenizerSource::From,
+            },
+            end_of_text: keys.text("tokenizer.end_of_text")?,
+        },
+        data: Data {
+            source: match keys.text("data.source")?.as_str() {
+                "crates" => Source::Crates,
+                "text" => Source::Text,
+                _ => Source::Jsonl { field: keys.text("data.jsonl_field")? },
+            },
+            train: keys.texts("data.train"),
+            held_out: keys.texts("eval.files"),
+            blake3: keys.text("data.blake3"),
+            cache_dir: keys.text("data.cache_dir")?.into(),
+        },
+        train: Train {
+            steps: keys.count("train.steps")? as u64,
+            stop_at_step: keys.count("train.stop_at_step").map(|x| x as u64),
+            seq_len: keys.count("train.seq_len")?,
+            micro_batch_size: keys.count("train.micro_batch_size")?,
+            micro_batches: keys.count("train.micro_batches")?,
+            seed: keys.count("train.seed")? as u64,
+            clip_norm: keys.real("train.clip_norm").filter(|&norm| norm > 0.0),
+            skip_max: keys.count("train.skip_max")? as u64,
+        },
+        eval: Eval { every: keys.count("eval.every")? as u64, windows: keys.count("eval.windows")? },
+        optimizer: Optimizer {
+            beta1: keys.real("optimizer.beta1")?,
+            beta2: keys.real("optimizer.beta2")?,
+            eps: keys.real("optimizer.eps")?,
+            weight_decay: keys.real("optimizer.weight_decay")?,
+        },
+        schedule: Schedule {
+            learning_rate: keys.real("schedule.learning_rate")?,
+            warmup_steps: keys.count("schedule.warmup_steps")? as u64,
+            min_learning_rate: keys.real("schedule.min_learning_rate")?,
+        },
+        bucket_bytes_max: keys.count("parallel.bucket_bytes_max")?,
+        codec: Codec::from_name(&keys.text("compression.codec")?)?,
+        checkpoint: Checkpoint {
+            every: keys.count("checkpoint.every")? as u64,
+            keep_last: keys.count("checkpoint.keep_last")?,
+            grace_s: keys.real("checkpoint.grace_s")?,
+        },
+        device: DeviceKeys {
+            backend: keys.text("device.backend")?,
+            index: keys.count("device.index")?,
+            threads: keys.count("device.threads")?,
+        },
+        metrics: Metrics {
+            runs_dir: keys.text("metrics.runs_dir")?.into(),
+            tensorboard: keys.flag("metrics.tensorboard")?,
+            log_every: keys.count("metrics.log_every")? as u64,
+        },
+        export: Export {
+            at_end: keys.flag("export.at_end")?,
+            dtype: keys.text("export.dtype")?.parse().ok()?,
+            prompt: keys.text("export.prompt"),
+            sample_tokens: keys.count("export.sample_tokens")?,
+            temperature: keys.real("export.temperature")?,
+        },
+    })
+}
+
+/// Reads values whose types the table has already checked.
+struct Reader<'a>(&'a Raw);
+
+impl Reader<'_> {
+    fn count(&self, name: &str) -> Option<usize> {
+        match self.0.get(name)? {
+            Value::Integer(x) => usize::try_from(*x).ok(),
+            _ => None,
+        }
+    }
+
+    fn real(&self, name: &str) -> Option<f64> {
+        match self.0.get(name)? {
+            Value::Real(x) => Some(*x),
+            _ => None,
+        }
+    }
+
+    fn flag(&self, name: &str) -> Option<bool> {
+        match self.0.get(name)? {
+            Value::Flag(x) => Some(*x),
+            _ => None,
+        }
+    }
+
+    fn text(&self, name: &str) -> Option<String> {
+        match self.0.get(name)? {
+            Value::Text(x) => Some(x.clone()),
+            _ => None,
+        }
+    }
+
+    fn texts(&self, name: &str) -> Vec<String> {
+        match self.0.get(name) {
+            Some(Value::Texts(x)) => x.clone(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+fn model_faults(raw: &Raw, faults: &mut Vec<Fault>) {
+    let keys = Reader(raw);
+    let absent = |name: &str, faults: &[Fault]| raw.get(name).is_none() && !faults.iter().any(|f| f.key == name);
+    if keys.text("model.from").is_none() {
+        for name in
+            ["model.hidden_size", "model.intermediate_size", "model.num_hidden_layers", "model.num_attention_heads"]
+        {
+            if absent(name, faults) {
+                faults.push(Fault::new(Origin::Absent, name, "missing: expected a size, or `model.from`"));
+            }
+        }
+        if absent("tokenizer.vocab_size", faults) && absent("tokenizer.file", faults) {
+            faults.push(Fault::new(
+                Origin::Absent,
+                "tokenizer.vocab_size",
+                "missing: expected the size of a vocabulary to train, or `tokenizer.file`, or `model.from`",
+            ));
+        }
+    } else if keys.count("tokenizer.vocab_size").is_some() {
+        faults.push(
+            Fault::new(
+                raw.origin("tokenizer.vocab_size"),
+                "tokenizer.vocab_size",
+                "a new tokenizer cannot serve weights that were trained with another",
+            )
+            .help("leave it out: the tokenizer comes with `model.from`"),
+        );
+    }
+    if keys.count("tokenizer.vocab_size").is_some() && keys.text("tokenizer.file").is_some() {
+        faults.push(Fault::new(
+            raw.origin("tokenizer.file"),
+            "tokenizer.file",
+            "expected either a file or `tokenizer.vocab_size`, found both",
+        ));
+    }
+    if let (Some(hidden), Some(heads)) = (keys.count("model.hidden_size"), keys.count("model.num_attention_heads"))
+        && (hidden % heads != 0 || (hidden / heads) % 2 != 0)
+    {
+        faults.push(Fault::new(
+            raw.origin("model.num_attention_heads"),
+            "model.num_attention_heads",
+            format!("expected an even number of elements a head (rotary embedding), found {hidden} / {heads}"),
+        ));
+    }
+    if let (Some(heads), Some(shared)) =
+        (keys.count("model.num_attention_heads"), keys.count("model.num_key_value_heads"))
+        && heads % shared != 0
+    {
+        faults.push(Fault::new(
+            raw.origin("model.num_key_value_heads"),
+            "model.num_key_value_heads",
+            format!("expected a divisor of the {heads} query heads, found {shared}"),
+        ));
+    }
+    if let (Some(longest), Some(seq)) = (keys.count("model.max_position_embeddings"), keys.count("train.seq_len"))
+        && seq > longest
+    {
+        faults.push(Fault::new(
+            raw.origin("train.seq_len"),
+            "train.seq_len",
+            format!("expected at most model.max_position_embeddings = {longest}, found {seq}"),
+        ));
+    }
+}
+
+fn data_faults(raw: &Raw, faults: &mut Vec<Fault>) {
+    let keys = Reader(raw);
+    if keys.texts("data.train").is_empty() && !faults.iter().any(|fault| fault.key == "data.train") {
+        faults.push(Fault::new(raw.origin("data.train"), "data.train", "expected at least one text to train on"));
+    }
+    if keys.text("data.source").as_deref() == Some("crates") {
+        for name in ["data.train", "eval.files"] {
+            for item in keys.texts(name).iter().filter(|item| item.split('@').filter(|x| !x.is_empty()).count() != 2) {
+                faults.push(Fault::new(raw.origin(name), name, format!("expected name@version, found \"{item}\"")));
+            }
+        }
+        if raw.get("data.blake3").is_none() {
+            faults.push(
+                Fault::new(Origin::Absent, "data.blake3", "missing: a corpus of crates is pinned by its hash")
+                    .help("write any 64 hex digits; the error that follows tells the right ones"),
+            );
+        }
+    }
+    if let Some(hash) = keys.text("data.blake3")
+        && (hash.len() != 64 || !hash.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    {
+        faults.push(Fault::new(
+            raw.origin("data.blake3"),
+            "data.blake3",
+            format!("expected 64 hexadecimal digits, found \"{hash}\""),
+        ));
+    }
+}
+
+fn schedule_faults(raw: &Raw, faults: &mut Vec<Fault>) {
+    let keys = Reader(raw);
+    if let (Some(steps), Some(warmup)) = (keys.count("train.steps"), keys.count("schedule.warmup_steps"))
+        && warmup > steps
+    {
+        faults.push(Fault::new(
+            raw.origin("schedule.warmup_steps"),
+            "schedule.warmup_steps",
+            format!("expected at most train.steps = {steps}, found {warmup}"),
+        ));
+    }
+    if let (Some(peak), Some(end)) = (keys.real("schedule.learning_rate"), keys.real("schedule.min_learning_rate"))
+        && end > peak
+    {
+        faults.push(Fault::new(
+            raw.origin("schedule.min_learning_rate"),
+            "schedule.min_learning_rate",
+            format!("expected at most schedule.learning_rate = {peak}, found {end}"),
+        ));
+    }
+}
+
+fn device_faults(raw: &Raw, faults: &mut Vec<Fault>) {
+    let Some(backend) = Reader(raw).text("device.backend") else { return };
+    if let Err(why) = crate::device::available(&backend) {
+        faults.push(Fault::new(raw.origin("device.backend"), "device.backend", why));
+    }
+}

@@ -1,0 +1,82 @@
+//! The loss on held-out text.
+
+use burn::tensor::Device;
+
+use super::signals::Stop;
+use crate::data::tokens::Tokens;
+use crate::error::Result;
+use crate::model::Config;
+use crate::step::{Batch, plain_model, scalar};
+
+/// The sum of the cross entropy over a number of tokens.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Evaluation {
+    /// Sum in nats.
+    pub nats: f64,
+    /// Tokens that were predicted.
+    pub tokens: u64,
+}
+
+impl Evaluation {
+    /// Mean in nats a token.
+    #[must_use]
+    pub fn loss(&self) -> f64 {
+        self.nats / self.tokens as f64
+    }
+}
+
+/// Evaluates `windows` windows of `seq_len` tokens, evenly spread over the text; 0 for every token, the last and shorter
+/// window included. Each token is predicted from those before it in its window. `None` when asked to stop.
+///
+/// # Errors
+/// The device fails.
+pub fn evaluate(at: &Place<'_>, weights: &[Vec<f32>], tokens: &Tokens, windows: usize) -> Result<Option<Evaluation>> {
+    let model = plain_model(at.config, at.device, weights);
+    let (whole, seq) = (usize::try_from(tokens.windows(at.seq_len)).unwrap_or(usize::MAX), at.seq_len);
+    let count = if windows == 0 { whole } else { windows.min(whole) };
+    let starts: Vec<usize> = (0..count).map(|i| i * whole / count * seq).collect();
+    let mut batches: Vec<(Vec<usize>, usize)> = starts.chunks(at.rows).map(|some| (some.to_vec(), seq)).collect();
+    let rest = (tokens.len() - 1) - whole * seq;
+    if windows == 0 && rest > 0 {
+        batches.push((vec![whole * seq], rest));
+    }
+    let mut sum = Evaluation { nats: 0.0, tokens: 0 };
+    for (starts, length) in batches {
+        if at.stop.asked() {
+            return Ok(None);
+        }
+        let batch = batch(tokens, &starts, length);
+        let [inputs, targets] = batch.tensors(at.device);
+        sum.nats += scalar(model.loss(inputs, targets), at.step)?;
+        sum.tokens += batch.targets.len() as u64;
+    }
+    Ok(Some(sum))
+}
+
+/// Where and when an evaluation runs.
+#[derive(Debug)]
+pub struct Place<'a> {
+    /// The model's shape.
+    pub config: &'a Config,
+    /// Without autodiff.
+    pub device: &'a Device,
+    /// Tokens a window.
+    pub seq_len: usize,
+    /// Windows a forward pass.
+    pub rows: usize,
+    /// For messages.
+    pub step: u64,
+    /// Asked between two batches.
+    pub stop: &'a Stop,
+}
+
+/// The windows that start at these tokens, with what follows each token.
+#[must_use]
+pub fn batch(tokens: &Tokens, starts: &[usize], length: usize) -> Batch {
+    let mut batch = Batch { inputs: Vec::new(), targets: Vec::new(), rows: starts.len() };
+    for &start in starts {
+        tokens.read(start, length, &mut batch.inputs);
+        tokens.read(start + 1, length, &mut batch.targets);
+    }
+    batch
+}

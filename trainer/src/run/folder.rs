@@ -1,0 +1,241 @@
+//! A run's folder: `runs/NAME/{recipe.toml, run.json, metrics.jsonl, events.jsonl, checkpoints/, export/, logs/}`.
+
+use std::fs::{File, TryLockError};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::data::cache::replace;
+use crate::error::{Error, Result};
+use crate::recipe::{Raw, Tag, raw};
+
+/// How a run stands, `run.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// How it stands.
+    pub status: Status,
+    /// The last step that was taken.
+    pub step: u64,
+    /// Its loss in nats a token.
+    pub loss: Option<f64>,
+    /// On all held-out text, when the run is done.
+    pub held_out_bits_per_byte: Option<f64>,
+    /// BLAKE3 of all parameters in name order.
+    pub parameter_hash: Option<String>,
+    /// Tokens that were predicted.
+    pub tokens: u64,
+    /// Seconds since this process started, and before it the ones of the processes that it resumed.
+    pub wall_s: f64,
+    /// `data x pipeline x tensor`.
+    pub mesh: String,
+    /// How gradients travel.
+    pub codec: String,
+    /// Of Tributary.
+    pub version: String,
+}
+
+/// How a run stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// A process works on it, or was killed while it did.
+    Running,
+    /// Every step was taken.
+    Done,
+    /// It ended with an error.
+    Failed,
+    /// A signal, or `train.stop_at_step`, ended it in good order.
+    Interrupted,
+}
+
+/// The folder, locked for this process.
+#[derive(Debug)]
+pub struct Folder {
+    name: String,
+    path: PathBuf,
+    /// Held as long as the run lasts; the system lets go of it when the process dies.
+    _lock: File,
+}
+
+impl Folder {
+    /// Makes the folder of a new run.
+    ///
+    /// # Errors
+    /// A name that is no name, a run of that name, a folder that cannot be written.
+    pub fn create(runs: &Path, name: &str, recipe: &Raw) -> Result<Self> {
+        check_name(name)?;
+        let path = runs.join(name);
+        std::fs::create_dir_all(runs).map_err(Error::io("create", runs))?;
+        match std::fs::create_dir(&path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Err(exists(name, &path)),
+            Err(error) => return Err(Error::io("create", path)(error)),
+        }
+        let folder = Self { name: name.into(), _lock: lock(name, &path)?, path };
+        replace(&folder.file("recipe.toml"), recipe.to_toml().as_bytes())?;
+        folder.make_rooms()?;
+        Ok(folder)
+    }
+
+    /// Opens the folder of a run that is to go on, and returns with it what changed of the recipe that may change.
+    ///
+    /// # Errors
+    /// No such run, a process that still works on it, a fixed key that changed.
+    pub fn resume(runs: &Path, name: &str, recipe: &Raw) -> Result<(Self, Vec<String>)> {
+        check_name(name)?;
+        let path = runs.join(name);
+        if !path.is_dir() {
+            let what = format!("there is nothing to resume in {}: start it without --resume", path.display());
+            return Err(Error::Run { name: name.into(), what });
+        }
+        let folder = Self { name: name.into(), _lock: lock(name, &path)?, path };
+        let mut changed = Vec::new();
+        // A run that was killed before it wrote its recipe has done nothing that could differ.
+        if let Ok(text) = std::fs::read_to_string(folder.file("recipe.toml")) {
+            let (old, _) = raw::read(&text, &[]);
+            let fixed = recipe.differences(&old, Tag::Fixed);
+            if !fixed.is_empty() {
+                let what = format!(
+                    "--resume cannot change what the run is:\n  {}\nrestore these keys, or start another run with --name",
+                    fixed.join("\n  ")
+                );
+                return Err(Error::Run { name: name.into(), what });
+            }
+            changed = recipe.differences(&old, Tag::Resumable);
+        }
+        replace(&folder.file("recipe.toml"), recipe.to_toml().as_bytes())?;
+        folder.make_rooms()?;
+        Ok((folder, changed))
+    }
+
+    /// The run's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The folder itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A file or folder in it.
+    #[must_use]
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Where checkpoints are.
+    #[must_use]
+    pub fn checkpoints(&self) -> PathBuf {
+        self.file("checkpoints")
+    }
+
+    /// What `run.json` says, if it is there.
+    #[must_use]
+    pub fn summary(&self) -> Option<Summary> {
+        serde_json::from_slice(&std::fs::read(self.file("run.json")).ok()?).ok()
+    }
+
+    /// Replaces `run.json`.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn write_summary(&self, summary: &Summary) -> Result<()> {
+        let mut text = serde_json::to_vec_pretty(summary).map_err(|error| Error::io("write", "run.json")(error.into()))?;
+        text.push(b'\n');
+        replace(&self.file("run.json"), &text)
+    }
+
+    fn make_rooms(&self) -> Result<()> {
+        let logs = self.file("logs");
+        std::fs::create_dir_all(&logs).map_err(Error::io("create", logs))
+    }
+}
+
+/// A run's name is one plain path component, so that it can be said on a command line and cannot leave the folder.
+fn check_name(name: &str) -> Result<()> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(plain) && name.len() <= 100 {
+        return Ok(());
+    }
+    Err(Error::Usage(format!(
+        "--name: expected letters, digits, '-', '_' and '.', at most 100, starting with a letter or digit; found {name:?}"
+    )))
+}
+
+fn exists(name: &str, path: &Path) -> Error {
+    let what = format!(
+        "{} exists: go on with it by --resume, start another by --name OTHER, or remove the folder",
+        path.display()
+    );
+    Error::Run { name: name.into(), what }
+}
+
+fn lock(name: &str, path: &Path) -> Result<File> {
+    let file = path.join(".lock");
+    let mut open = File::options()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&file)
+        .map_err(Error::io("open", &file))?;
+    match open.try_lock() {
+        Ok(()) => {
+            // For people who look; the lock itself is the system's.
+            let _ = open.set_len(0).and_then(|()| write!(open, "{}", std::process::id()));
+            Ok(open)
+        }
+        Err(TryLockError::WouldBlock) => {
+            let who = std::fs::read_to_string(&file).unwrap_or_default();
+            let what = format!("process {who} is working on it: wait for it, or stop it");
+            Err(Error::Run { name: name.into(), what })
+        }
+        Err(TryLockError::Error(error)) => Err(Error::io("lock", file)(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn recipe(sets: &[&str]) -> Raw {
+        raw::read("[train]\nsteps = 3\n", &sets.iter().map(|&x| x.to_owned()).collect::<Vec<_>>()).0
+    }
+
+    #[test]
+    fn a_second_run_of_the_name_and_a_second_process_are_refused() {
+        let runs = tempfile::tempdir().expect("a folder");
+        let first = Folder::create(runs.path(), "a", &recipe(&[])).expect("new");
+        let message = Folder::create(runs.path(), "a", &recipe(&[])).expect_err("exists").to_string();
+        assert!(message.contains("--resume") && message.contains("--name"), "{message}");
+        let message = Folder::resume(runs.path(), "a", &recipe(&[])).expect_err("locked").to_string();
+        assert!(message.contains(&format!("process {} is working on it", std::process::id())), "{message}");
+        drop(first);
+        assert!(Folder::resume(runs.path(), "a", &recipe(&[])).is_ok());
+        assert!(Folder::resume(runs.path(), "b", &recipe(&[])).is_err());
+    }
+
+    #[test]
+    fn a_resume_names_every_fixed_key_that_changed_and_reports_the_others() {
+        let runs = tempfile::tempdir().expect("a folder");
+        drop(Folder::create(runs.path(), "a", &recipe(&[])).expect("new"));
+        let changed = ["train.seed=9", "model.from=x", "train.steps=5"];
+        let message = Folder::resume(runs.path(), "a", &recipe(&changed)).expect_err("two fixed keys").to_string();
+        assert!(message.contains("train.seed: the run has 1, the recipe says 9"), "{message}");
+        assert!(message.contains("model.from") && !message.contains("train.steps"), "{message}");
+        let (_, changes) = Folder::resume(runs.path(), "a", &recipe(&["train.steps=5", "device.threads=1"])).expect("allowed");
+        assert_eq!(changes, ["train.steps: the run has 3, the recipe says 5"]);
+    }
+
+    #[test]
+    fn a_name_that_leaves_the_folder_is_refused() {
+        let runs = tempfile::tempdir().expect("a folder");
+        for name in ["..", "a/b", "", ".cache", "a b"] {
+            assert!(Folder::create(runs.path(), name, &recipe(&[])).is_err(), "{name}");
+        }
+    }
+}

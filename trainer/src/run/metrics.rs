@@ -1,0 +1,200 @@
+//! What a run writes as it goes: `metrics.jsonl` (one object a step), `events.jsonl` (what is not a step), and
+//! TensorBoard's files.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::tensorboard::EventFile;
+use crate::data::cache::replace;
+use crate::error::{Error, Result};
+
+/// One line of `metrics.jsonl`. Seconds end in `_s`, bytes in `_bytes`; fields without meaning in this run are null.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Line {
+    /// Counted from 1.
+    pub step: u64,
+    /// Mean cross entropy of the step's tokens in nats, before the update; null when it was not finite.
+    pub loss: Option<f64>,
+    /// Mean cross entropy of held-out tokens in nats, after the update, where it was evaluated.
+    pub eval_loss: Option<f64>,
+    /// Of this step.
+    pub learning_rate: f64,
+    /// Global norm before clipping; null when it was not finite.
+    pub grad_norm: Option<f64>,
+    /// Tokens since the start of the run, this step included.
+    pub tokens: u64,
+    /// Tokens of this step over its seconds.
+    pub tokens_per_s: f64,
+    /// The step, without evaluation and checkpoint.
+    pub step_s: f64,
+    /// Forward passes.
+    pub forward_s: f64,
+    /// Backward passes.
+    pub backward_s: f64,
+    /// Encoding; 0 with one rank, which encodes nothing.
+    pub encode_s: f64,
+    /// Waiting for peers; 0 with one rank.
+    pub wait_s: f64,
+    /// From the last `backward()`'s return to the complete sum.
+    pub exposed_s: f64,
+    /// Part of the communication that hid behind the backward pass; null with one rank.
+    pub overlap: Option<f64>,
+    /// Bytes sent to peers.
+    pub wire_bytes_sent: u64,
+    /// Bytes received from peers.
+    pub wire_bytes_received: u64,
+    /// The copy into the snapshot after this step; 0 without one.
+    pub checkpoint_stall_s: f64,
+    /// Resident memory of the process; null where the system does not tell.
+    pub memory_bytes: Option<u64>,
+}
+
+/// The open files.
+#[derive(Debug)]
+pub struct Metrics {
+    metrics: File,
+    events: File,
+    tensorboard: Option<EventFile>,
+    folder: PathBuf,
+}
+
+impl Metrics {
+    /// Opens the files of a run folder. `resumed_at` cuts `metrics.jsonl` to that step.
+    ///
+    /// # Errors
+    /// A file cannot be written.
+    pub fn open(folder: &Path, resumed_at: Option<u64>, tensorboard: bool) -> Result<Self> {
+        if let Some(step) = resumed_at {
+            cut(&folder.join("metrics.jsonl"), step)?;
+        }
+        let open = |name: &str| {
+            let path = folder.join(name);
+            OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io("open", path))
+        };
+        let tensorboard = if tensorboard { Some(EventFile::create(folder, resumed_at)?) } else { None };
+        Ok(Self { metrics: open("metrics.jsonl")?, events: open("events.jsonl")?, tensorboard, folder: folder.to_owned() })
+    }
+
+    /// Writes one step.
+    ///
+    /// # Errors
+    /// The file cannot be written: a run whose steps are not recorded does not go on.
+    pub fn step(&mut self, line: &Line) -> Result<()> {
+        append(&mut self.metrics, line).map_err(Error::io("write", self.folder.join("metrics.jsonl")))?;
+        if let Some(file) = &mut self.tensorboard {
+            let mut values = vec![("learning_rate", line.learning_rate), ("tokens_per_s", line.tokens_per_s)];
+            values.extend(line.loss.map(|x| ("loss", x)));
+            values.extend(line.grad_norm.map(|x| ("grad_norm", x)));
+            values.extend(line.eval_loss.map(|x| ("eval_loss", x)));
+            if let Err(error) = file.scalars(line.step, &values) {
+                tracing::warn!("TensorBoard's file cannot be written any more: {error}");
+                self.tensorboard = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes what is not a step: `kind`, the step at which it happened, and its own fields.
+    pub fn event(&mut self, kind: &str, step: u64, fields: Value) {
+        let mut object = json!({ "event": kind, "step": step });
+        if let (Some(object), Value::Object(fields)) = (object.as_object_mut(), fields) {
+            object.extend(fields);
+        }
+        tracing::info!("{object}");
+        if let Err(error) = append(&mut self.events, &object) {
+            tracing::warn!("events.jsonl cannot be written: {error}");
+        }
+    }
+}
+
+/// One write for the whole line, so that a kill leaves at most the last line incomplete.
+fn append(file: &mut File, value: &impl Serialize) -> std::io::Result<()> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    file.write_all(&line)
+}
+
+/// Keeps the lines up to `step`; what a kill left incomplete goes too.
+fn cut(path: &Path, step: u64) -> Result<()> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io("read", path)(error)),
+    };
+    let kept: String = text
+        .split_inclusive('\n')
+        .filter(|line| serde_json::from_str::<Line>(line).is_ok_and(|line| line.step <= step))
+        .collect();
+    replace(path, kept.as_bytes())
+}
+
+/// Resident memory of this process in bytes, where the system tells it.
+#[must_use]
+pub fn memory_bytes() -> Option<u64> {
+    status_kib("VmRSS:").map(|kib| kib * 1024)
+}
+
+/// The largest that the resident memory was.
+#[must_use]
+pub fn memory_bytes_max() -> Option<u64> {
+    status_kib("VmHWM:").map(|kib| kib * 1024)
+}
+
+fn status_kib(field: &str) -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    status.lines().find_map(|line| line.strip_prefix(field))?.split_whitespace().next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(step: u64) -> Line {
+        Line {
+            step,
+            loss: Some(1.0 / 3.0),
+            eval_loss: None,
+            learning_rate: 1e-3,
+            grad_norm: None,
+            tokens: 8 * step,
+            tokens_per_s: 1.0,
+            step_s: 0.1,
+            forward_s: 0.0,
+            backward_s: 0.0,
+            encode_s: 0.0,
+            wait_s: 0.0,
+            exposed_s: 0.0,
+            overlap: None,
+            wire_bytes_sent: 0,
+            wire_bytes_received: 0,
+            checkpoint_stall_s: 0.0,
+            memory_bytes: None,
+        }
+    }
+
+    #[test]
+    fn a_resume_cuts_later_steps_and_a_broken_last_line() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut metrics = Metrics::open(folder.path(), None, true).expect("writable");
+        for step in 1..=5 {
+            metrics.step(&line(step)).expect("writable");
+        }
+        metrics.event("checkpoint", 3, json!({ "seconds": 1 }));
+        drop(metrics);
+        let path = folder.path().join("metrics.jsonl");
+        let mut text = std::fs::read_to_string(&path).expect("readable");
+        text.push_str("{\"step\": 6, \"lo");
+        std::fs::write(&path, text).expect("writable");
+
+        drop(Metrics::open(folder.path(), Some(3), true).expect("writable"));
+        let text = std::fs::read_to_string(&path).expect("readable");
+        let lines: Vec<Line> = text.lines().map(|line| serde_json::from_str(line).expect("whole lines")).collect();
+        assert_eq!(lines, [line(1), line(2), line(3)]);
+        let events = std::fs::read_to_string(folder.path().join("events.jsonl")).expect("readable");
+        assert_eq!(events, "{\"event\":\"checkpoint\",\"seconds\":1,\"step\":3}\n");
+    }
+}

@@ -1,0 +1,72 @@
+//! What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere. Both on stderr.
+
+use std::io::IsTerminal as _;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::metrics::Line;
+
+/// The bar, or the lines.
+#[derive(Debug)]
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    steps: u64,
+    log_every: u64,
+}
+
+impl Progress {
+    /// Starts at step `start` of `steps`.
+    #[must_use]
+    pub fn new(start: u64, steps: u64, log_every: u64) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(steps).with_position(start).with_elapsed(std::time::Duration::ZERO);
+            let template = "{bar:24} step {pos}/{len}  {msg}  {eta} left";
+            bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar.reset_eta();
+            bar
+        });
+        Self { bar, steps, log_every }
+    }
+
+    /// Shows a step.
+    pub fn step(&self, line: &Line) {
+        let loss = line.loss.map_or_else(|| "not finite, skipped".to_owned(), |loss| format!("{loss:.4}"));
+        let rate = line.tokens_per_s;
+        if let Some(bar) = &self.bar {
+            bar.set_message(format!("loss {loss}  {rate:.0} tokens/s"));
+            bar.set_position(line.step);
+        } else if line.step % self.log_every == 0 || line.step == self.steps || line.step == 1 || line.loss.is_none() {
+            let left = (self.steps - line.step.min(self.steps)) as f64 * line.step_s;
+            eprintln!("step {}/{}  loss {loss}  {rate:.0} tokens/s  {} left", line.step, self.steps, duration(left));
+        }
+        if let Some(eval) = line.eval_loss {
+            self.say(&format!("step {}: held-out loss {eval:.4}", line.step));
+        }
+    }
+
+    /// Says something that is no step, above the bar.
+    pub fn say(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{text}")),
+            None => eprintln!("{text}"),
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Seconds as a person says them.
+#[must_use]
+pub fn duration(seconds: f64) -> String {
+    let whole = seconds.round().max(0.0) as u64;
+    match (whole / 3600, whole / 60 % 60, whole % 60) {
+        (0, 0, s) => format!("{s} s"),
+        (0, m, s) => format!("{m} min {s:02} s"),
+        (h, m, _) => format!("{h} h {m:02} min"),
+    }
+}

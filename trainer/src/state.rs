@@ -1,0 +1,141 @@
+//! The state of a run: where it starts, how it is named, and its way into a checkpoint and back.
+
+use std::sync::Arc;
+
+use checkpoint::reader::Checkpoint;
+use checkpoint::writer::{Snapshot, TensorSpec};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::model::{Config, init};
+use crate::step::State;
+
+/// What a checkpoint holds beside tensors: enough to go on, and enough to export without the run's folder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Meta {
+    /// Steps that were taken.
+    pub step: u64,
+    /// Updates that were applied.
+    pub updates: u64,
+    /// Steps in a row that were skipped.
+    pub skips: u64,
+    /// The last step that was applied.
+    pub good_step: u64,
+    /// Data cursor: samples that were read from the run's order.
+    pub samples: u64,
+    /// Tokens that were predicted.
+    pub tokens: u64,
+    /// Key of the weights and of the data's order.
+    pub seed: u64,
+    /// The recipe's hash, over everything that decides what is computed.
+    pub recipe_hash: String,
+    /// The model's shape.
+    pub model: Config,
+    /// The token between documents.
+    pub end_of_text: String,
+}
+
+impl State {
+    /// The state before the first step.
+    #[must_use]
+    pub fn initial(config: &Config, seed: u64) -> Self {
+        let parameters = config.parameters();
+        let weights = parameters.iter().map(|parameter| {
+            let mut values = vec![1.0; parameter.shape.iter().product()];
+            if parameter.shape.len() > 1 {
+                init::normal(seed, &parameter.name, config.initializer_range, &mut values);
+            }
+            values
+        });
+        Self::fresh(weights.collect())
+    }
+
+    /// These weights, with an optimiser that has seen nothing.
+    #[must_use]
+    pub fn fresh(weights: Vec<Vec<f32>>) -> Self {
+        let zeros: Vec<Vec<f32>> = weights.iter().map(|w| vec![0.0; w.len()]).collect();
+        Self { m: zeros.clone(), v: zeros, weights, step: 0, updates: 0, skips: 0, good_step: 0 }
+    }
+
+    /// BLAKE3 of all parameters, little-endian, in the order of their names.
+    #[must_use]
+    pub fn parameter_hash(&self, config: &Config) -> String {
+        let parameters = config.parameters();
+        let mut order: Vec<usize> = (0..parameters.len()).collect();
+        order.sort_by(|&a, &b| parameters[a].name.cmp(&parameters[b].name));
+        let mut hasher = blake3::Hasher::new();
+        for index in order {
+            #[cfg(target_endian = "little")]
+            hasher.update_rayon(bytemuck::cast_slice(&self.weights[index]));
+            #[cfg(target_endian = "big")]
+            for value in &self.weights[index] {
+                hasher.update(&value.to_le_bytes());
+            }
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
+    /// Copies everything into a snapshot whose tensors are those of [`specs`].
+    pub fn snapshot(&self, snapshot: &mut Snapshot<'_>) {
+        for (index, values) in self.tensors().enumerate() {
+            snapshot.tensor(index).copy_from_slice(values);
+        }
+    }
+
+    /// The state that a checkpoint holds. The caller has compared the shapes.
+    ///
+    /// # Errors
+    /// A tensor that is missing, damaged, or of another shape.
+    pub fn load(checkpoint: &Checkpoint, config: &Config) -> Result<(Self, Meta)> {
+        let meta = meta(checkpoint)?;
+        let mut state = Self::fresh(
+            config.parameters().iter().map(|parameter| vec![0.0; parameter.shape.iter().product()]).collect(),
+        );
+        (state.step, state.updates, state.skips, state.good_step) =
+            (meta.step, meta.updates, meta.skips, meta.good_step);
+        let specs = specs(config);
+        let tensors = state.weights.iter_mut().chain(&mut state.m).chain(&mut state.v);
+        for (spec, values) in specs.iter().zip(tensors) {
+            checkpoint.tensor(&spec.name, &spec.shape, values)?;
+        }
+        Ok((state, meta))
+    }
+
+    fn tensors(&self) -> impl Iterator<Item = &[f32]> {
+        self.weights.iter().chain(&self.m).chain(&self.v).map(Vec::as_slice)
+    }
+}
+
+/// The tensors of a checkpoint: parameters (`NAME`), then both moments (`NAME.m`, `NAME.v`).
+#[must_use]
+pub fn specs(config: &Config) -> Vec<TensorSpec> {
+    let parameters = config.parameters();
+    let named = |suffix: &str| {
+        let suffix = suffix.to_owned();
+        parameters
+            .iter()
+            .map(move |p| TensorSpec { name: format!("{}{suffix}", p.name), shape: p.shape.clone() })
+            .collect::<Vec<_>>()
+    };
+    [named(""), named(".m"), named(".v")].concat()
+}
+
+/// What a checkpoint says of its run.
+///
+/// # Errors
+/// It was not written by this trainer.
+pub fn meta(checkpoint: &Checkpoint) -> Result<Meta> {
+    let meta: Meta = serde_json::from_value(checkpoint.state().clone()).map_err(|error| Error::Text {
+        path: checkpoint.path().join("manifest.json").display().to_string(),
+        what: format!("expected the state of a training run: {error}"),
+    })?;
+    meta.model.check().map_err(|what| Error::Text { path: checkpoint.path().display().to_string(), what })?;
+    Ok(meta)
+}
+
+/// Files that travel inside every checkpoint.
+#[must_use]
+pub fn attachments(tokenizer_json: Arc<[u8]>, recipe_toml: &str) -> Vec<checkpoint::writer::Attachment> {
+    let attachment = |name: &str, bytes| checkpoint::writer::Attachment { name: name.into(), bytes };
+    vec![attachment("tokenizer.json", tokenizer_json), attachment("recipe.toml", recipe_toml.as_bytes().into())]
+}

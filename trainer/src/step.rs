@@ -1,0 +1,253 @@
+//! One training step, from tokens to new weights.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use burn::Tensor;
+use burn::tensor::{Device, Int, TensorData};
+use parallel::data::{Gradient, GradientStream, Plan, Sum};
+use parallel::tap::Emit;
+
+use crate::error::{Error, Result};
+use crate::model::{Config, Hook, Leaf, Llama};
+use crate::optimizer::{self, AdamW};
+use crate::recipe::Recipe;
+
+/// Tokens and the tokens that follow them, `[batch, seq]` each, row-major.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// What the model sees.
+    pub inputs: Vec<i32>,
+    /// What it should say.
+    pub targets: Vec<i32>,
+    /// Rows.
+    pub rows: usize,
+}
+
+/// Everything that a step changes: together with the recipe it decides every later step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct State {
+    /// Parameters in the order of the plan.
+    pub weights: Vec<Vec<f32>>,
+    /// AdamW's first moments.
+    pub m: Vec<Vec<f32>>,
+    /// AdamW's second moments.
+    pub v: Vec<Vec<f32>>,
+    /// Steps that were taken, skipped ones included: the schedule and the data follow this.
+    pub step: u64,
+    /// Updates that were applied: AdamW's t.
+    pub updates: u64,
+    /// Steps in a row that were skipped.
+    pub skips: u64,
+    /// The last step that was applied.
+    pub good_step: u64,
+}
+
+/// What a step did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Report {
+    /// The mean cross entropy of the step's tokens in nats, before the update.
+    pub loss: f64,
+    /// The global norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Of this step.
+    pub learning_rate: f64,
+    /// Whether the update was left out because something was not finite.
+    pub skipped: bool,
+    /// Tokens that were predicted.
+    pub tokens: u64,
+    /// Seconds of the forward passes.
+    pub forward_s: f64,
+    /// Seconds of the backward passes.
+    pub backward_s: f64,
+    /// Seconds from the last `backward()`'s return to the complete sum.
+    pub exposed_s: f64,
+    /// Seconds of the whole step.
+    pub step_s: f64,
+}
+
+/// Runs steps on one device.
+#[derive(Debug)]
+pub struct Stepper {
+    config: Config,
+    device: Device,
+    plan: Arc<Plan>,
+    stream: Arc<GradientStream>,
+    hooks: Vec<Hook>,
+}
+
+impl Stepper {
+    /// A stepper for this model; `device` is without autodiff.
+    ///
+    /// # Errors
+    /// A model whose parameters do not fit the address space.
+    pub fn new(config: &Config, device: &Device, bucket_bytes_max: usize) -> Result<Self> {
+        let plan = Plan::new(config.parameters(), bucket_bytes_max).map_err(|e| Error::Usage(e.to_string()))?;
+        let plan = Arc::new(plan);
+        let stream = Arc::new(GradientStream::new(plan.clone()));
+        let hooks = plan.parameters().iter().enumerate().map(|(index, parameter)| {
+            let stream = stream.clone();
+            match parameter.shape.len() {
+                1 => Hook::new(Emit::new::<1>(move |gradient| take(&stream, index, gradient))),
+                _ => Hook::new(Emit::new::<2>(move |gradient| take(&stream, index, gradient))),
+            }
+        });
+        let hooks = hooks.collect();
+        Ok(Self { config: config.clone(), device: device.clone().autodiff(), plan, stream, hooks })
+    }
+
+    /// The plan of buckets, and with it the order of the parameters.
+    #[must_use]
+    pub const fn plan(&self) -> &Arc<Plan> {
+        &self.plan
+    }
+
+    /// Takes one step: the sum of the micro-batches' gradients, clipped, applied by AdamW. `tamper` may change a loss
+    /// before it goes backward; training passes [`untouched`], tests inject faults with it.
+    ///
+    /// # Errors
+    /// Gradients that do not add up, a device that fails, too many skipped steps in a row.
+    pub fn step(
+        &self,
+        state: &mut State,
+        recipe: &Recipe,
+        batches: &[Batch],
+        tamper: impl Fn(usize, Tensor<1>) -> Tensor<1>,
+    ) -> Result<Report> {
+        let start = Instant::now();
+        state.step += 1;
+        let step = state.step;
+        let tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
+        let (mut loss, mut forward_s, mut backward_s) = (0.0, 0.0, 0.0);
+
+        let model = self.model(&state.weights);
+        self.stream.begin(step, batches.len());
+        for (index, batch) in batches.iter().enumerate() {
+            let forward = Instant::now();
+            self.stream.begin_micro_batch(index);
+            let [inputs, targets] = batch.tensors(&self.device);
+            // Divided by the tokens of the whole step, so that the sum of the gradients is the gradient.
+            let part = tamper(index, model.loss(inputs, targets).div_scalar(tokens as f64));
+            let value = part.clone().inner();
+            forward_s += forward.elapsed().as_secs_f64();
+            let backward = Instant::now();
+            part.backward();
+            backward_s += backward.elapsed().as_secs_f64();
+            loss += scalar(value, step)?;
+        }
+        let exposed = Instant::now();
+        let sum = self.stream.finish()?;
+        let exposed_s = exposed.elapsed().as_secs_f64();
+        drop(model);
+
+        let grad_norm = global_norm(&sum);
+        let learning_rate = optimizer::learning_rate(&recipe.schedule, step, recipe.train.steps);
+        let skipped = !(grad_norm.is_finite() && loss.is_finite());
+        if skipped {
+            state.skips += 1;
+            if state.skips >= recipe.train.skip_max {
+                let (skips, skip_max, good) = (state.skips, recipe.train.skip_max, state.good_step);
+                return Err(Error::NotFinite { step, skips, skip_max, good });
+            }
+        } else {
+            state.skips = 0;
+            state.good_step = step;
+            state.updates += 1;
+            self.apply(state, recipe, &sum, learning_rate, clip_factor(grad_norm, recipe.train.clip_norm));
+        }
+        let step_s = start.elapsed().as_secs_f64();
+        let tokens = tokens as u64;
+        Ok(Report { loss, grad_norm, learning_rate, skipped, tokens, forward_s, backward_s, exposed_s, step_s })
+    }
+
+    fn apply(&self, state: &mut State, recipe: &Recipe, sum: &Sum<'_>, learning_rate: f64, scale: f32) {
+        for (index, parameter) in self.plan.parameters().iter().enumerate() {
+            let decay = parameter.shape.len() > 1;
+            AdamW::new(&recipe.optimizer, learning_rate, state.updates, scale, decay).update(optimizer::Range {
+                weights: &mut state.weights[index],
+                gradients: sum.parameter(index),
+                m: &mut state.m[index],
+                v: &mut state.v[index],
+            });
+        }
+    }
+
+    /// The model of these weights, with a tap on every parameter.
+    fn model(&self, weights: &[Vec<f32>]) -> Llama {
+        let mut next = 0;
+        Llama::build(&self.config, &self.device, &mut |name, shape| {
+            let index = next;
+            next += 1;
+            assert_eq!(self.plan.parameters()[index].name, name, "the builder follows the plan");
+            Leaf { data: TensorData::new(weights[index].clone(), shape.to_vec()), hook: self.hooks[index].clone() }
+        })
+    }
+}
+
+/// What training passes as `tamper`.
+#[must_use]
+pub fn untouched(_: usize, loss: Tensor<1>) -> Tensor<1> {
+    loss
+}
+
+/// The model of these weights without taps, for evaluation and generation.
+#[must_use]
+pub fn plain_model(config: &Config, device: &Device, weights: &[Vec<f32>]) -> Llama {
+    let mut weights = weights.iter();
+    Llama::build(config, device, &mut |_, shape| {
+        let values = weights.next().expect("one vector for each parameter of the list").clone();
+        Leaf { data: TensorData::new(values, shape.to_vec()), hook: Hook::default() }
+    })
+}
+
+fn take<const D: usize>(stream: &GradientStream, index: usize, gradient: Tensor<D>) -> Option<Tensor<D>> {
+    let elements = gradient.shape().num_elements();
+    stream.add(index, Gradient::Device(gradient.reshape([elements])));
+    None
+}
+
+impl Batch {
+    /// `[inputs, targets]` on the device.
+    #[must_use]
+    pub fn tensors(&self, device: &Device) -> [Tensor<2, Int>; 2] {
+        let shape = [self.rows, self.targets.len() / self.rows];
+        [&self.inputs, &self.targets].map(|ids| Tensor::from_data(TensorData::new(ids.clone(), shape), device))
+    }
+}
+
+/// Reads a tensor of one element.
+///
+/// # Errors
+/// The device failed.
+pub fn scalar(x: Tensor<1>, step: u64) -> Result<f64> {
+    let failed = |what: String| Error::Device { step, what };
+    let data = x.try_into_data().map_err(|error| failed(format!("{error:?}")))?;
+    data.iter::<f64>().next().ok_or_else(|| failed("the loss has no element".into()))
+}
+
+/// The L2 norm of the whole gradient: f64 sums of each parameter, added in logical order.
+fn global_norm(sum: &Sum<'_>) -> f64 {
+    use rayon::prelude::*;
+    // Fixed pieces, summed one by one and then in order: the same bits at any number of threads.
+    const PIECE: usize = 1 << 15;
+    let square = |x: &f32| f64::from(*x) * f64::from(*x);
+    let total: f64 = sum
+        .parameters()
+        .map(|values| {
+            let pieces: Vec<f64> = values.par_chunks(PIECE).map(|piece| piece.iter().map(square).sum()).collect();
+            pieces.iter().sum::<f64>()
+        })
+        .sum();
+    total.sqrt()
+}
+
+/// What the gradient is multiplied with so that its norm is at most `limit`.
+fn clip_factor(norm: f64, limit: Option<f64>) -> f32 {
+    match limit {
+        Some(limit) if norm > limit => (limit / norm) as f32,
+        _ => 1.0,
+    }
+}
+
+#[cfg(test)]
+mod tests;

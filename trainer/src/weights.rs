@@ -1,0 +1,141 @@
+//! Weights that exist already: a run, a checkpoint or an export of ours.
+
+use std::path::{Path, PathBuf};
+
+use checkpoint::export::Folder;
+use checkpoint::reader::{self, Checkpoint};
+
+use crate::error::{Error, Result};
+use crate::export::HfConfig;
+use crate::model::Config;
+use crate::state;
+
+/// Opened weights: their shape, their tokenizer, and a way to read them.
+#[derive(Debug)]
+pub struct Weights {
+    /// Where they are.
+    pub path: PathBuf,
+    /// The model's shape.
+    pub config: Config,
+    /// `tokenizer.json`.
+    pub tokenizer: Vec<u8>,
+    /// The token between documents.
+    pub end_of_text: String,
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    Checkpoint(Box<Checkpoint>),
+    Export(Box<Folder>),
+}
+
+impl Weights {
+    /// Opens a run's folder (its newest checkpoint), the name of a run below `runs`, a checkpoint, or an export.
+    ///
+    /// # Errors
+    /// Nothing of the kind is there, or it is damaged.
+    pub fn open(what: &Path, runs: &Path) -> Result<Self> {
+        let named = runs.join(what);
+        let path = if what.is_dir() { what } else { &named };
+        if path.join("manifest.json").is_file() {
+            return Self::checkpoint(Checkpoint::open(path)?);
+        }
+        if path.join("config.json").is_file() {
+            return Self::export(path);
+        }
+        Self::checkpoint(newest(path)?)
+    }
+
+    /// Opens a checkpoint.
+    ///
+    /// # Errors
+    /// It is damaged, or not of a training run.
+    pub fn checkpoint(checkpoint: Checkpoint) -> Result<Self> {
+        let meta = state::meta(&checkpoint)?;
+        Ok(Self {
+            path: checkpoint.path().to_owned(),
+            config: meta.model,
+            tokenizer: checkpoint.attachment("tokenizer.json")?,
+            end_of_text: meta.end_of_text,
+            source: Source::Checkpoint(Box::new(checkpoint)),
+        })
+    }
+
+    fn export(path: &Path) -> Result<Self> {
+        let folder = Folder::open(path)?;
+        let config = HfConfig::parse(&folder.file("config.json")?, &path.join("config.json"))?;
+        Ok(Self {
+            path: path.to_owned(),
+            tokenizer: folder.file("tokenizer.json")?,
+            end_of_text: crate::export::end_of_text(&folder, path)?,
+            config: config.shape,
+            source: Source::Export(Box::new(folder)),
+        })
+    }
+
+    /// Reads every parameter of a model of shape `wanted`, in its order.
+    ///
+    /// # Errors
+    /// Every parameter that is missing or has another shape, and a vocabulary that differs, together.
+    pub fn read(&self, wanted: &Config) -> Result<Vec<Vec<f32>>> {
+        let have: Vec<_> = self.config.parameters();
+        let want = wanted.parameters();
+        let mut mismatches = Vec::new();
+        if self.config.vocab_size != wanted.vocab_size {
+            let (found, expected) = (self.config.vocab_size, wanted.vocab_size);
+            mismatches.push(format!("vocabulary: the recipe's tokenizer has {expected} tokens, the weights have {found}"));
+        }
+        for parameter in &want {
+            match have.iter().find(|other| other.name == parameter.name) {
+                None => mismatches.push(format!("{}: expected {:?}, found nothing", parameter.name, parameter.shape)),
+                Some(other) if other.shape != parameter.shape => {
+                    mismatches
+                        .push(format!("{}: expected {:?}, found {:?}", parameter.name, parameter.shape, other.shape));
+                }
+                Some(_) => {}
+            }
+        }
+        let extra = have.iter().filter(|other| want.iter().all(|parameter| parameter.name != other.name));
+        mismatches.extend(extra.map(|other| format!("{}: expected nothing, found {:?}", other.name, other.shape)));
+        if !mismatches.is_empty() {
+            return Err(Error::Mismatch { path: self.path.clone(), mismatches });
+        }
+        want.iter()
+            .map(|parameter| {
+                let mut values = vec![0.0; parameter.shape.iter().product()];
+                match &self.source {
+                    Source::Checkpoint(checkpoint) => {
+                        checkpoint.tensor(&parameter.name, &parameter.shape, &mut values)?;
+                    }
+                    Source::Export(folder) => {
+                        let (shape, found) = folder.tensor(&parameter.name)?;
+                        if shape != parameter.shape {
+                            let what = format!("{}: expected {:?}, found {shape:?}", parameter.name, parameter.shape);
+                            return Err(Error::Mismatch { path: self.path.clone(), mismatches: vec![what] });
+                        }
+                        values = found;
+                    }
+                }
+                Ok(values)
+            })
+            .collect()
+    }
+}
+
+/// The newest checkpoint of a run's folder.
+fn newest(run: &Path) -> Result<Checkpoint> {
+    if !run.is_dir() {
+        return Err(Error::Usage(format!(
+            "{}: expected the folder or the name of a run, a checkpoint, or an export; there is no such folder",
+            run.display()
+        )));
+    }
+    match reader::list(&run.join("checkpoints"))?.pop() {
+        Some((_, path)) => Ok(Checkpoint::open(&path)?),
+        None => Err(Error::Run {
+            name: run.display().to_string(),
+            what: "it has no checkpoint yet: wait for one, or train it to its end".into(),
+        }),
+    }
+}
