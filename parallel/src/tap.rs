@@ -1,11 +1,13 @@
 //! Closures on the two directions of the autodiff graph.
 //!
-//! Two operations, both a backend extension of burn:
+//! All of them are one backend extension of burn:
 //!
 //! - [`through`]`(x, forward, backward)` runs one closure on the value in the forward pass and another on the gradient
 //!   in the backward pass. Every parallel operation of Megatron-LM (Shoeybi et al. 2019, <https://arxiv.org/abs/1909.08053>)
 //!   is a pair of this kind.
 //! - [`tap`]`(weight, anchor, emit)` is the identity; its backward hands the finished gradient of `weight` to `emit`.
+//! - [`fused`] and [`fused_pair`] are operations of one and two inputs whose backward is a closure that the forward
+//!   returns, with whatever it kept: what kernels with a handwritten backward are made of.
 //!
 //! # Why a tap needs an anchor
 //!
@@ -53,17 +55,24 @@ impl fmt::Debug for Emit {
     }
 }
 
-/// One closure for the value and one for the gradient. Either may change the shape; the gradient closure receives the
-/// shape of the forward's output and must return the shape of its input.
+/// From the gradient of an operation's output to the gradients of its `N` inputs.
+pub(crate) type Back<const N: usize> = Arc<dyn Fn(DispatchTensor) -> [DispatchTensor; N] + Send + Sync>;
+
+type Forward<const N: usize> = Arc<dyn Fn([DispatchTensor; N]) -> (DispatchTensor, Back<N>) + Send + Sync>;
+
+/// An operation of `N` inputs with its own backward. None of its closures sees an autodiff tensor.
 #[derive(Clone)]
-pub struct Pair {
-    forward: Arc<dyn Fn(DispatchTensor) -> DispatchTensor + Send + Sync>,
-    backward: Arc<dyn Fn(DispatchTensor) -> DispatchTensor + Send + Sync>,
+pub struct Fused<const N: usize>(Forward<N>);
+
+impl<const N: usize> Fused<N> {
+    fn call(&self, inputs: [DispatchTensor; N]) -> (DispatchTensor, Back<N>) {
+        (self.0)(inputs)
+    }
 }
 
-impl fmt::Debug for Pair {
+impl<const N: usize> fmt::Debug for Fused<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Pair")
+        f.write_str("Fused")
     }
 }
 
@@ -80,7 +89,8 @@ pub fn tap<const D: usize, const E: usize>(weight: Tensor<D>, anchor: Option<&Te
     })
 }
 
-/// Runs `forward` on the value now, and `backward` on the gradient in the backward pass.
+/// Runs `forward` on the value now, and `backward` on the gradient in the backward pass. Either may change the shape;
+/// `backward` receives the shape of the forward's output and must return the shape of its input.
 ///
 /// Neither closure sees an autodiff tensor: nothing inside them is recorded.
 pub fn through<const D: usize>(
@@ -88,11 +98,47 @@ pub fn through<const D: usize>(
     forward: impl Fn(Tensor<D>) -> Tensor<D> + Send + Sync + 'static,
     backward: impl Fn(Tensor<D>) -> Tensor<D> + Send + Sync + 'static,
 ) -> Tensor<D> {
-    let pair = Pair {
-        forward: Arc::new(move |x| forward(Tensor::from_dispatch(x)).into_dispatch()),
-        backward: Arc::new(move |gradient| backward(Tensor::from_dispatch(gradient)).into_dispatch()),
-    };
-    Tensor::from_dispatch(Dispatch::through(x.into_dispatch(), pair))
+    let backward = Arc::new(backward);
+    fused(x, move |x| {
+        let backward = backward.clone();
+        (forward(x), move |gradient| backward(gradient))
+    })
+}
+
+/// An operation of one input. `forward` returns the output and the closure that turns the output's gradient into the
+/// input's; without autodiff that closure is dropped at once.
+pub fn fused<const D: usize, const E: usize, B>(
+    x: Tensor<D>,
+    forward: impl Fn(Tensor<D>) -> (Tensor<E>, B) + Send + Sync + 'static,
+) -> Tensor<E>
+where
+    B: Fn(Tensor<E>) -> Tensor<D> + Send + Sync + 'static,
+{
+    let operation = Fused::<1>(Arc::new(move |[x]| {
+        let (out, backward) = forward(Tensor::from_dispatch(x));
+        (out.into_dispatch(), Arc::new(move |g| [backward(Tensor::from_dispatch(g)).into_dispatch()]) as Back<1>)
+    }));
+    Tensor::from_dispatch(Dispatch::fused(x.into_dispatch(), operation))
+}
+
+/// An operation of two inputs, like [`fused`].
+pub fn fused_pair<const D1: usize, const D2: usize, const E: usize, B>(
+    x: Tensor<D1>,
+    y: Tensor<D2>,
+    forward: impl Fn(Tensor<D1>, Tensor<D2>) -> (Tensor<E>, B) + Send + Sync + 'static,
+) -> Tensor<E>
+where
+    B: Fn(Tensor<E>) -> (Tensor<D1>, Tensor<D2>) + Send + Sync + 'static,
+{
+    let operation = Fused::<2>(Arc::new(move |[x, y]| {
+        let (out, backward) = forward(Tensor::from_dispatch(x), Tensor::from_dispatch(y));
+        let back = move |g| {
+            let (x, y) = backward(Tensor::from_dispatch(g));
+            [x.into_dispatch(), y.into_dispatch()]
+        };
+        (out.into_dispatch(), Arc::new(back) as Back<2>)
+    }));
+    Tensor::from_dispatch(Dispatch::fused_pair(x.into_dispatch(), y.into_dispatch(), operation))
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use checkpoint::export::Dtype;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::allocator;
 use crate::bench;
 use crate::data::tokenizer::Tokenizer;
 use crate::device;
@@ -117,6 +118,7 @@ enum Bench {
 /// Runs the command of this process and returns its exit code: 0 done, 1 failed, 2 bad usage or recipe, 75 try again.
 #[must_use]
 pub fn main() -> ExitCode {
+    allocator::keep_blocks();
     // A file that grows past a limit is an error to report, not a signal to die of. Nothing else runs yet.
     #[cfg(unix)]
     let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, std::sync::Arc::default());

@@ -4,13 +4,15 @@
 //! - [`recipe`]: what a run should do, one TOML file.
 //! - [`data`]: from text to batches of tokens.
 //! - [`model`]: a Llama-style decoder as plain burn modules.
+//! - [`kernels`]: fused operations with their own backward.
 //! - [`device`]: from `[device]` to a burn device.
 //! - [`step`]: one training step; [`optimizer`]: AdamW and the schedule; [`state`]: what a step changes.
 //! - [`run`]: a run from its folder to its end.
 //! - [`weights`]: weights that exist already; [`export`]: Hugging Face's format; [`generate`]: text from a model.
 //! - [`bench`]: speed of this machine.
-//! - [`rng`]: random numbers without state; [`log`]: where log lines go; [`error`]: everything that can go wrong.
+//! - [`allocator`]: of the binary; [`rng`]: random numbers without state; [`log`]: where log lines go; [`error`]: everything that can go wrong.
 
+pub mod allocator;
 pub mod bench;
 pub mod cli;
 pub mod data;
@@ -18,6 +20,7 @@ pub mod device;
 pub mod error;
 pub mod export;
 pub mod generate;
+pub mod kernels;
 pub mod log;
 pub mod model;
 pub mod optimizer;

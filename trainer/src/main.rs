@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 /// Blocks of many megabytes come and go with every step: this allocator keeps them.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: trainer::allocator::MiMalloc = trainer::allocator::MiMalloc;
 
 fn main() -> ExitCode {
     trainer::cli::main()

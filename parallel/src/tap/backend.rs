@@ -1,7 +1,9 @@
-//! The backend extension behind [`tap`](super::tap) and [`through`](super::through).
+//! The backend extension behind [`tap`](super::tap), [`fused`](super::fused) and [`fused_pair`](super::fused_pair).
 //!
 //! Plain backends do what the forward pass asks; `Autodiff` records one step whose backward calls the closure. A
 //! backend is added with one line at the end of this file.
+
+use std::fmt;
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
@@ -12,7 +14,7 @@ use burn::backend::{
     Autodiff, Backend, BackendTensor, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind, backend_extension,
 };
 
-use super::{Emit, Pair};
+use super::{Back, Emit, Fused};
 
 /// What a backend must offer so that closures can run on its tensors.
 #[backend_extension(Flex, LibTorch: cfg(feature = "libtorch"), Cube: cfg(feature = "cube"), Autodiff)]
@@ -21,8 +23,10 @@ pub trait TapBackend: Backend {
     fn tap(x: FloatTensor<Self>, anchor: FloatTensor<Self>, emit: Emit) -> FloatTensor<Self>;
     /// The same without an anchor.
     fn tap_leaf(x: FloatTensor<Self>, emit: Emit) -> FloatTensor<Self>;
-    /// `pair.forward` on the value, `pair.backward` on the gradient.
-    fn through(x: FloatTensor<Self>, pair: Pair) -> FloatTensor<Self>;
+    /// An operation of one input with its own backward.
+    fn fused(x: FloatTensor<Self>, operation: Fused<1>) -> FloatTensor<Self>;
+    /// An operation of two inputs with its own backward.
+    fn fused_pair(x: FloatTensor<Self>, y: FloatTensor<Self>, operation: Fused<2>) -> FloatTensor<Self>;
 }
 
 /// Turns a backend's own tensor into one whose device is known at run time only, and back.
@@ -50,18 +54,30 @@ impl<B: Backend + Lift, const N: usize> Backward<B, N> for TapStep {
     }
 }
 
-/// The backward step of [`through`](super::through).
+/// The backward of an operation, with whatever its forward kept.
+#[derive(Clone)]
+struct Kept<const N: usize>(Back<N>);
+
+impl<const N: usize> fmt::Debug for Kept<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Kept")
+    }
+}
+
+/// The backward step of an operation of `N` inputs.
 #[derive(Debug)]
-struct ThroughStep;
+struct FusedStep;
 
-impl<B: Backend + Lift> Backward<B, 1> for ThroughStep {
-    type State = Pair;
+impl<B: Backend + Lift, const N: usize> Backward<B, N> for FusedStep {
+    type State = Kept<N>;
 
-    fn backward(self, ops: Ops<Pair, 1>, gradients: &mut Gradients, _: &mut Checkpointer) {
+    fn backward(self, ops: Ops<Kept<N>, N>, gradients: &mut Gradients, _: &mut Checkpointer) {
         let gradient = gradients.consume::<B>(&ops.node);
-        let out = (ops.state.backward)(B::lift(gradient));
-        if let Some(parent) = &ops.parents[0] {
-            gradients.register::<B>(parent.id, B::lower(out));
+        let inputs = (ops.state.0)(B::lift(gradient));
+        for (parent, gradient) in ops.parents.iter().zip(inputs) {
+            if let Some(parent) = parent {
+                gradients.register::<B>(parent.id, B::lower(gradient));
+            }
         }
     }
 }
@@ -81,12 +97,21 @@ impl<B: TapBackend + Lift, C: CheckpointStrategy> TapBackend for Autodiff<B, C> 
         }
     }
 
-    fn through(x: FloatTensor<Self>, pair: Pair) -> FloatTensor<Self> {
+    fn fused(x: FloatTensor<Self>, operation: Fused<1>) -> FloatTensor<Self> {
         let guard = x.node();
-        let out = B::through(x.into_primitive(), pair.clone());
-        match ThroughStep.prepare::<C>([guard]).compute_bound().stateful() {
-            OpsKind::Tracked(step) => step.finish(pair, out),
-            OpsKind::UnTracked(step) => step.finish(out),
+        let (out, back) = operation.call([B::lift(x.into_primitive())]);
+        match Backward::<B, 1>::prepare::<C>(FusedStep, [guard]).compute_bound().stateful() {
+            OpsKind::Tracked(step) => step.finish(Kept(back), B::lower(out)),
+            OpsKind::UnTracked(step) => step.finish(B::lower(out)),
+        }
+    }
+
+    fn fused_pair(x: FloatTensor<Self>, y: FloatTensor<Self>, operation: Fused<2>) -> FloatTensor<Self> {
+        let guards = [x.node(), y.node()];
+        let (out, back) = operation.call([B::lift(x.into_primitive()), B::lift(y.into_primitive())]);
+        match Backward::<B, 2>::prepare::<C>(FusedStep, guards).compute_bound().stateful() {
+            OpsKind::Tracked(step) => step.finish(Kept(back), B::lower(out)),
+            OpsKind::UnTracked(step) => step.finish(B::lower(out)),
         }
     }
 }
@@ -120,8 +145,12 @@ macro_rules! backend {
                 x
             }
 
-            fn through(x: FloatTensor<Self>, pair: Pair) -> FloatTensor<Self> {
-                Self::lower((pair.forward)(Self::lift(x)))
+            fn fused(x: FloatTensor<Self>, operation: Fused<1>) -> FloatTensor<Self> {
+                Self::lower(operation.call([Self::lift(x)]).0)
+            }
+
+            fn fused_pair(x: FloatTensor<Self>, y: FloatTensor<Self>, operation: Fused<2>) -> FloatTensor<Self> {
+                Self::lower(operation.call([Self::lift(x), Self::lift(y)]).0)
             }
         }
     };

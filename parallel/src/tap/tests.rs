@@ -211,3 +211,26 @@ fn through_runs_one_closure_each_way_and_may_change_the_shape() {
     let gradient = x.grad(&gradients).expect("a leaf").into_data();
     assert_eq!(gradient.as_slice::<f32>().expect("f32"), [6.0; 8]);
 }
+
+#[test]
+fn an_operation_of_two_inputs_gives_each_its_gradient_and_keeps_what_it_needs() {
+    let device = Device::flex().autodiff();
+    let x = input(4, &device).require_grad();
+    let y = input(5, &device).require_grad();
+    let product = |x: Tensor<2>, y: Tensor<2>| {
+        fused_pair(x, y, |x, y| {
+            let out = x.clone() * y.clone();
+            (out, move |g: Tensor<2>| (g.clone() * y.clone(), g * x.clone()))
+        })
+    };
+    let gradients = product(x.clone(), y.clone()).powi_scalar(2).sum().backward();
+    let plain = (x.clone() * y.clone()).powi_scalar(2).sum().backward();
+    for input in [&x, &y] {
+        let found = input.grad(&gradients).expect("a leaf").into_data();
+        assert_eq!(bits(&found), bits(&input.grad(&plain).expect("a leaf").into_data()));
+    }
+    // An input that is not tracked gets none, and the other still does.
+    let fixed = input(5, &device);
+    let gradients = product(x.clone(), fixed.clone()).sum().backward();
+    assert!(x.grad(&gradients).is_some() && fixed.grad(&gradients).is_none());
+}

@@ -1,12 +1,14 @@
 //! Attention. Shapes: B batch, T new tokens, S all tokens, H query heads, K key-value heads, E elements a head, D width.
 
+use std::sync::Arc;
+
 use burn::Tensor;
 use burn::module::Module;
-use burn::tensor::activation::softmax;
-use burn::tensor::{Bool, Device, TensorData};
 
 use super::config::Config;
 use super::layers::Linear;
+use crate::kernels::rotary::{Angles, rotate};
+use crate::kernels::softmax::causal_softmax;
 
 /// Grouped-query self-attention.
 #[derive(Module, Debug)]
@@ -29,47 +31,13 @@ pub struct Attention {
 
 /// What all layers share in one forward pass over T tokens that stand at positions `start..start + T`.
 #[derive(Clone, Debug)]
-pub struct Positions {
-    /// `[1, 1, T, E]`
-    cos: Tensor<4>,
-    /// `[1, 1, T, E]`
-    sin: Tensor<4>,
-    /// `[1, 1, T, S]`, true where a token must not look; `None` for a single new token, which may look everywhere.
-    hidden: Option<Tensor<4, Bool>>,
-}
+pub struct Positions(Arc<Angles>);
 
 impl Positions {
-    /// Rotations and mask for `count` tokens that follow `start` others.
+    /// The rotations of `count` tokens that follow `start` others.
     #[must_use]
-    pub fn new(config: &Config, start: usize, count: usize, device: &Device) -> Self {
-        let dim = config.head_dim();
-        let mut cos = Vec::with_capacity(count * dim);
-        let mut sin = Vec::with_capacity(count * dim);
-        for position in start..start + count {
-            // Both halves of a head turn by the same angles: Hugging Face's layout, not interleaved pairs.
-            let angles = (0..dim).map(|i| {
-                let exponent = (2 * (i % (dim / 2))) as f64 / dim as f64;
-                position as f64 * libm::pow(config.rope_theta, -exponent)
-            });
-            for angle in angles {
-                cos.push(libm::cos(angle) as f32);
-                sin.push(libm::sin(angle) as f32);
-            }
-        }
-        let table = |values: Vec<f32>| Tensor::from_data(TensorData::new(values, [1, 1, count, dim]), device);
-        let hidden = (count > 1).then(|| {
-            let all = start + count;
-            let mask = (0..count).flat_map(|i| (0..all).map(move |j| j > start + i)).collect::<Vec<bool>>();
-            Tensor::from_data(TensorData::new(mask, [1, 1, count, all]), device)
-        });
-        Self { cos: table(cos), sin: table(sin), hidden }
-    }
-
-    fn rotate(&self, x_bhte: Tensor<4>) -> Tensor<4> {
-        let half = x_bhte.dims()[3] / 2;
-        let left = x_bhte.clone().narrow(3, 0, half);
-        let right = x_bhte.clone().narrow(3, half, half);
-        x_bhte * self.cos.clone() + Tensor::cat(vec![right.neg(), left], 3) * self.sin.clone()
+    pub fn new(config: &Config, start: usize, count: usize) -> Self {
+        Self(Arc::new(Angles::new(config.rope_theta, config.head_dim(), start, count)))
     }
 }
 
@@ -104,29 +72,17 @@ impl Attention {
     /// `[B, T, D]` to the same shape. With a cache the new tokens also look at those in it.
     pub fn forward(&self, x_btd: Tensor<3>, positions: &Positions, cache: Option<&mut KvCache>) -> Tensor<3> {
         let [b, t, _] = x_btd.dims();
-        let split = |x: Tensor<3>, heads: usize| {
-            let e = x.dims()[2] / heads;
-            x.reshape([b, t, heads, e]).swap_dims(1, 2)
-        };
-        let q_bhte = positions.rotate(split(self.q_proj.forward(x_btd.clone()), self.heads));
-        let k_bkte = positions.rotate(split(self.k_proj.forward(x_btd.clone()), self.shared_heads));
-        let v_bkte = split(self.v_proj.forward(x_btd), self.shared_heads);
+        let q_bhte = rotate(self.q_proj.forward(x_btd.clone()), self.heads, &positions.0);
+        let k_bkte = rotate(self.k_proj.forward(x_btd.clone()), self.shared_heads, &positions.0);
+        let e = q_bhte.dims()[3];
+        let v_bkte = self.v_proj.forward(x_btd).reshape([b, t, self.shared_heads, e]).swap_dims(1, 2);
         let (k_bkse, v_bkse) = match cache {
             Some(cache) => cache.extend(k_bkte, v_bkte),
             None => (k_bkte, v_bkte),
         };
-        let e = q_bhte.dims()[3];
-        let k_bhse = self.share(k_bkse);
-        let v_bhse = self.share(v_bkse);
-        let scores_bhts = q_bhte.mul_scalar(1.0 / (e as f64).sqrt()).matmul(k_bhse.swap_dims(2, 3));
-        let scores_bhts = match &positions.hidden {
-            Some(hidden) => {
-                let shape = scores_bhts.dims();
-                scores_bhts.mask_fill(hidden.clone().expand(shape), f32::NEG_INFINITY)
-            }
-            None => scores_bhts,
-        };
-        let y_bhte = softmax(scores_bhts, 3).matmul(v_bhse);
+        let scores_bhts = q_bhte.matmul(self.share(k_bkse).swap_dims(2, 3));
+        let weights_bhts = causal_softmax(scores_bhts, 1.0 / (e as f32).sqrt());
+        let y_bhte = weights_bhts.matmul(self.share(v_bkse));
         self.o_proj.forward(y_bhte.swap_dims(1, 2).reshape([b, t, self.heads * e]))
     }
 

@@ -5,6 +5,8 @@ use burn::module::{Module, Param};
 use burn::tensor::{Int, module};
 use parallel::tap::{Emit, tap};
 
+use crate::kernels::rms_norm::rms_norm;
+
 /// A layer's one slot: empty outside training; in training it takes the layer's gradient out of the backward pass.
 #[derive(Clone, Debug, Default)]
 pub struct Hook(Option<Emit>);
@@ -107,7 +109,6 @@ impl RmsNorm {
     /// `[B, T, D]` to the same shape.
     pub fn forward(&self, x_btd: Tensor<3>) -> Tensor<3> {
         let weight = self.hook.apply(self.weight.val(), Some(&x_btd));
-        let mean_square = (x_btd.clone() * x_btd.clone()).mean_dim(2);
-        x_btd / (mean_square + self.eps).sqrt() * weight.unsqueeze()
+        rms_norm(x_btd, weight, self.eps)
     }
 }

@@ -2,12 +2,13 @@
 
 use burn::Tensor;
 use burn::module::Module;
-use burn::tensor::activation::{log_softmax, silu};
 use burn::tensor::{Device, Int, TensorData};
 
 use super::attention::{Attention, KvCache, Positions};
 use super::config::Config;
 use super::layers::{Embedding, Hook, Linear, RmsNorm, look_up, project};
+use crate::kernels::cross_entropy::cross_entropy;
+use crate::kernels::swiglu::swiglu;
 
 /// A decoder with its head, as Hugging Face's `LlamaForCausalLM`.
 #[derive(Module, Debug)]
@@ -92,7 +93,7 @@ impl Llama {
     pub fn forward(&self, tokens_bt: Tensor<2, Int>, caches: Option<&mut [KvCache]>) -> Tensor<3> {
         let [_, t] = tokens_bt.dims();
         let start = caches.as_ref().and_then(|caches| caches.first()).map_or(0, KvCache::len);
-        let positions = Positions::new(&self.config, start, t, &tokens_bt.device());
+        let positions = Positions::new(&self.config, start, t);
         let table_vd = self.model.embed_tokens.table();
         let mut x_btd = look_up(table_vd.clone(), tokens_bt);
         let mut caches = caches.map(<[KvCache]>::iter_mut);
@@ -110,8 +111,7 @@ impl Llama {
     pub fn loss(&self, tokens_bt: Tensor<2, Int>, targets_bt: Tensor<2, Int>) -> Tensor<1> {
         let [b, t] = tokens_bt.dims();
         let logits = self.forward(tokens_bt, None).reshape([b * t, self.config.vocab_size]);
-        let chosen = log_softmax(logits, 1).gather(1, targets_bt.reshape([b * t, 1]));
-        chosen.sum().neg()
+        cross_entropy(logits, targets_bt.reshape([b * t]))
     }
 }
 
@@ -125,7 +125,7 @@ impl Block {
 
 impl Mlp {
     fn forward(&self, x_btd: Tensor<3>) -> Tensor<3> {
-        self.down_proj.forward(silu(self.gate_proj.forward(x_btd.clone())) * self.up_proj.forward(x_btd))
+        self.down_proj.forward(swiglu(self.gate_proj.forward(x_btd.clone()), self.up_proj.forward(x_btd)))
     }
 }
 
