@@ -36,7 +36,8 @@ fn exported_logits_equal_the_trained_models_and_other_types_come_close() {
     let newest = newest.display().to_string();
     place.run(&["export", &newest, "--format", "hf", "--out", "from-checkpoint"]).ok();
     assert!(largest_difference(&trained, &exported("from-checkpoint")) <= 1e-5);
-    let files = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
+    let files =
+        ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
     assert_eq!(place.names("from-checkpoint"), files);
 }
 

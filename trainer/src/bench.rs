@@ -80,9 +80,8 @@ pub fn step(args: &Step) -> Result<()> {
     let keys = DeviceKeys { backend: args.backend.clone(), index: 0, threads: args.threads };
     let stepper = Stepper::new(&config, &device::open(&keys), recipe.bucket_bytes_max)?;
     let mut state = State::initial(&config, 1);
-    let ids = |shift: usize| {
-        (0..args.batch * args.seq).map(|i| ((i + shift) * 2_654_435_761 % args.vocab) as i32).collect()
-    };
+    let ids =
+        |shift: usize| (0..args.batch * args.seq).map(|i| ((i + shift) * 2_654_435_761 % args.vocab) as i32).collect();
     let batch = [Batch { inputs: ids(0), targets: ids(1), rows: args.batch }];
     let mut seconds = Vec::new();
     for step in 0..args.warmup + args.steps {

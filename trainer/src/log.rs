@@ -49,8 +49,7 @@ impl RunLog {
     /// # Errors
     /// It cannot be written.
     pub fn open(&self, path: &Path) -> Result<()> {
-        let mut file =
-            OpenOptions::new().create(true).append(true).open(path).map_err(Error::io("open", path))?;
+        let mut file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::io("open", path))?;
         let mut sink = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Sink::Early(bytes) = &*sink {
             file.write_all(bytes).map_err(Error::io("write", path))?;

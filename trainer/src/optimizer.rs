@@ -61,7 +61,7 @@ impl AdamW {
     ///
     /// # Panics
     /// When the four slices differ in length.
-    pub fn update(&self, range: Range<'_>) {
+    pub fn update(&self, range: &mut Range<'_>) {
         let n = range.weights.len();
         assert!(range.gradients.len() == n && range.m.len() == n && range.v.len() == n, "one range, one length");
         let chunks = range
@@ -106,7 +106,7 @@ mod tests {
             let update = AdamW::new(&KEYS, 1e-2, t, 0.5, decay);
             for start in (0..40_000).step_by(cut) {
                 let end = (start + cut).min(40_000);
-                update.update(Range {
+                update.update(&mut Range {
                     weights: &mut weights[start..end],
                     gradients: &gradient[start..end],
                     m: &mut m[start..end],
@@ -134,7 +134,7 @@ mod tests {
             v = 0.95 * v + 0.05 * g * g;
             let (m_hat, v_hat) = (m / (1.0 - 0.9f64.powi(t as i32)), v / (1.0 - 0.95f64.powi(t as i32)));
             w -= 1e-2 * (m_hat / (v_hat.sqrt() + 1e-8) + 0.1 * w);
-            AdamW::new(&KEYS, 1e-2, u64::from(t), 1.0, true).update(Range {
+            AdamW::new(&KEYS, 1e-2, u64::from(t), 1.0, true).update(&mut Range {
                 weights: &mut weights,
                 gradients: &[g as f32],
                 m: &mut first,

@@ -100,7 +100,8 @@ pub fn train(order: Order) -> Result<Ended> {
     let started = Instant::now();
     let recipe = &order.recipe;
     device::set_threads(recipe.device.threads);
-    let stop = Stop::on_signals(recipe.checkpoint.grace_s).map_err(Error::io("listen for signals in", "this process"))?;
+    let stop =
+        Stop::on_signals(recipe.checkpoint.grace_s).map_err(Error::io("listen for signals in", "this process"))?;
     let runs = &recipe.metrics.runs_dir;
     // A name that is taken should be said before the text is read.
     if !order.resume && runs.join(&order.name).exists() {
@@ -115,8 +116,8 @@ pub fn train(order: Order) -> Result<Ended> {
     };
     order.log.open(&folder.file("logs/rank-0.log"))?;
     let old = folder.summary().filter(|_| order.resume);
-    let result = Run::open(order, &folder, started, stop, data, config, from, changed);
-    let result = result.and_then(|mut run| run.go(&folder));
+    let parts = Parts { order, started, stop, data, config, from, changed };
+    let result = Run::open(&folder, parts).and_then(|mut run| run.go(&folder));
     if result.is_err() {
         let mut summary = folder.summary().or(old).unwrap_or_else(|| Summary {
             status: Status::Failed,
@@ -137,6 +138,18 @@ pub fn train(order: Order) -> Result<Ended> {
     result
 }
 
+/// What a run is put together from.
+struct Parts {
+    order: Order,
+    started: Instant,
+    stop: Stop,
+    data: Data,
+    config: Config,
+    from: Option<Weights>,
+    /// What a resume changed of the recipe.
+    changed: Vec<String>,
+}
+
 const MESH: &str = "1 x 1 x 1";
 
 /// The model's shape, compared with the weights that it starts from.
@@ -155,28 +168,19 @@ fn shape(recipe: &Recipe, data: &Data, from: Option<&Weights>) -> Result<Config>
 }
 
 impl Run {
-    #[allow(clippy::too_many_arguments, reason = "the one place where the parts of a run come together")]
-    fn open(
-        order: Order,
-        folder: &Folder,
-        started: Instant,
-        stop: Stop,
-        data: Data,
-        config: Config,
-        from: Option<Weights>,
-        changed: Vec<String>,
-    ) -> Result<Self> {
+    fn open(folder: &Folder, parts: Parts) -> Result<Self> {
+        let Parts { order, started, stop, data, config, from, changed } = parts;
         let recipe = order.recipe;
         let device = device::open(&recipe.device);
         let stepper = Stepper::new(&config, &device, recipe.bucket_bytes_max)?;
         let newest = if order.resume { newest_good(folder)? } else { None };
-        let (state, tokens) = match (&newest, from) {
+        let (state, tokens, last_loss) = match (&newest, from) {
             (Some(checkpoint), _) => {
                 let (state, meta) = State::load(checkpoint, &config)?;
-                (state, meta.tokens)
+                (state, meta.tokens, meta.loss)
             }
-            (None, Some(from)) => (State::fresh(from.read(&config)?), 0),
-            (None, None) => (State::initial(&config, recipe.train.seed), 0),
+            (None, Some(from)) => (State::fresh(from.read(&config)?), 0, None),
+            (None, None) => (State::initial(&config, recipe.train.seed), 0, None),
         };
         let writer = Writer::new(
             Arc::new(RealDisk),
@@ -211,7 +215,7 @@ impl Run {
             stop,
             started,
             wall_before_s: if order.resume { wall_before_s } else { 0.0 },
-            last_loss: None,
+            last_loss,
             failure: None,
             recipe,
         })
@@ -275,9 +279,8 @@ impl Run {
         let batches: Vec<_> = (0..train.micro_batches as u64)
             .map(|micro_batch| {
                 let samples = first + micro_batch * rows..first + (micro_batch + 1) * rows;
-                let starts: Vec<usize> = samples
-                    .map(|sample| order::window(sample, windows, train.seed) as usize * train.seq_len)
-                    .collect();
+                let starts: Vec<usize> =
+                    samples.map(|sample| order::window(sample, windows, train.seed) as usize * train.seq_len).collect();
                 evaluate::batch(&self.data.train, &starts, train.seq_len)
             })
             .collect();
@@ -338,6 +341,7 @@ impl Run {
             good_step: self.state.good_step,
             samples: self.state.step * (self.recipe.train.micro_batch_size * self.recipe.train.micro_batches) as u64,
             tokens: self.tokens,
+            loss: self.last_loss,
             seed: self.recipe.train.seed,
             recipe_hash: self.recipe_hash.clone(),
             model: self.config.clone(),
@@ -379,7 +383,8 @@ impl Run {
                     self.metrics.event("checkpoint", step, fields);
                 }
                 Outcome::Failed { step, error } => {
-                    let kept = self.committed.map_or("there is none before it".into(), |s| format!("step {s}'s is kept"));
+                    let kept =
+                        self.committed.map_or("there is none before it".into(), |s| format!("step {s}'s is kept"));
                     self.metrics.event("checkpoint_failed", step, json!({ "error": error.to_string() }));
                     self.progress.say(&format!(
                         "the checkpoint of step {step} was not written ({kept}), training goes on: {error}"

@@ -25,6 +25,8 @@ pub struct Meta {
     pub samples: u64,
     /// Tokens that were predicted.
     pub tokens: u64,
+    /// Loss of the last step whose loss was finite, in nats a token.
+    pub loss: Option<f64>,
     /// Key of the weights and of the data's order.
     pub seed: u64,
     /// The recipe's hash, over everything that decides what is computed.

@@ -163,7 +163,7 @@ impl Stepper {
     fn apply(&self, state: &mut State, recipe: &Recipe, sum: &Sum<'_>, learning_rate: f64, scale: f32) {
         for (index, parameter) in self.plan.parameters().iter().enumerate() {
             let decay = parameter.shape.len() > 1;
-            AdamW::new(&recipe.optimizer, learning_rate, state.updates, scale, decay).update(optimizer::Range {
+            AdamW::new(&recipe.optimizer, learning_rate, state.updates, scale, decay).update(&mut optimizer::Range {
                 weights: &mut state.weights[index],
                 gradients: sum.parameter(index),
                 m: &mut state.m[index],
@@ -202,7 +202,7 @@ pub fn plain_model(config: &Config, device: &Device, weights: &[Vec<f32>]) -> Ll
 
 fn take<const D: usize>(stream: &GradientStream, index: usize, gradient: Tensor<D>) -> Option<Tensor<D>> {
     let elements = gradient.shape().num_elements();
-    stream.add(index, Gradient::Device(gradient.reshape([elements])));
+    stream.add(index, Gradient::Device(Box::new(gradient.reshape([elements]))));
     None
 }
 

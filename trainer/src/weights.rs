@@ -84,7 +84,8 @@ impl Weights {
         let mut mismatches = Vec::new();
         if self.config.vocab_size != wanted.vocab_size {
             let (found, expected) = (self.config.vocab_size, wanted.vocab_size);
-            mismatches.push(format!("vocabulary: the recipe's tokenizer has {expected} tokens, the weights have {found}"));
+            mismatches
+                .push(format!("vocabulary: the recipe's tokenizer has {expected} tokens, the weights have {found}"));
         }
         for parameter in &want {
             match have.iter().find(|other| other.name == parameter.name) {

@@ -18,7 +18,7 @@ pub enum Gradient<'a> {
     /// Elements in host memory, row-major.
     Host(&'a [f32]),
     /// A tensor on any device; its elements are read back when the bucket takes them.
-    Device(Tensor<1>),
+    Device(Box<Tensor<1>>),
 }
 
 /// Why a step's gradients do not add up. All of them are faults of the program, not of the data.
@@ -37,7 +37,9 @@ pub enum StreamError {
         found: usize,
     },
     /// A parameter gave its gradient twice in one micro-batch, as a weight does that is tapped at two places.
-    #[error("step {step}, parameter {parameter}: a second gradient in micro-batch {micro_batch}; tap a tied weight once")]
+    #[error(
+        "step {step}, parameter {parameter}: a second gradient in micro-batch {micro_batch}; tap a tied weight once"
+    )]
     Twice {
         /// The step.
         step: u64,
@@ -284,7 +286,7 @@ mod tests {
         let stream = stream(1 << 20);
         stream.begin(0, 1);
         let tensor = Tensor::<1>::from_floats([2.0, 3.0], &burn::tensor::Device::flex());
-        stream.add(1, Gradient::Device(tensor));
+        stream.add(1, Gradient::Device(Box::new(tensor)));
         assert_eq!(stream.finish().expect("no fault").parameter(1), [2.0, 3.0]);
     }
 }

@@ -80,8 +80,8 @@ fn run(anchored: bool) -> Vec<Event> {
     let x = input(9, &device).require_grad();
     chain(&weights(&device), x, anchored, &log).backward();
     note(&log, Event::Returned);
-    let events = log.lock().expect("no other thread").clone();
-    events
+    let events = log.lock().expect("no other thread");
+    events.clone()
 }
 
 #[test]
@@ -204,7 +204,7 @@ fn through_runs_one_closure_each_way_and_may_change_the_shape() {
     let gathered = through(
         x.clone(),
         |x| Tensor::cat(vec![x.clone(), x], 0),
-        |gradient| gradient.clone().slice([0..2]) + gradient.slice([2..4]),
+        |gradient| gradient.clone().narrow(0, 0, 2) + gradient.narrow(0, 2, 2),
     );
     assert_eq!(gathered.dims(), [4, 4]);
     let gradients = gathered.mul_scalar(3.0).sum().backward();

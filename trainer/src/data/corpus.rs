@@ -36,7 +36,10 @@ impl Corpus {
         };
         let corpus = Self { train: read(&data.train)?, held_out: read(&data.held_out)? };
         if corpus.train.iter().all(|document| document.text.is_empty()) {
-            return Err(Error::Text { path: data.train.join(", "), what: "expected text to train on, found none".into() });
+            return Err(Error::Text {
+                path: data.train.join(", "),
+                what: "expected text to train on, found none".into(),
+            });
         }
         let found = corpus.hash();
         match &data.blake3 {
@@ -124,8 +127,10 @@ fn read_jsonl(items: &[String], field: &str) -> Result<Vec<Document>> {
                 continue;
             }
             let name = format!("{item}:{}", number + 1);
-            let value: serde_json::Value = serde_json::from_str(line)
-                .map_err(|error| Error::Text { path: name.clone(), what: format!("expected a line of JSON: {error}") })?;
+            let value: serde_json::Value = serde_json::from_str(line).map_err(|error| Error::Text {
+                path: name.clone(),
+                what: format!("expected a line of JSON: {error}"),
+            })?;
             let Some(text) = value.get(field).and_then(serde_json::Value::as_str) else {
                 let what = format!("expected an object with a string \"{field}\" (data.jsonl_field)");
                 return Err(Error::Text { path: name, what });

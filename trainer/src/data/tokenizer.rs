@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerBuilder};
+use tokenizers::{
+    AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerBuilder,
+};
 
 use super::corpus::Document;
 use crate::error::{Error, Result};
@@ -31,18 +33,13 @@ pub fn train(vocab_size: usize, end_of_text: &str, documents: &[Document]) -> Re
         .special_tokens(vec![AddedToken::from(end_of_text, true)])
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build();
-    let mut tokenizer = TokenizerBuilder::<
-        BPE,
-        NormalizerWrapper,
-        PreTokenizerWrapper,
-        PostProcessorWrapper,
-        DecoderWrapper,
-    >::new()
-    .with_model(BPE::default())
-    .with_pre_tokenizer(Some(PreTokenizerWrapper::ByteLevel(ByteLevel::default().add_prefix_space(false))))
-    .with_decoder(Some(DecoderWrapper::ByteLevel(ByteLevel::default())))
-    .build()
-    .map_err(failed)?;
+    let mut tokenizer =
+        TokenizerBuilder::<BPE, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>::new()
+            .with_model(BPE::default())
+            .with_pre_tokenizer(Some(PreTokenizerWrapper::ByteLevel(ByteLevel::default().add_prefix_space(false))))
+            .with_decoder(Some(DecoderWrapper::ByteLevel(ByteLevel::default())))
+            .build()
+            .map_err(failed)?;
     tokenizer.train(&mut trainer, documents.iter().map(|document| document.text.as_str())).map_err(failed)?;
     let found = tokenizer.get_vocab_size(true);
     if found != vocab_size {
@@ -60,14 +57,20 @@ impl Tokenizer {
     /// # Errors
     /// It is not one, or it does not have the end-of-text token.
     pub fn parse(json: Vec<u8>, end_of_text: &str) -> Result<Self> {
-        let inner = tokenizers::Tokenizer::from_bytes(&json)
-            .map_err(|error| Error::Tokenizer(format!("expected a tokenizer.json of Hugging Face's tokenizers: {error}")))?;
+        let inner = tokenizers::Tokenizer::from_bytes(&json).map_err(|error| {
+            Error::Tokenizer(format!("expected a tokenizer.json of Hugging Face's tokenizers: {error}"))
+        })?;
         let Some(id) = inner.token_to_id(end_of_text) else {
             return Err(Error::Tokenizer(format!(
                 "tokenizer.end_of_text: the tokenizer has no token \"{end_of_text}\"; name the one that it ends texts with"
             )));
         };
-        Ok(Self { inner: Arc::new(inner), json: json.into(), end_of_text: id, end_of_text_name: end_of_text.to_owned() })
+        Ok(Self {
+            inner: Arc::new(inner),
+            json: json.into(),
+            end_of_text: id,
+            end_of_text_name: end_of_text.to_owned(),
+        })
     }
 
     /// The file.

@@ -124,9 +124,7 @@ mod tests {
     #[test]
     fn huge_logits_stay_finite_and_a_nan_shows() {
         let device = Device::flex();
-        let loss = |rows: Vec<f32>| {
-            values(cross_entropy(tensor(rows, [1, 3], &device), targets(&[1], &device)))[0]
-        };
+        let loss = |rows: Vec<f32>| values(cross_entropy(tensor(rows, [1, 3], &device), targets(&[1], &device)))[0];
         assert_eq!(loss(vec![1e4, 0.0, -1e4]), 1e4);
         assert!(loss(vec![0.0, 1.0, f32::NAN]).is_nan());
         assert!(!loss(vec![0.0, 1.0, f32::INFINITY]).is_finite());

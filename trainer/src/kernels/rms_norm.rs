@@ -117,7 +117,7 @@ mod tests {
             let with = |weight: Tensor<1>| (weight.clone(), weight);
             let (w1, w2) = with(weight.clone());
             same(
-                &[x.clone()],
+                std::slice::from_ref(&x),
                 move |x| rms_norm(x[0].clone(), w1.clone(), 1e-5),
                 move |x| reference(x[0].clone(), w2.clone(), 1e-5),
             );

@@ -117,8 +117,7 @@ impl Llama {
 
 impl Block {
     fn forward(&self, x_btd: Tensor<3>, positions: &Positions, cache: Option<&mut KvCache>) -> Tensor<3> {
-        let x_btd =
-            x_btd.clone() + self.self_attn.forward(self.input_layernorm.forward(x_btd), positions, cache);
+        let x_btd = x_btd.clone() + self.self_attn.forward(self.input_layernorm.forward(x_btd), positions, cache);
         x_btd.clone() + self.mlp.forward(self.post_attention_layernorm.forward(x_btd))
     }
 }

@@ -78,7 +78,9 @@ const MANY: i64 = 1 << 31;
 /// Backends by name, and the cargo feature that builds each (`flex` is always there).
 pub const BACKENDS: &[&str] = &["flex", "libtorch", "libtorch-cuda", "vulkan", "metal", "cuda", "rocm", "cpu"];
 
-use Fallback::{Empty, Flag as DefaultFlag, Integer as DefaultInteger, NoTexts, Real as DefaultReal, Required, Text as DefaultText};
+use Fallback::{
+    Empty, Flag as DefaultFlag, Integer as DefaultInteger, NoTexts, Real as DefaultReal, Required, Text as DefaultText,
+};
 use Kind::{Choice, Flag, Integer, Real, Text, Texts};
 use Tag::{Fixed, Free, Local, Resumable};
 
@@ -198,7 +200,8 @@ impl Fallback {
 pub fn markdown() -> String {
     let mut out = String::new();
     for wanted in sections() {
-        let _ = write!(out, "### `[{wanted}]`\n\n| key | expects | default | tag | |\n| --- | --- | --- | --- | --- |\n");
+        let _ =
+            write!(out, "### `[{wanted}]`\n\n| key | expects | default | tag | |\n| --- | --- | --- | --- | --- |\n");
         for key in KEYS.iter().filter(|key| section(key.name) == wanted) {
             let default = match key.default {
                 Required => "required".to_owned(),

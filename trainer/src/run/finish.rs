@@ -63,7 +63,8 @@ pub(super) fn finish(run: &Run, folder: &Folder) -> Result<bool> {
     if let Some(prompt) = &run.recipe.export.prompt {
         print(format!("a sample, after {prompt:?}:\n---"))?;
         let model = plain_model(&run.config, &run.device, &run.state.weights);
-        let sampling = Sampling { temperature: run.recipe.export.temperature, top_p: 0.95, seed: run.recipe.train.seed };
+        let sampling =
+            Sampling { temperature: run.recipe.export.temperature, top_p: 0.95, seed: run.recipe.train.seed };
         let say = |text: &str| std::io::stdout().write_all(text.as_bytes());
         drop(out);
         say(prompt).map_err(Error::io("write", "standard output"))?;

@@ -144,7 +144,8 @@ impl Folder {
     /// # Errors
     /// It cannot be written.
     pub fn write_summary(&self, summary: &Summary) -> Result<()> {
-        let mut text = serde_json::to_vec_pretty(summary).map_err(|error| Error::io("write", "run.json")(error.into()))?;
+        let mut text =
+            serde_json::to_vec_pretty(summary).map_err(|error| Error::io("write", "run.json")(error.into()))?;
         text.push(b'\n');
         replace(&self.file("run.json"), &text)
     }
@@ -227,7 +228,8 @@ mod tests {
         let message = Folder::resume(runs.path(), "a", &recipe(&changed)).expect_err("two fixed keys").to_string();
         assert!(message.contains("train.seed: the run has 1, the recipe says 9"), "{message}");
         assert!(message.contains("model.from") && !message.contains("train.steps"), "{message}");
-        let (_, changes) = Folder::resume(runs.path(), "a", &recipe(&["train.steps=5", "device.threads=1"])).expect("allowed");
+        let (_, changes) =
+            Folder::resume(runs.path(), "a", &recipe(&["train.steps=5", "device.threads=1"])).expect("allowed");
         assert_eq!(changes, ["train.steps: the run has 3, the recipe says 5"]);
     }
 

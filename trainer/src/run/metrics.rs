@@ -76,7 +76,12 @@ impl Metrics {
             OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io("open", path))
         };
         let tensorboard = if tensorboard { Some(EventFile::create(folder, resumed_at)?) } else { None };
-        Ok(Self { metrics: open("metrics.jsonl")?, events: open("events.jsonl")?, tensorboard, folder: folder.to_owned() })
+        Ok(Self {
+            metrics: open("metrics.jsonl")?,
+            events: open("events.jsonl")?,
+            tensorboard,
+            folder: folder.to_owned(),
+        })
     }
 
     /// Writes one step.

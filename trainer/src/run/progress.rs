@@ -35,7 +35,11 @@ impl Progress {
         if let Some(bar) = &self.bar {
             bar.set_message(format!("loss {loss}  {rate:.0} tokens/s"));
             bar.set_position(line.step);
-        } else if line.step % self.log_every == 0 || line.step == self.steps || line.step == 1 || line.loss.is_none() {
+        } else if line.step.is_multiple_of(self.log_every)
+            || line.step == self.steps
+            || line.step == 1
+            || line.loss.is_none()
+        {
             let left = (self.steps - line.step.min(self.steps)) as f64 * line.step_s;
             eprintln!("step {}/{}  loss {loss}  {rate:.0} tokens/s  {} left", line.step, self.steps, duration(left));
         }

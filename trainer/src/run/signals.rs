@@ -26,7 +26,8 @@ impl Stop {
     pub fn on_signals(grace_s: f64) -> std::io::Result<Self> {
         let stop = Self::default();
         let asked = stop.0.clone();
-        let mut signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM])?;
+        let mut signals =
+            signal_hook::iterator::Signals::new([signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM])?;
         let listen = move || {
             for signal in signals.forever() {
                 if asked.swap(true, Ordering::Relaxed) {
@@ -37,7 +38,9 @@ impl Stop {
                 eprintln!("{name}: finishing the step and writing a checkpoint, at most {grace_s} s");
                 std::thread::spawn(move || {
                     std::thread::sleep(Duration::from_secs_f64(grace_s));
-                    eprintln!("the checkpoint was not done after {grace_s} s (checkpoint.grace_s): stopping without it");
+                    eprintln!(
+                        "the checkpoint was not done after {grace_s} s (checkpoint.grace_s): stopping without it"
+                    );
                     std::process::exit(i32::from(TRY_AGAIN));
                 });
             }

@@ -119,7 +119,8 @@ mod tests {
         let mut file = EventFile::create(folder.path(), Some(7)).expect("writable");
         file.scalars(8, &[("loss", 1.5)]).expect("writable");
         drop(file);
-        let path = std::fs::read_dir(folder.path()).expect("a folder").next().expect("one file").expect("readable").path();
+        let path =
+            std::fs::read_dir(folder.path()).expect("a folder").next().expect("one file").expect("readable").path();
         let bytes = std::fs::read(path).expect("readable");
         let mut rest = bytes.as_slice();
         let mut events = Vec::new();
