@@ -198,3 +198,18 @@ fn weights_that_do_not_fit_are_listed_one_by_one() {
     ];
     place.train("b", &[]).failed(2, &said);
 }
+
+#[test]
+fn a_resume_over_another_text_or_another_tokenizer_is_refused() {
+    let place = Place::new();
+    std::fs::copy(text().join("train.txt"), place.path("mine.txt")).expect("writable");
+    let mine = ["--set", "data.train=['mine.txt']"];
+    place.train("a", &[&mine[..], &["--set", "train.stop_at_step=9"]].concat()).ok();
+    let mut changed = std::fs::read(place.path("mine.txt")).expect("readable");
+    changed.truncate(100_000);
+    std::fs::write(place.path("mine.txt"), changed).expect("writable");
+    let said = ["--resume cannot change what the run reads", "the text of [data] and [eval]", "restore it"];
+    place.train("a", &[&mine[..], &["--resume"]].concat()).failed(2, &said);
+    std::fs::copy(text().join("train.txt"), place.path("mine.txt")).expect("writable");
+    place.train("a", &[&mine[..], &["--resume"]].concat()).ok();
+}

@@ -84,4 +84,8 @@ fn a_new_run_from_a_run_a_checkpoint_or_an_export_starts_where_that_one_ended() 
     let start: f64 = curves[0][0][1].parse().expect("a number");
     assert!((start - last).abs() < (start - first).abs() / 4.0, "{first} {last} {start}");
     assert_eq!(curves[0].len(), 5, "fresh steps");
+    // It can go on when what it started from is gone.
+    std::fs::remove_dir_all(place.path("runs/a")).expect("ours");
+    place.train("d", &["--resume", "--set", "train.seed=9", "--set", "train.steps=7"]).ok();
+    assert_eq!(place.curve("d").len(), 7);
 }

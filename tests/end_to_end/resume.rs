@@ -38,6 +38,15 @@ fn two_uninterrupted_runs_are_the_same_and_another_seed_is_not() {
 }
 
 #[test]
+fn the_number_of_threads_does_not_change_a_bit() {
+    let place = Place::new();
+    place.train("one", &["--set", "device.threads=1"]).ok();
+    same_as_uninterrupted(&place, "one");
+    place.train("three", &["--set", "device.threads=3"]).ok();
+    same_as_uninterrupted(&place, "three");
+}
+
+#[test]
 fn after_a_clean_stop() {
     let place = Place::new();
     place.train("a", &["--set", "train.stop_at_step=21"]).ok();

@@ -8,6 +8,7 @@ Needs torch and transformers (see docs/testing.md). Prints the largest differenc
 logit, and fails beyond 1e-4; the tokens must be the same.
 """
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 folder = sys.argv[1]
 prompt = sys.argv[2] if len(sys.argv) > 2 else "fn main() {\n    let mut words: Vec<String> = Vec::new();\n"
 root = pathlib.Path(__file__).parents[2]
-binary = next(p for p in (root / "target/release/logits", root / "target/debug/logits") if p.exists())
+target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", root / "target"))
+built = [target / profile / "logits" for profile in ("release", "debug")]
+binary = max((path for path in built if path.exists()), key=lambda path: path.stat().st_mtime)
 ours = json.loads(subprocess.run([binary, folder, prompt], check=True, capture_output=True).stdout)
 
 tokenizer = AutoTokenizer.from_pretrained(folder)

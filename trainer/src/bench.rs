@@ -1,5 +1,6 @@
 //! `tributary bench`: speed of this machine, as ratios that anyone can repeat.
 
+use std::io::Write as _;
 use std::time::Instant;
 
 use clap::Args;
@@ -41,7 +42,7 @@ pub struct Step {
     #[arg(long, default_value_t = 2048)]
     vocab: usize,
     /// Steps that are timed
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = at_least_one)]
     steps: usize,
     /// Steps before them
     #[arg(long, default_value_t = 3)]
@@ -94,19 +95,21 @@ pub fn step(args: &Step) -> Result<()> {
     seconds.sort_by(f64::total_cmp);
     let step_s = seconds[seconds.len() / 2];
     let tokens_per_s = (args.batch * args.seq) as f64 / step_s;
-    if args.json {
+    let line = if args.json {
         let threads = if args.threads == 0 { rayon::current_num_threads() } else { args.threads };
-        println!(
-            "{}",
-            json!({
-                "backend": args.backend, "dtype": "f32", "params": config.parameter_count(), "batch": args.batch,
-                "seq": args.seq, "threads": threads, "step_s": step_s, "tokens_per_s": tokens_per_s,
-                "memory_bytes": memory_bytes_max(),
-            })
-        );
+        json!({
+            "backend": args.backend, "dtype": "f32", "params": config.parameter_count(), "batch": args.batch,
+            "seq": args.seq, "threads": threads, "step_s": step_s, "tokens_per_s": tokens_per_s,
+            "memory_bytes": memory_bytes_max(),
+        })
+        .to_string()
     } else {
         let millions = config.parameter_count() as f64 / 1e6;
-        println!("{millions:.1} M parameters on {}: {step_s:.4} s a step, {tokens_per_s:.0} tokens/s", args.backend);
-    }
-    Ok(())
+        format!("{millions:.1} M parameters on {}: {step_s:.4} s a step, {tokens_per_s:.0} tokens/s", args.backend)
+    };
+    writeln!(std::io::stdout(), "{line}").map_err(Error::io("write", "standard output"))
+}
+
+fn at_least_one(text: &str) -> std::result::Result<usize, String> {
+    text.parse().ok().filter(|&x| x > 0).ok_or_else(|| "expected a whole number of at least 1".into())
 }

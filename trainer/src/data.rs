@@ -28,6 +28,8 @@ use crate::recipe::resolved::TokenizerSource;
 pub struct Data {
     /// The tokenizer.
     pub tokenizer: Tokenizer,
+    /// BLAKE3 of the text, training and held-out.
+    pub corpus_hash: String,
     /// What to train on.
     pub train: Tokens,
     /// What to hold out; `None` when the recipe names nothing.
@@ -73,8 +75,17 @@ pub fn prepare(recipe: &Recipe, given: Option<&[u8]>, registry: &Path) -> Result
             recipe.train.seq_len
         )));
     }
+    if let Some(tokens) = &held_out
+        && tokens.windows(recipe.train.seq_len) == 0
+    {
+        return Err(Error::Usage(format!(
+            "eval.files: expected more than train.seq_len = {} tokens of held-out text, found {}",
+            recipe.train.seq_len,
+            tokens.len()
+        )));
+    }
     tracing::info!(tokens = train.len(), seconds = start.elapsed().as_secs_f64(), "data is ready");
-    Ok(Data { tokenizer, train, held_out, held_out_zstd })
+    Ok(Data { tokenizer, corpus_hash: corpus.hash, train, held_out, held_out_zstd })
 }
 
 /// Compresses the documents, one after the other, at level 19; remembered in the cache, because it takes a second.

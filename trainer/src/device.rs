@@ -2,6 +2,7 @@
 
 use burn::tensor::Device;
 
+use crate::recipe::keys::BACKENDS;
 use crate::recipe::resolved::DeviceKeys;
 
 /// Whether this build has the backend of that name.
@@ -16,7 +17,8 @@ pub fn available(backend: &str) -> Result<(), String> {
         "cuda" => (cfg!(feature = "cuda"), "cuda"),
         "rocm" => (cfg!(feature = "rocm"), "rocm"),
         "cpu" => (cfg!(feature = "cpu"), "cpu"),
-        _ => (true, ""),
+        "flex" => (true, ""),
+        _ => return Err(format!("expected one of {}, found {backend:?}", BACKENDS.join(", "))),
     };
     if built { Ok(()) } else { Err(format!("this build has no {backend}: build with `--features {feature}`")) }
 }

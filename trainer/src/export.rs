@@ -33,6 +33,9 @@ pub struct HfConfig {
     pub eos_token_id: u32,
     /// Type of the stored weights, in torch's spelling.
     pub dtype: String,
+    /// Never written; a file that has one is of a model that we do not compute.
+    #[serde(default, skip_serializing)]
+    pub rope_scaling: Option<Value>,
 }
 
 impl HfConfig {
@@ -48,6 +51,11 @@ impl HfConfig {
             return Err(fault("expected a llama with silu and without biases".into()));
         }
         config.shape.check().map_err(fault)?;
+        if config.rope_scaling.is_some() || config.head_dim != config.shape.head_dim() {
+            return Err(fault(
+                "expected heads of hidden_size / num_attention_heads elements, without rope_scaling".into(),
+            ));
+        }
         Ok(config)
     }
 }
@@ -91,6 +99,7 @@ impl Export<'_> {
             bos_token_id: self.end_of_text_id,
             eos_token_id: self.end_of_text_id,
             dtype: dtype.into(),
+            rope_scaling: None,
         };
         let tokenizer_config = json!({
             "tokenizer_class": "PreTrainedTokenizerFast",

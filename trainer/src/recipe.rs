@@ -3,10 +3,12 @@
 //! - [`keys`]: the table of every key: its type, bounds, default, tag and meaning.
 //! - [`fault`]: what is wrong with a recipe, where, and how to mend it.
 //! - [`raw`]: the recipe as written, every value checked on its own against the table.
+//! - [`checks`]: faults between keys.
 //! - [`resolved`]: the recipe as validated: typed, complete, and consistent with itself.
 //!
 //! Everything that is wrong is reported at once, before any device, file or network is touched.
 
+pub mod checks;
 pub mod fault;
 pub mod keys;
 pub mod raw;

@@ -5,6 +5,7 @@
 //! - [`progress`]: what a person sees.
 //! - [`evaluate`]: the loss on held-out text.
 //! - [`signals`]: being asked to stop.
+//! - [`save`]: checkpoints of a run, and the way back from them.
 //! - [`finish`]: what happens after the last step.
 
 pub mod evaluate;
@@ -12,6 +13,7 @@ pub mod finish;
 pub mod folder;
 pub mod metrics;
 pub mod progress;
+pub mod save;
 pub mod signals;
 pub mod tensorboard;
 
@@ -21,8 +23,8 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use checkpoint::disk::RealDisk;
-use checkpoint::reader::{self, Checkpoint};
-use checkpoint::writer::{Offer, Outcome, Retention, Writer};
+use checkpoint::reader::Checkpoint;
+use checkpoint::writer::{Retention, Writer};
 use serde_json::json;
 
 use crate::data::{self, Data, order};
@@ -31,14 +33,15 @@ use crate::error::{Error, Result};
 use crate::log::RunLog;
 use crate::model::Config;
 use crate::recipe::{Raw, Recipe};
-use crate::state::{self, Meta};
+use crate::state;
 use crate::step::{Report, State, Stepper, untouched};
 use crate::weights::Weights;
 
 use evaluate::{Place, evaluate};
-use folder::{Folder, Status, Summary};
+use folder::{Folder, Status};
 use metrics::{Line, Metrics};
 use progress::Progress;
+use save::{newest_good, same_text};
 use signals::Stop;
 
 /// What `tributary train` was asked for.
@@ -87,6 +90,8 @@ struct Run {
     started: Instant,
     wall_before_s: f64,
     last_loss: Option<f64>,
+    /// Seconds of the snapshots since the last line of metrics.
+    stall_s: f64,
     /// The newest checkpoint that was committed, and what went wrong with those after it.
     committed: Option<u64>,
     failure: Option<checkpoint::CheckpointError>,
@@ -103,37 +108,53 @@ pub fn train(order: Order) -> Result<Ended> {
     let stop =
         Stop::on_signals(recipe.checkpoint.grace_s).map_err(Error::io("listen for signals in", "this process"))?;
     let runs = &recipe.metrics.runs_dir;
-    // A name that is taken should be said before the text is read.
-    if !order.resume && runs.join(&order.name).exists() {
-        Folder::create(runs, &order.name, &order.raw)?;
-    }
-    let from = recipe.model.from.as_ref().map(|from| Weights::open(from, runs)).transpose()?;
+    // Whatever can be refused is refused before a new folder is made, and before a text is read if it needs none.
+    let existing = match order.resume {
+        true => Some(Folder::resume(runs, &order.name, &order.raw)?),
+        false => Folder::check_free(runs, &order.name).map(|()| None)?,
+    };
+    let newest = match &existing {
+        Some((folder, _)) => newest_good(folder)?,
+        None => None,
+    };
+    let from = match (&recipe.model.from, &newest) {
+        // What a run started from may be gone by now; its own checkpoints have all that it needs.
+        (Some(_), Some(newest)) => Some(Weights::checkpoint(Checkpoint::open(newest.path())?)?),
+        (Some(from), None) => Some(Weights::open(from, runs)?),
+        (None, _) => None,
+    };
     let data = data::prepare(recipe, from.as_ref().map(|from| from.tokenizer.as_slice()), &order.registry)?;
     let config = shape(recipe, &data, from.as_ref())?;
-    let (folder, changed) = match order.resume {
-        true => Folder::resume(runs, &order.name, &order.raw)?,
-        false => (Folder::create(runs, &order.name, &order.raw)?, Vec::new()),
+    let (state, tokens, last_loss) = match (&newest, from) {
+        (Some(newest), _) => {
+            same_text(&order.name, newest, &data)?;
+            let (state, meta) = State::load(newest, &config)?;
+            (state, meta.tokens, meta.loss)
+        }
+        (None, Some(from)) => (State::fresh(from.read(&config)?), 0, None),
+        (None, None) => (State::initial(&config, recipe.train.seed), 0, None),
     };
-    order.log.open(&folder.file("logs/rank-0.log"))?;
-    let old = folder.summary().filter(|_| order.resume);
-    let parts = Parts { order, started, stop, data, config, from, changed };
-    let result = Run::open(&folder, parts).and_then(|mut run| run.go(&folder));
+    let new = existing.is_none();
+    let (folder, changed) = match existing {
+        Some(existing) => existing,
+        None => (Folder::create(runs, &order.name)?, Vec::new()),
+    };
+    let committed = newest.map(|newest| newest.step());
+    let parts = Parts { order, started, stop, data, config, state, tokens, last_loss, committed, changed };
+    let mut run = match Run::open(&folder, parts) {
+        Ok(run) => run,
+        Err(error) => {
+            if new {
+                folder.abandon();
+            }
+            return Err(error);
+        }
+    };
+    let result = run.go(&folder);
     if result.is_err() {
-        let mut summary = folder.summary().or(old).unwrap_or_else(|| Summary {
-            status: Status::Failed,
-            step: 0,
-            loss: None,
-            held_out_bits_per_byte: None,
-            parameter_hash: None,
-            tokens: 0,
-            wall_s: started.elapsed().as_secs_f64(),
-            mesh: MESH.into(),
-            codec: String::new(),
-            version: crate::VERSION.into(),
-        });
-        summary.status = Status::Failed;
+        run.progress.finish();
         // The error that ended the run is the one to report.
-        let _ = folder.write_summary(&summary);
+        let _ = folder.write_summary(&run.summary(Status::Failed));
     }
     result
 }
@@ -145,7 +166,10 @@ struct Parts {
     stop: Stop,
     data: Data,
     config: Config,
-    from: Option<Weights>,
+    state: State,
+    tokens: u64,
+    last_loss: Option<f64>,
+    committed: Option<u64>,
     /// What a resume changed of the recipe.
     changed: Vec<String>,
 }
@@ -169,19 +193,12 @@ fn shape(recipe: &Recipe, data: &Data, from: Option<&Weights>) -> Result<Config>
 
 impl Run {
     fn open(folder: &Folder, parts: Parts) -> Result<Self> {
-        let Parts { order, started, stop, data, config, from, changed } = parts;
+        let Parts { order, started, stop, data, config, state, tokens, last_loss, committed, changed } = parts;
         let recipe = order.recipe;
+        folder.keep_recipe(&order.raw)?;
+        order.log.open(&folder.file("logs/rank-0.log"))?;
         let device = device::open(&recipe.device);
         let stepper = Stepper::new(&config, &device, recipe.bucket_bytes_max)?;
-        let newest = if order.resume { newest_good(folder)? } else { None };
-        let (state, tokens, last_loss) = match (&newest, from) {
-            (Some(checkpoint), _) => {
-                let (state, meta) = State::load(checkpoint, &config)?;
-                (state, meta.tokens, meta.loss)
-            }
-            (None, Some(from)) => (State::fresh(from.read(&config)?), 0, None),
-            (None, None) => (State::initial(&config, recipe.train.seed), 0, None),
-        };
         let writer = Writer::new(
             Arc::new(RealDisk),
             folder.checkpoints(),
@@ -202,7 +219,7 @@ impl Run {
         Ok(Self {
             recipe_toml: order.raw.to_toml(),
             recipe_hash: order.raw.hash(),
-            committed: newest.map(|checkpoint| checkpoint.step()),
+            committed,
             config,
             device,
             data,
@@ -216,6 +233,7 @@ impl Run {
             started,
             wall_before_s: if order.resume { wall_before_s } else { 0.0 },
             last_loss,
+            stall_s: 0.0,
             failure: None,
             recipe,
         })
@@ -230,12 +248,16 @@ impl Run {
             let mut line = self.step()?;
             let step = line.step;
             if due(step, self.recipe.eval.every) && step < self.recipe.train.steps {
-                line.eval_loss = self.evaluate(self.recipe.eval.windows)?.map(|evaluation| evaluation.loss());
+                // Not to be stopped: the line must be the same in a run that nobody interrupts.
+                let evaluation = self.evaluate(self.recipe.eval.windows, &Stop::default())?;
+                line.eval_loss = evaluation.map(|evaluation| evaluation.loss());
             }
+            line.checkpoint_stall_s = std::mem::take(&mut self.stall_s);
             let due = due(step, self.recipe.checkpoint.every) && step < last;
             // The line comes first: a checkpoint never knows of a step that the metrics do not.
             self.metrics.step(&line)?;
             self.progress.step(&line);
+            self.give_up_after(self.recipe.train.skip_max)?;
             if due {
                 self.checkpoint();
             }
@@ -253,9 +275,17 @@ impl Run {
             return Ok(Ended::Done);
         }
         folder.write_summary(&self.summary(Status::Interrupted))?;
-        let step = self.state.step;
-        self.progress.say(&format!("stopped after step {step}, with a checkpoint: go on with --resume"));
+        self.progress.say(&match self.state.step {
+            0 => "stopped before the first step: go on with --resume".to_owned(),
+            step => format!("stopped after step {step}, with a checkpoint: go on with --resume"),
+        });
         Ok(if ended == Ended::Stopped { ended } else { Ended::Signalled })
+    }
+
+    /// Ends the run when too many steps in a row were skipped.
+    fn give_up_after(&self, skip_max: u64) -> Result<()> {
+        let (step, skips, good) = (self.state.step, self.state.skips, self.state.good_step);
+        if skips >= skip_max { Err(Error::NotFinite { step, skips, skip_max, good }) } else { Ok(()) }
     }
 
     fn say_what(&self) {
@@ -319,7 +349,7 @@ impl Run {
         }
     }
 
-    fn evaluate(&self, windows: usize) -> Result<Option<evaluate::Evaluation>> {
+    fn evaluate(&self, windows: usize, stop: &Stop) -> Result<Option<evaluate::Evaluation>> {
         let Some(tokens) = &self.data.held_out else { return Ok(None) };
         let place = Place {
             config: &self.config,
@@ -327,109 +357,13 @@ impl Run {
             seq_len: self.recipe.train.seq_len,
             rows: self.recipe.train.micro_batch_size,
             step: self.state.step,
-            stop: &self.stop,
+            stop,
         };
         evaluate(&place, &self.state.weights, tokens, windows)
-    }
-
-    /// Offers a snapshot; the writer does the rest while training goes on. Returns the seconds of the stall.
-    fn checkpoint(&mut self) -> f64 {
-        let meta = Meta {
-            step: self.state.step,
-            updates: self.state.updates,
-            skips: self.state.skips,
-            good_step: self.state.good_step,
-            samples: self.state.step * (self.recipe.train.micro_batch_size * self.recipe.train.micro_batches) as u64,
-            tokens: self.tokens,
-            loss: self.last_loss,
-            seed: self.recipe.train.seed,
-            recipe_hash: self.recipe_hash.clone(),
-            model: self.config.clone(),
-            end_of_text: self.data.tokenizer.end_of_text_name().to_owned(),
-        };
-        let attachments = state::attachments(self.data.tokenizer.json(), &self.recipe_toml);
-        let state = &self.state;
-        match self.writer.offer(meta.step, json!(meta), attachments, |snapshot| state.snapshot(snapshot)) {
-            Offer::Taken { copy_s } => copy_s,
-            Offer::Busy => {
-                let why = "two snapshots are being written";
-                self.metrics.event("snapshot_skipped", self.state.step, json!({ "why": why }));
-                0.0
-            }
-        }
-    }
-
-    /// The checkpoint that a run must not end without.
-    fn last_checkpoint(&mut self) -> Result<()> {
-        let outcomes = self.writer.flush();
-        self.note(outcomes);
-        if self.state.step > 0 && self.committed != Some(self.state.step) {
-            self.checkpoint();
-            let outcomes = self.writer.flush();
-            self.note(outcomes);
-        }
-        match self.failure.take() {
-            Some(failure) if self.committed != Some(self.state.step) && self.state.step > 0 => Err(failure.into()),
-            _ => Ok(()),
-        }
-    }
-
-    fn note(&mut self, outcomes: Vec<Outcome>) {
-        for outcome in outcomes {
-            match outcome {
-                Outcome::Committed { step, path, bytes, seconds, removed } => {
-                    self.committed = Some(step);
-                    let fields = json!({ "path": path, "bytes": bytes, "seconds": seconds, "removed": removed });
-                    self.metrics.event("checkpoint", step, fields);
-                }
-                Outcome::Failed { step, error } => {
-                    let kept =
-                        self.committed.map_or("there is none before it".into(), |s| format!("step {s}'s is kept"));
-                    self.metrics.event("checkpoint_failed", step, json!({ "error": error.to_string() }));
-                    self.progress.say(&format!(
-                        "the checkpoint of step {step} was not written ({kept}), training goes on: {error}"
-                    ));
-                    self.failure = Some(error);
-                }
-            }
-        }
-    }
-
-    fn summary(&self, status: Status) -> Summary {
-        let hash = (status != Status::Running).then(|| self.state.parameter_hash(&self.config));
-        Summary {
-            status,
-            step: self.state.step,
-            loss: self.last_loss,
-            held_out_bits_per_byte: None,
-            parameter_hash: hash,
-            tokens: self.tokens,
-            wall_s: self.wall_before_s + self.started.elapsed().as_secs_f64(),
-            mesh: MESH.into(),
-            codec: self.recipe.codec.to_string(),
-            version: crate::VERSION.into(),
-        }
     }
 }
 
 /// Whether something that happens every `every` steps happens at `step`; 0 is never.
 const fn due(step: u64, every: u64) -> bool {
     every > 0 && step.is_multiple_of(every)
-}
-
-/// The newest checkpoint of the run, verified whole; `None` when it was killed before the first.
-fn newest_good(folder: &Folder) -> Result<Option<Checkpoint>> {
-    let Some((_, path)) = reader::list(&folder.checkpoints())?.pop() else { return Ok(None) };
-    let open = || {
-        let checkpoint = Checkpoint::open(&path)?;
-        checkpoint.verify()?;
-        Ok::<_, checkpoint::CheckpointError>(checkpoint)
-    };
-    open().map(Some).map_err(|error| Error::Run {
-        name: folder.name().into(),
-        what: format!(
-            "its newest checkpoint is damaged: {error}\nremove {} to resume from the one before it",
-            path.display()
-        ),
-    })
 }

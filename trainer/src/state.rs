@@ -29,6 +29,8 @@ pub struct Meta {
     pub loss: Option<f64>,
     /// Key of the weights and of the data's order.
     pub seed: u64,
+    /// BLAKE3 of the text, training and held-out.
+    pub corpus_hash: String,
     /// The recipe's hash, over everything that decides what is computed.
     pub recipe_hash: String,
     /// The model's shape.

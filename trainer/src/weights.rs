@@ -37,7 +37,9 @@ impl Weights {
     /// Nothing of the kind is there, or it is damaged.
     pub fn open(what: &Path, runs: &Path) -> Result<Self> {
         let named = runs.join(what);
-        let path = if what.is_dir() { what } else { &named };
+        let kind = |path: &Path| ["manifest.json", "config.json", "checkpoints"].iter().any(|x| path.join(x).exists());
+        // A folder here that only shares its name with a run is not meant.
+        let path = if kind(what) || !named.is_dir() { what } else { &named };
         if path.join("manifest.json").is_file() {
             return Self::checkpoint(Checkpoint::open(path)?);
         }

@@ -77,11 +77,19 @@ fn hash_path(path: &Path) -> PathBuf {
 /// It cannot be written.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io("write in", folder))?;
+    let mut file = temporary(folder).map_err(Error::io("write in", folder))?;
     let write = |file: &mut File| file.write_all(bytes).and_then(|()| file.sync_all());
     write(file.as_file_mut()).map_err(Error::io("write", path))?;
     file.persist(path).map_err(|error| Error::io("replace", path)(error.error))?;
     Ok(())
+}
+
+/// A temporary file that others may read once it has its name, as far as the umask lets them.
+fn temporary(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.prefix(".new-").tempfile_in(folder)
 }
 
 #[cfg(test)]

@@ -21,6 +21,9 @@ pub struct Corpus {
     pub train: Vec<Document>,
     /// What to hold out.
     pub held_out: Vec<Document>,
+    /// BLAKE3 over both parts: for each document the length and the bytes of its text. Names are left out: a corpus
+    /// that moves is the same corpus.
+    pub hash: String,
 }
 
 impl Corpus {
@@ -34,28 +37,22 @@ impl Corpus {
             Source::Text => read_texts(items),
             Source::Jsonl { field } => read_jsonl(items, field),
         };
-        let corpus = Self { train: read(&data.train)?, held_out: read(&data.held_out)? };
+        let (train, held_out) = (read(&data.train)?, read(&data.held_out)?);
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(hash(&train).as_bytes()).update(hash(&held_out).as_bytes());
+        let corpus = Self { train, held_out, hash: hasher.finalize().to_hex().to_string() };
         if corpus.train.iter().all(|document| document.text.is_empty()) {
             return Err(Error::Text {
                 path: data.train.join(", "),
                 what: "expected text to train on, found none".into(),
             });
         }
-        let found = corpus.hash();
         match &data.blake3 {
-            Some(expected) if !expected.eq_ignore_ascii_case(&found) => {
-                Err(Error::CorpusChanged { expected: expected.clone(), found })
+            Some(expected) if !expected.eq_ignore_ascii_case(&corpus.hash) => {
+                Err(Error::CorpusChanged { expected: expected.clone(), found: corpus.hash })
             }
             _ => Ok(corpus),
         }
-    }
-
-    /// BLAKE3 over both parts: for each document its name, its length and its text.
-    #[must_use]
-    pub fn hash(&self) -> String {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(hash(&self.train).as_bytes()).update(hash(&self.held_out).as_bytes());
-        hasher.finalize().to_hex().to_string()
     }
 
     /// BLAKE3 of the training part.
@@ -65,7 +62,7 @@ impl Corpus {
     }
 }
 
-/// BLAKE3 of a list of documents. Names of text files are left out: a corpus that moves is the same corpus.
+/// BLAKE3 of a list of documents.
 pub(super) fn hash(documents: &[Document]) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();
     for document in documents {
@@ -185,7 +182,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().expect("a file");
         std::fs::write(file.path(), "text").expect("a file");
         let path = file.path().to_str().expect("UTF-8");
-        let found = Corpus::read(&data(Source::Text, &[path]), Path::new("")).expect("no hash").hash();
+        let found = Corpus::read(&data(Source::Text, &[path]), Path::new("")).expect("no hash").hash;
         let pinned = Data { blake3: Some(found.clone()), ..data(Source::Text, &[path]) };
         assert!(Corpus::read(&pinned, Path::new("")).is_ok());
         std::fs::write(file.path(), "test").expect("a file");

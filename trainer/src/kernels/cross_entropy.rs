@@ -46,7 +46,7 @@ fn forward(rows: &mut [f32], targets: &[usize], width: usize) -> (f32, Vec<f32>)
         let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f32 = exponentials(row, largest);
         // A row with NaN has no largest element to speak of; the sum is NaN and says so.
-        (sum, f64::from(sum).ln() + f64::from(largest) - f64::from(chosen))
+        (sum, libm::log(f64::from(sum)) + f64::from(largest) - f64::from(chosen))
     };
     let results: Vec<(f32, f64)> =
         rows.par_chunks_mut(width).with_min_len(piece).zip(targets.par_iter()).map(each).collect();

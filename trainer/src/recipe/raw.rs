@@ -200,6 +200,57 @@ impl Value {
     }
 }
 
+/// Reads values whose types the table has already checked.
+#[derive(Clone, Copy, Debug)]
+pub struct Reader<'a>(pub &'a Raw);
+
+impl Reader<'_> {
+    /// A whole number that is not negative.
+    #[must_use]
+    pub fn count(&self, name: &str) -> Option<usize> {
+        match self.0.get(name)? {
+            Value::Integer(x) => usize::try_from(*x).ok(),
+            _ => None,
+        }
+    }
+
+    /// A number.
+    #[must_use]
+    pub fn real(&self, name: &str) -> Option<f64> {
+        match self.0.get(name)? {
+            Value::Real(x) => Some(*x),
+            _ => None,
+        }
+    }
+
+    /// A truth value.
+    #[must_use]
+    pub fn flag(&self, name: &str) -> Option<bool> {
+        match self.0.get(name)? {
+            Value::Flag(x) => Some(*x),
+            _ => None,
+        }
+    }
+
+    /// A text.
+    #[must_use]
+    pub fn text(&self, name: &str) -> Option<String> {
+        match self.0.get(name)? {
+            Value::Text(x) => Some(x.clone()),
+            _ => None,
+        }
+    }
+
+    /// A list of texts; empty when there is none.
+    #[must_use]
+    pub fn texts(&self, name: &str) -> Vec<String> {
+        match self.0.get(name) {
+            Some(Value::Texts(x)) => x.clone(),
+            _ => Vec::new(),
+        }
+    }
+}
+
 /// A TOML value as one of ours, or how it should be shown after "found".
 fn convert(value: &Spanned<DeValue<'_>>) -> Result<Value, String> {
     let show = |value: &DeValue<'_>| format!("a {}", value.type_str());

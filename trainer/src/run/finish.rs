@@ -3,7 +3,7 @@
 use std::io::Write as _;
 
 use super::Run;
-use super::folder::{Folder, Status};
+use super::folder::{Folder, Status, Summary};
 use super::progress::duration;
 use crate::error::{Error, Result};
 use crate::export::Export;
@@ -15,7 +15,7 @@ pub(super) fn finish(run: &Run, folder: &Folder) -> Result<bool> {
     let held_out = match &run.data.held_out {
         Some(tokens) => {
             run.progress.say("evaluating on all held-out text");
-            match run.evaluate(0)? {
+            match run.evaluate(0, &run.stop)? {
                 Some(evaluation) => {
                     Some((evaluation.nats / std::f64::consts::LN_2 / tokens.text_bytes() as f64, tokens.text_bytes()))
                 }
@@ -44,8 +44,13 @@ pub(super) fn finish(run: &Run, folder: &Folder) -> Result<bool> {
     summary.held_out_bits_per_byte = held_out.map(|(bits, _)| bits);
     folder.write_summary(&summary)?;
 
-    let mut out = std::io::stdout().lock();
-    let mut print = |text: String| writeln!(out, "{text}").map_err(Error::io("write", "standard output"));
+    report(run, folder, &summary, held_out)?;
+    Ok(true)
+}
+
+/// Says how it ended, on stdout. A closed stdout takes nothing away from the run, which is done.
+fn report(run: &Run, folder: &Folder, summary: &Summary, held_out: Option<(f64, u64)>) -> Result<()> {
+    let print = |text: String| _ = writeln!(std::io::stdout(), "{text}");
     print(format!(
         "run {} is done: {} steps, {:.2} M tokens, {}; final loss {}",
         folder.name(),
@@ -53,25 +58,27 @@ pub(super) fn finish(run: &Run, folder: &Folder) -> Result<bool> {
         run.tokens as f64 / 1e6,
         duration(summary.wall_s),
         run.last_loss.map_or_else(|| "unknown".into(), |loss| format!("{loss:.4}"))
-    ))?;
+    ));
     if let Some((bits, bytes)) = held_out {
-        print(held_out_line(bits, bytes, run.data.held_out_zstd, run.recipe.train.seq_len))?;
+        print(held_out_line(bits, bytes, run.data.held_out_zstd, run.recipe.train.seq_len));
     }
     if run.recipe.export.at_end {
-        print(format!("exported to {}; try: tributary generate {0} --prompt \"fn main\"", export.display()))?;
+        let dir = folder.file("export");
+        print(format!("exported to {}; try: tributary generate {0} --prompt \"fn main\"", dir.display()));
     }
     if let Some(prompt) = &run.recipe.export.prompt {
-        print(format!("a sample, after {prompt:?}:\n---"))?;
+        print(format!("a sample, after {prompt:?}:\n---"));
         let model = plain_model(&run.config, &run.device, &run.state.weights);
         let sampling =
             Sampling { temperature: run.recipe.export.temperature, top_p: 0.95, seed: run.recipe.train.seed };
-        let say = |text: &str| std::io::stdout().write_all(text.as_bytes());
-        drop(out);
-        say(prompt).map_err(Error::io("write", "standard output"))?;
-        generate(&model, &run.data.tokenizer, prompt, run.recipe.export.sample_tokens, sampling, say)?;
-        println!("\n---");
+        let mut sample = prompt.clone();
+        generate(&model, &run.data.tokenizer, prompt, run.recipe.export.sample_tokens, sampling, |text| {
+            sample += text;
+            Ok(())
+        })?;
+        print(format!("{sample}\n---"));
     }
-    Ok(true)
+    Ok(())
 }
 
 fn held_out_line(bits: f64, bytes: u64, zstd: Option<f64>, seq_len: usize) -> String {

@@ -59,11 +59,21 @@ pub struct Folder {
 }
 
 impl Folder {
+    /// Whether a new run may have this name.
+    ///
+    /// # Errors
+    /// A name that is no name, or a run that has it.
+    pub fn check_free(runs: &Path, name: &str) -> Result<()> {
+        check_name(name)?;
+        let path = runs.join(name);
+        if path.exists() { Err(exists(name, &path)) } else { Ok(()) }
+    }
+
     /// Makes the folder of a new run.
     ///
     /// # Errors
-    /// A name that is no name, a run of that name, a folder that cannot be written.
-    pub fn create(runs: &Path, name: &str, recipe: &Raw) -> Result<Self> {
+    /// As [`check_free`](Self::check_free), or a folder that cannot be written.
+    pub fn create(runs: &Path, name: &str) -> Result<Self> {
         check_name(name)?;
         let path = runs.join(name);
         std::fs::create_dir_all(runs).map_err(Error::io("create", runs))?;
@@ -72,10 +82,7 @@ impl Folder {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Err(exists(name, &path)),
             Err(error) => return Err(Error::io("create", path)(error)),
         }
-        let folder = Self { name: name.into(), _lock: lock(name, &path)?, path };
-        replace(&folder.file("recipe.toml"), recipe.to_toml().as_bytes())?;
-        folder.make_rooms()?;
-        Ok(folder)
+        Ok(Self { name: name.into(), _lock: lock(name, &path)?, path })
     }
 
     /// Opens the folder of a run that is to go on, and returns with it what changed of the recipe that may change.
@@ -90,23 +97,35 @@ impl Folder {
             return Err(Error::Run { name: name.into(), what });
         }
         let folder = Self { name: name.into(), _lock: lock(name, &path)?, path };
-        let mut changed = Vec::new();
         // A run that was killed before it wrote its recipe has done nothing that could differ.
-        if let Ok(text) = std::fs::read_to_string(folder.file("recipe.toml")) {
-            let (old, _) = raw::read(&text, &[]);
-            let fixed = recipe.differences(&old, Tag::Fixed);
-            if !fixed.is_empty() {
-                let what = format!(
-                    "--resume cannot change what the run is:\n  {}\nrestore these keys, or start another run with --name",
-                    fixed.join("\n  ")
-                );
-                return Err(Error::Run { name: name.into(), what });
-            }
-            changed = recipe.differences(&old, Tag::Resumable);
+        let Ok(text) = std::fs::read_to_string(folder.file("recipe.toml")) else { return Ok((folder, Vec::new())) };
+        let (old, _) = raw::read(&text, &[]);
+        let fixed = recipe.differences(&old, Tag::Fixed);
+        if fixed.is_empty() {
+            return Ok((folder, recipe.differences(&old, Tag::Resumable)));
         }
-        replace(&folder.file("recipe.toml"), recipe.to_toml().as_bytes())?;
-        folder.make_rooms()?;
-        Ok((folder, changed))
+        let what = format!(
+            "--resume cannot change what the run is:\n  {}\nrestore these keys, or start another run with --name",
+            fixed.join("\n  ")
+        );
+        Err(Error::Run { name: name.into(), what })
+    }
+
+    /// Writes the recipe that the run follows from now on.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn keep_recipe(&self, recipe: &Raw) -> Result<()> {
+        let logs = self.file("logs");
+        std::fs::create_dir_all(&logs).map_err(Error::io("create", logs))?;
+        replace(&self.file("recipe.toml"), recipe.to_toml().as_bytes())
+    }
+
+    /// Removes the folder of a new run that did not come to its first step.
+    pub fn abandon(&self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.path) {
+            tracing::warn!("{} is left over and may be removed: {error}", self.path.display());
+        }
     }
 
     /// The run's name.
@@ -148,11 +167,6 @@ impl Folder {
             serde_json::to_vec_pretty(summary).map_err(|error| Error::io("write", "run.json")(error.into()))?;
         text.push(b'\n');
         replace(&self.file("run.json"), &text)
-    }
-
-    fn make_rooms(&self) -> Result<()> {
-        let logs = self.file("logs");
-        std::fs::create_dir_all(&logs).map_err(Error::io("create", logs))
     }
 }
 
@@ -210,8 +224,8 @@ mod tests {
     #[test]
     fn a_second_run_of_the_name_and_a_second_process_are_refused() {
         let runs = tempfile::tempdir().expect("a folder");
-        let first = Folder::create(runs.path(), "a", &recipe(&[])).expect("new");
-        let message = Folder::create(runs.path(), "a", &recipe(&[])).expect_err("exists").to_string();
+        let first = Folder::create(runs.path(), "a").expect("new");
+        let message = Folder::create(runs.path(), "a").expect_err("exists").to_string();
         assert!(message.contains("--resume") && message.contains("--name"), "{message}");
         let message = Folder::resume(runs.path(), "a", &recipe(&[])).expect_err("locked").to_string();
         assert!(message.contains(&format!("process {} is working on it", std::process::id())), "{message}");
@@ -223,7 +237,7 @@ mod tests {
     #[test]
     fn a_resume_names_every_fixed_key_that_changed_and_reports_the_others() {
         let runs = tempfile::tempdir().expect("a folder");
-        drop(Folder::create(runs.path(), "a", &recipe(&[])).expect("new"));
+        Folder::create(runs.path(), "a").and_then(|folder| folder.keep_recipe(&recipe(&[]))).expect("new");
         let changed = ["train.seed=9", "model.from=x", "train.steps=5"];
         let message = Folder::resume(runs.path(), "a", &recipe(&changed)).expect_err("two fixed keys").to_string();
         assert!(message.contains("train.seed: the run has 1, the recipe says 9"), "{message}");
@@ -237,7 +251,7 @@ mod tests {
     fn a_name_that_leaves_the_folder_is_refused() {
         let runs = tempfile::tempdir().expect("a folder");
         for name in ["..", "a/b", "", ".cache", "a b"] {
-            assert!(Folder::create(runs.path(), name, &recipe(&[])).is_err(), "{name}");
+            assert!(Folder::create(runs.path(), name).is_err(), "{name}");
         }
     }
 }

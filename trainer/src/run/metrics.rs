@@ -47,7 +47,7 @@ pub struct Line {
     pub wire_bytes_sent: u64,
     /// Bytes received from peers.
     pub wire_bytes_received: u64,
-    /// The copy into the snapshot after this step; 0 without one.
+    /// The copy into the snapshot that was taken since the line before this one; 0 without one.
     pub checkpoint_stall_s: f64,
     /// Resident memory of the process; null where the system does not tell.
     pub memory_bytes: Option<u64>,
@@ -132,7 +132,7 @@ fn cut(path: &Path, step: u64) -> Result<()> {
     };
     let kept: String = text
         .split_inclusive('\n')
-        .filter(|line| serde_json::from_str::<Line>(line).is_ok_and(|line| line.step <= step))
+        .filter(|line| line.ends_with('\n') && serde_json::from_str::<Line>(line).is_ok_and(|line| line.step <= step))
         .collect();
     replace(path, kept.as_bytes())
 }

@@ -30,16 +30,16 @@ impl Progress {
 
     /// Shows a step.
     pub fn step(&self, line: &Line) {
-        let loss = line.loss.map_or_else(|| "not finite, skipped".to_owned(), |loss| format!("{loss:.4}"));
+        let skipped = line.loss.is_none() || line.grad_norm.is_none();
+        let loss = match line.loss {
+            Some(loss) if !skipped => format!("{loss:.4}"),
+            _ => "or gradient not finite, skipped".to_owned(),
+        };
         let rate = line.tokens_per_s;
         if let Some(bar) = &self.bar {
             bar.set_message(format!("loss {loss}  {rate:.0} tokens/s"));
             bar.set_position(line.step);
-        } else if line.step.is_multiple_of(self.log_every)
-            || line.step == self.steps
-            || line.step == 1
-            || line.loss.is_none()
-        {
+        } else if line.step.is_multiple_of(self.log_every) || line.step == self.steps || line.step == 1 || skipped {
             let left = (self.steps - line.step.min(self.steps)) as f64 * line.step_s;
             eprintln!("step {}/{}  loss {loss}  {rate:.0} tokens/s  {} left", line.step, self.steps, duration(left));
         }

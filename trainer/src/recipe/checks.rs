@@ -1,0 +1,135 @@
+//! What no key shows alone: faults between the keys of a recipe.
+
+use super::fault::{Fault, Origin};
+use super::raw::{Raw, Reader};
+
+/// Adds every fault between keys. Keys that are at fault themselves have no value, and are left out.
+pub fn all(raw: &Raw, faults: &mut Vec<Fault>) {
+    model_faults(raw, faults);
+    data_faults(raw, faults);
+    schedule_faults(raw, faults);
+    device_faults(raw, faults);
+}
+
+fn model_faults(raw: &Raw, faults: &mut Vec<Fault>) {
+    let keys = Reader(raw);
+    let absent = |name: &str, faults: &[Fault]| raw.get(name).is_none() && !faults.iter().any(|f| f.key == name);
+    if keys.text("model.from").is_none() {
+        for name in
+            ["model.hidden_size", "model.intermediate_size", "model.num_hidden_layers", "model.num_attention_heads"]
+        {
+            if absent(name, faults) {
+                faults.push(Fault::new(Origin::Absent, name, "missing: expected a size, or `model.from`"));
+            }
+        }
+        if absent("tokenizer.vocab_size", faults) && absent("tokenizer.file", faults) {
+            faults.push(Fault::new(
+                Origin::Absent,
+                "tokenizer.vocab_size",
+                "missing: expected the size of a vocabulary to train, or `tokenizer.file`, or `model.from`",
+            ));
+        }
+    } else if keys.count("tokenizer.vocab_size").is_some() {
+        faults.push(
+            Fault::new(
+                raw.origin("tokenizer.vocab_size"),
+                "tokenizer.vocab_size",
+                "a new tokenizer cannot serve weights that were trained with another",
+            )
+            .help("leave it out: the tokenizer comes with `model.from`"),
+        );
+    }
+    if keys.count("tokenizer.vocab_size").is_some() && keys.text("tokenizer.file").is_some() {
+        faults.push(Fault::new(
+            raw.origin("tokenizer.file"),
+            "tokenizer.file",
+            "expected either a file or `tokenizer.vocab_size`, found both",
+        ));
+    }
+    if let (Some(hidden), Some(heads)) = (keys.count("model.hidden_size"), keys.count("model.num_attention_heads"))
+        && (hidden % heads != 0 || (hidden / heads) % 2 != 0)
+    {
+        faults.push(Fault::new(
+            raw.origin("model.num_attention_heads"),
+            "model.num_attention_heads",
+            format!("expected an even number of elements a head (rotary embedding), found {hidden} / {heads}"),
+        ));
+    }
+    if let (Some(heads), Some(shared)) =
+        (keys.count("model.num_attention_heads"), keys.count("model.num_key_value_heads"))
+        && heads % shared != 0
+    {
+        faults.push(Fault::new(
+            raw.origin("model.num_key_value_heads"),
+            "model.num_key_value_heads",
+            format!("expected a divisor of the {heads} query heads, found {shared}"),
+        ));
+    }
+    if let (Some(longest), Some(seq)) = (keys.count("model.max_position_embeddings"), keys.count("train.seq_len"))
+        && seq > longest
+    {
+        faults.push(Fault::new(
+            raw.origin("train.seq_len"),
+            "train.seq_len",
+            format!("expected at most model.max_position_embeddings = {longest}, found {seq}"),
+        ));
+    }
+}
+
+fn data_faults(raw: &Raw, faults: &mut Vec<Fault>) {
+    let keys = Reader(raw);
+    if keys.texts("data.train").is_empty() && !faults.iter().any(|fault| fault.key == "data.train") {
+        faults.push(Fault::new(raw.origin("data.train"), "data.train", "expected at least one text to train on"));
+    }
+    if keys.text("data.source").as_deref() == Some("crates") {
+        for name in ["data.train", "eval.files"] {
+            for item in keys.texts(name).iter().filter(|item| item.split('@').filter(|x| !x.is_empty()).count() != 2) {
+                faults.push(Fault::new(raw.origin(name), name, format!("expected name@version, found \"{item}\"")));
+            }
+        }
+        if raw.get("data.blake3").is_none() {
+            faults.push(
+                Fault::new(Origin::Absent, "data.blake3", "missing: a corpus of crates is pinned by its hash")
+                    .help("write any 64 hex digits; the error that follows tells the right ones"),
+            );
+        }
+    }
+    if let Some(hash) = keys.text("data.blake3")
+        && (hash.len() != 64 || !hash.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    {
+        faults.push(Fault::new(
+            raw.origin("data.blake3"),
+            "data.blake3",
+            format!("expected 64 hexadecimal digits, found \"{hash}\""),
+        ));
+    }
+}
+
+fn schedule_faults(raw: &Raw, faults: &mut Vec<Fault>) {
+    let keys = Reader(raw);
+    if let (Some(steps), Some(warmup)) = (keys.count("train.steps"), keys.count("schedule.warmup_steps"))
+        && warmup > steps
+    {
+        faults.push(Fault::new(
+            raw.origin("schedule.warmup_steps"),
+            "schedule.warmup_steps",
+            format!("expected at most train.steps = {steps}, found {warmup}"),
+        ));
+    }
+    if let (Some(peak), Some(end)) = (keys.real("schedule.learning_rate"), keys.real("schedule.min_learning_rate"))
+        && end > peak
+    {
+        faults.push(Fault::new(
+            raw.origin("schedule.min_learning_rate"),
+            "schedule.min_learning_rate",
+            format!("expected at most schedule.learning_rate = {peak}, found {end}"),
+        ));
+    }
+}
+
+fn device_faults(raw: &Raw, faults: &mut Vec<Fault>) {
+    let Some(backend) = Reader(raw).text("device.backend") else { return };
+    if let Err(why) = crate::device::available(&backend) {
+        faults.push(Fault::new(raw.origin("device.backend"), "device.backend", why));
+    }
+}

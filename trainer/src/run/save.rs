@@ -1,0 +1,130 @@
+//! Checkpoints of a run, and the way back from them.
+
+use checkpoint::reader::{self, Checkpoint};
+use checkpoint::writer::{Offer, Outcome};
+use serde_json::json;
+
+use super::folder::{Folder, Status, Summary};
+use super::{MESH, Run};
+use crate::data::Data;
+use crate::error::{Error, Result};
+use crate::state::{self, Meta};
+
+impl Run {
+    /// Offers a snapshot; the writer does the rest while training goes on.
+    pub(super) fn checkpoint(&mut self) {
+        let meta = Meta {
+            step: self.state.step,
+            updates: self.state.updates,
+            skips: self.state.skips,
+            good_step: self.state.good_step,
+            samples: self.state.step * (self.recipe.train.micro_batch_size * self.recipe.train.micro_batches) as u64,
+            tokens: self.tokens,
+            loss: self.last_loss,
+            seed: self.recipe.train.seed,
+            corpus_hash: self.data.corpus_hash.clone(),
+            recipe_hash: self.recipe_hash.clone(),
+            model: self.config.clone(),
+            end_of_text: self.data.tokenizer.end_of_text_name().to_owned(),
+        };
+        let attachments = state::attachments(self.data.tokenizer.json(), &self.recipe_toml);
+        let state = &self.state;
+        match self.writer.offer(meta.step, json!(meta), attachments, |snapshot| state.snapshot(snapshot)) {
+            Offer::Taken { copy_s } => self.stall_s += copy_s,
+            Offer::Busy => {
+                let why = "two snapshots are being written";
+                self.metrics.event("snapshot_skipped", self.state.step, json!({ "why": why }));
+            }
+        }
+    }
+
+    /// The checkpoint that a run must not end without.
+    pub(super) fn last_checkpoint(&mut self) -> Result<()> {
+        let outcomes = self.writer.flush();
+        self.note(outcomes);
+        if self.state.step > 0 && self.committed != Some(self.state.step) {
+            self.checkpoint();
+            let outcomes = self.writer.flush();
+            self.note(outcomes);
+        }
+        match self.failure.take() {
+            Some(failure) if self.committed != Some(self.state.step) && self.state.step > 0 => Err(failure.into()),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn note(&mut self, outcomes: Vec<Outcome>) {
+        for outcome in outcomes {
+            match outcome {
+                Outcome::Committed { step, path, bytes, seconds, removed } => {
+                    self.committed = Some(step);
+                    let fields = json!({ "path": path, "bytes": bytes, "seconds": seconds, "removed": removed });
+                    self.metrics.event("checkpoint", step, fields);
+                }
+                Outcome::Failed { step, error } => {
+                    let kept =
+                        self.committed.map_or("there is none before it".into(), |s| format!("step {s}'s is kept"));
+                    self.metrics.event("checkpoint_failed", step, json!({ "error": error.to_string() }));
+                    self.progress.say(&format!(
+                        "the checkpoint of step {step} was not written ({kept}), training goes on: {error}"
+                    ));
+                    self.failure = Some(error);
+                }
+            }
+        }
+    }
+
+    pub(super) fn summary(&self, status: Status) -> Summary {
+        let hash = (status != Status::Running).then(|| self.state.parameter_hash(&self.config));
+        Summary {
+            status,
+            step: self.state.step,
+            loss: self.last_loss,
+            held_out_bits_per_byte: None,
+            parameter_hash: hash,
+            tokens: self.tokens,
+            wall_s: self.wall_before_s + self.started.elapsed().as_secs_f64(),
+            mesh: MESH.into(),
+            codec: self.recipe.codec.to_string(),
+            version: crate::VERSION.into(),
+        }
+    }
+}
+
+/// A resumed run must read what it read before: files that the recipe names may have changed under their names.
+pub(super) fn same_text(name: &str, checkpoint: &Checkpoint, data: &Data) -> Result<()> {
+    let meta = state::meta(checkpoint)?;
+    let mut changed = Vec::new();
+    if meta.corpus_hash != data.corpus_hash {
+        let (was, is) = (&meta.corpus_hash, &data.corpus_hash);
+        changed.push(format!("the text of [data] and [eval]: BLAKE3 was {was}, is {is}"));
+    }
+    if checkpoint.attachment("tokenizer.json")?.as_slice() != &*data.tokenizer.json() {
+        changed.push("the tokenizer: it is not the one inside the checkpoint".into());
+    }
+    if changed.is_empty() {
+        return Ok(());
+    }
+    let what = format!(
+        "--resume cannot change what the run reads:\n  {}\nrestore it, or start another run with --name",
+        changed.join("\n  ")
+    );
+    Err(Error::Run { name: name.into(), what })
+}
+
+/// The newest checkpoint of the run, verified whole; `None` when it was killed before the first.
+pub(super) fn newest_good(folder: &Folder) -> Result<Option<Checkpoint>> {
+    let Some((_, path)) = reader::list(&folder.checkpoints())?.pop() else { return Ok(None) };
+    let open = || {
+        let checkpoint = Checkpoint::open(&path)?;
+        checkpoint.verify()?;
+        Ok::<_, checkpoint::CheckpointError>(checkpoint)
+    };
+    open().map(Some).map_err(|error| Error::Run {
+        name: folder.name().into(),
+        what: format!(
+            "its newest checkpoint is damaged: {error}\nremove {} to resume from the one before it",
+            path.display()
+        ),
+    })
+}
