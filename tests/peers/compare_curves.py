@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """How far apart are the losses of two runs of one recipe?
 
-  python3 tests/peers/compare_curves.py runs/A/metrics.jsonl runs/B/metrics.jsonl
+  python3 tests/peers/compare_curves.py runs/A/metrics.jsonl runs/B/metrics.jsonl [STEPS]
 
-Prints the largest relative difference of the loss and its step, and fails beyond 1e-4. The runs must have the same
-steps, and skip the same ones. Needs Python alone.
+Prints the largest relative difference of the loss and its step, over the first STEPS steps or all, and fails beyond
+1e-4. The runs must have the same steps, and skip the same ones. Needs Python alone.
 """
 import json
 import sys
@@ -12,14 +12,15 @@ import sys
 LIMIT = 1e-4
 
 
-def losses(path):
+def losses(path, last):
     with open(path) as lines:
-        return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+        return {line["step"]: line["loss"] for line in map(json.loads, lines) if line["step"] <= last}
 
 
-if len(sys.argv) != 3:
+if len(sys.argv) not in (3, 4):
     sys.exit(__doc__.strip())
-a, b = map(losses, sys.argv[1:])
+last = int(sys.argv[3]) if len(sys.argv) == 4 else float("inf")
+a, b = (losses(path, last) for path in sys.argv[1:3])
 if not a or a.keys() != b.keys():
     sys.exit(f"expected the same steps, found {len(a)} and {len(b)}, {len(a.keys() & b.keys())} of them in both")
 uneven = [step for step in a if (a[step] is None) != (b[step] is None)]
