@@ -51,7 +51,8 @@ fn a_recipe_that_is_no_toml_and_one_that_is_not_there() {
 #[test]
 fn a_missing_text_a_changed_text_and_a_missing_crate() {
     let place = Place::new();
-    place.train("a", &["--set", "data.train=['no.txt']"]).failed(1, &["could not read no.txt"]);
+    let said = ["data.train: expected files, there is none of this name: no.txt, nor.txt"];
+    place.train("a", &["--set", "data.train=['no.txt', 'nor.txt']"]).failed(1, &said);
     let zeros = format!("data.blake3={}", "0".repeat(64));
     place.train("a", &["--set", &zeros]).failed(1, &["the recipe's data.blake3 expects 0000", "restore it"]);
     let crates = ["--set", "data.source=crates", "--set", "data.train=['none@9.9.9']", "--set", "eval.files=[]"];
@@ -63,17 +64,28 @@ fn a_missing_text_a_changed_text_and_a_missing_crate() {
 fn a_run_folder_that_cannot_be_written() {
     let place = Place::new();
     std::fs::write(place.path("file"), "").expect("writable");
-    place.train("a", &["--set", "metrics.runs_dir=file/runs"]).failed(1, &["could not create file/runs"]);
+    place
+        .train("a", &["--set", "metrics.runs_dir=file/runs"])
+        .failed(1, &["metrics.runs_dir: could not create file/runs", "name a folder that can be made"]);
+    let said = ["data.cache_dir: could not create file/cache"];
+    place.train("a", &["--set", "data.cache_dir=file/cache"]).failed(1, &said);
+    assert!(!place.path("runs/a").exists());
 }
 
 #[test]
-fn a_run_name_that_exists_and_a_resume_of_nothing() {
+fn a_run_name_that_exists_and_a_resume_of_another_folder() {
     let place = Place::new();
     place.train("a", &["--set", "train.stop_at_step=1"]).ok();
     let before = place.curve("a");
     place.train("a", &[]).failed(2, &["runs/a exists", "--resume", "--name OTHER"]);
     assert_eq!(place.curve("a"), before);
-    place.train("b", &["--resume"]).failed(2, &["nothing to resume", "without --resume"]);
+    std::fs::create_dir_all(place.path("runs/mine")).expect("writable");
+    std::fs::write(place.path("runs/mine/diary"), "").expect("writable");
+    place.train("mine", &["--resume"]).failed(2, &["runs/mine has no recipe.toml"]);
+    assert_eq!(place.names("runs/mine"), ["diary"]);
+    let said = ["train.steps: expected at least 5, the step of its newest checkpoint, found 3"];
+    place.train("b", &["--set", "train.stop_at_step=5"]).ok();
+    place.train("b", &["--resume", "--set", "train.steps=3", "--set", "schedule.warmup_steps=0"]).failed(2, &said);
     place.train("../b", &[]).failed(2, &["--name: expected letters"]);
 }
 
@@ -118,7 +130,9 @@ fn a_full_disk_while_training_costs_the_checkpoint_and_nothing_else() {
             "ulimit -f 128; exec {} train small.toml --name {run} {more}",
             env!("CARGO_BIN_EXE_tributary-under-test")
         );
-        Ran::from(Command::new("sh").args(["-c", &script]).current_dir(place.path("")).output().expect("a shell"))
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script]).current_dir(place.path("")).env_remove("TRIBUTARY_LOG");
+        Ran::from(shell.output().expect("a shell"))
     };
     let ran = limited("a", "");
     ran.failed(1, &["the checkpoint of step 8 was not written", "training goes on", "error: "]);
@@ -182,6 +196,48 @@ fn a_prompt_with_characters_that_the_tokenizer_lacks() {
     let said = ["no token for '🦀' (character 2)", "byte-level"];
     place.run(&["generate", "runs/a/export", "--prompt", "f🦀", "--max-tokens", "2"]).failed(2, &said);
     place.run(&["generate", "runs", "--prompt", "f"]).failed(2, &["expected an exported folder"]);
+}
+
+#[test]
+fn an_export_prompt_that_is_too_long_is_refused_before_the_run_starts() {
+    let place = Place::new();
+    let prompt = format!("export.prompt={}", "x ".repeat(60));
+    place.train("a", &["--set", &prompt]).failed(2, &["export.prompt: expected at most 47 tokens", "found "]);
+    assert!(!place.path("runs/a").exists());
+    // Text that spells the end of a text is text.
+    let ran = place.train("b", &["--set", "export.prompt=a<|endoftext|>b", "--set", "train.steps=9"]).ok();
+    assert!(ran.stdout.contains("---\na<|endoftext|>b"), "{}", ran.stdout);
+}
+
+#[test]
+fn a_stderr_that_is_full_and_a_stdout_that_is_closed_cost_the_run_nothing() {
+    let place = Place::new();
+    let full = std::fs::File::options().write(true).open("/dev/full").expect("Linux");
+    let status = place.command(&["train", "small.toml", "--name", "a"]).stderr(full).status().expect("it starts");
+    assert!(status.success());
+    assert_eq!(place.summary("a")["status"], "done");
+    let mut child = place.start("b", &[]);
+    drop(child.stdout.take());
+    assert!(child.wait_with_output().expect("our child").status.success());
+    assert_eq!(place.summary("b")["status"], "done");
+}
+
+#[test]
+fn an_export_whose_files_belong_to_different_models_is_refused() {
+    let place = Place::new();
+    place.train("a", &[]).ok();
+    let config = place.path("runs/a/export/config.json");
+    let text = std::fs::read_to_string(&config).expect("readable");
+    for (from, to, said) in [
+        ("\"vocab_size\": 300", "\"vocab_size\": 299", "a tokenizer of 300 tokens and a model of 299"),
+        ("\"vocab_size\": 300", "\"vocab_size\": 99999999999", "expected [99999999999, 32], found [300, 32]"),
+        ("\"hidden_size\": 32", "\"hidden_size\": 64", "expected heads of hidden_size / num_attention_heads"),
+    ] {
+        std::fs::write(&config, text.replace(from, to)).expect("writable");
+        let ran = place.run(&["generate", "runs/a/export", "--prompt", "fn"]);
+        assert!(ran.code == Some(1) || ran.code == Some(2), "{ran:?}");
+        assert!(ran.stderr.contains(said) && !ran.stderr.contains("panicked"), "{}", ran.stderr);
+    }
 }
 
 #[test]

@@ -2,8 +2,11 @@
 
 use burn::Tensor;
 use burn::tensor::{Device, Int, TensorData};
+use checkpoint::export::Dtype;
 use checkpoint::reader::{self, Checkpoint};
-use trainer::step::plain_model;
+use trainer::export::Export;
+use trainer::model::Config;
+use trainer::step::{State, plain_model};
 use trainer::weights::Weights;
 
 use crate::support::{Place, RECIPE, text};
@@ -39,6 +42,41 @@ fn exported_logits_equal_the_trained_models_and_other_types_come_close() {
     let files =
         ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
     assert_eq!(place.names("from-checkpoint"), files);
+}
+
+#[test]
+fn an_export_of_weights_in_memory_has_their_logits() {
+    let config = Config {
+        vocab_size: 300,
+        hidden_size: 32,
+        intermediate_size: 48,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        max_position_embeddings: 64,
+        rope_theta: 10_000.0,
+        rms_norm_eps: 1e-5,
+        tie_word_embeddings: true,
+        initializer_range: 0.3,
+    };
+    let state = State::initial(&config, 4);
+    let place = Place::new();
+    place.train("a", &["--set", "train.steps=5", "--set", "schedule.warmup_steps=0"]).ok();
+    let tokenizer = std::fs::read(place.path("runs/a/export/tokenizer.json")).expect("readable");
+    let export = Export {
+        config: &config,
+        weights: &state.weights,
+        tokenizer: &tokenizer,
+        end_of_text: "<|endoftext|>",
+        end_of_text_id: 0,
+        dtype: Dtype::F32,
+    };
+    export.write(&place.path("out")).expect("a new folder");
+    let ids: Vec<i32> = (0..40).map(|i| i * 7 % 300).collect();
+    let tokens: Tensor<2, Int> = Tensor::from_data(TensorData::new(ids, [1, 40]), &Device::flex());
+    let in_memory = plain_model(&config, &Device::flex(), &state.weights).forward(tokens, None).into_data();
+    let exported = logits(&Weights::open(&place.path("out"), &place.path("runs")).expect("an export"));
+    assert!(largest_difference(in_memory.as_slice::<f32>().expect("f32"), &exported) <= 1e-5);
 }
 
 #[test]

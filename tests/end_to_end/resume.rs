@@ -61,16 +61,23 @@ fn after_a_clean_stop() {
 }
 
 fn after_signal(signal: Signal) {
-    let place = Place::new();
-    let mut child = place.start("a", &[]);
-    assert!(wait_until(&mut child, || place.lines("a") >= 10));
-    let ran = end(child, signal).failed(75, &["writing a checkpoint", "go on with --resume"]);
-    assert_eq!(place.summary("a")["status"], "interrupted", "{ran:?}");
-    let stopped_at = place.lines("a");
-    assert!(stopped_at < 60, "the signal came in time");
-    assert!(place.path(&format!("runs/a/checkpoints/step-{stopped_at:08}")).is_dir());
-    place.train("a", &["--resume"]).ok();
-    same_as_uninterrupted(&place, "a");
+    // On a busy machine the run may be over before the signal comes; then it is tried again.
+    for _ in 0..10 {
+        let place = Place::new();
+        let mut child = place.start("a", &[]);
+        wait_until(&mut child, || place.lines("a") >= 10);
+        let ran = end(child, signal);
+        if ran.code == Some(0) {
+            continue;
+        }
+        ran.failed(75, &["writing a checkpoint", "go on with --resume"]);
+        assert_eq!(place.summary("a")["status"], "interrupted");
+        let stopped_at = place.lines("a");
+        assert!(place.path(&format!("runs/a/checkpoints/step-{stopped_at:08}")).is_dir());
+        place.train("a", &["--resume"]).ok();
+        return same_as_uninterrupted(&place, "a");
+    }
+    panic!("ten runs ended before the signal came");
 }
 
 #[test]
@@ -96,32 +103,74 @@ fn after_a_kill_at_any_moment() {
         ("the first checkpoint is there", |place| place.path("runs/a/checkpoints/step-00000008").is_dir()),
         ("in the middle", |place| place.lines("a") >= 35),
         ("the last step", |place| place.lines("a") >= 60),
-        ("the export is being written", |place| place.names("runs/a").iter().any(|name| name.starts_with("export"))),
+        ("the export is being written", |place| place.names("runs/a").iter().any(|name| name.starts_with("export."))),
     ];
+    let mut killed = 0;
     for (name, moment) in moments {
-        let place = Place::new();
-        let mut child = place.start("a", &[]);
-        let came = wait_until(&mut child, || moment(&place));
-        let ran = end(child, Signal::KILL);
-        assert!(came || ran.code == Some(0), "{name}: {ran:?}");
-        place.train("a", &["--resume"]).ok();
-        same_as_uninterrupted(&place, "a");
-        let left: Vec<String> = place.names("runs/a/checkpoints");
-        assert!(left.iter().all(|name| !name.ends_with(".partial")), "{name}: {left:?}");
+        // Some moments are short: a run that got past its moment is tried again.
+        for _ in 0..10 {
+            let place = Place::new();
+            let mut child = place.start("a", &[]);
+            let came = wait_until(&mut child, || moment(&place));
+            let ran = end(child, Signal::KILL);
+            place.train("a", &["--resume"]).ok();
+            same_as_uninterrupted(&place, "a");
+            let left = [place.names("runs/a/checkpoints"), place.names("runs/a")].concat();
+            assert!(
+                !left.iter().any(|file| file.ends_with(".partial") || file.starts_with("export.")),
+                "{name}: {left:?}"
+            );
+            if came && ran.code.is_none() {
+                killed += 1;
+                break;
+            }
+        }
     }
+    assert!(killed >= 6, "only {killed} of 8 moments were met");
 }
 
 #[test]
 fn kills_one_after_the_other_still_end_at_the_same_parameters() {
     let place = Place::new();
+    let mut killed = 0;
     for round in 1..=4 {
         let resume: &[&str] = if round == 1 { &[] } else { &["--resume"] };
+        // The first line that this process writes is the one after its checkpoint.
+        let metrics = place.path("runs/a/metrics.jsonl");
+        let before = std::fs::metadata(&metrics).and_then(|file| file.modified()).ok();
         let mut child = place.start("a", resume);
         // A few steps past the last checkpoint each time.
-        wait_until(&mut child, || place.lines("a") >= round * 13);
-        end(child, Signal::KILL);
+        wait_until(&mut child, || {
+            let now = std::fs::metadata(&metrics).and_then(|file| file.modified()).ok();
+            now != before && place.lines("a") >= round * 11
+        });
+        killed += usize::from(end(child, Signal::KILL).code.is_none());
     }
+    assert!(killed >= 2, "{killed}");
     place.train("a", &["--resume"]).ok();
+    same_as_uninterrupted(&place, "a");
+}
+
+#[test]
+fn a_resume_of_a_finished_run_leaves_a_whole_export_at_every_moment() {
+    let place = Place::new();
+    place.train("a", &[]).ok();
+    let export = place.path("runs/a/export");
+    let whole = std::fs::read(export.join("model.safetensors")).expect("readable");
+    place.train("a", &["--resume"]).ok();
+    assert_eq!(std::fs::read(export.join("model.safetensors")).expect("readable"), whole);
+    assert!(!place.names("runs/a").iter().any(|name| name.starts_with("export.")));
+    // What a kill may leave between the two renames.
+    std::fs::rename(&export, place.path("runs/a/export.old")).expect("one folder");
+    place.train("a", &["--resume"]).ok();
+    assert_eq!(std::fs::read(export.join("model.safetensors")).expect("readable"), whole);
+}
+
+#[test]
+fn a_resume_before_there_is_anything_starts_from_the_beginning() {
+    let place = Place::new();
+    let ran = place.train("a", &["--resume"]).ok();
+    assert!(ran.stderr.contains("there is nothing to resume, so it starts from the beginning"), "{}", ran.stderr);
     same_as_uninterrupted(&place, "a");
 }
 

@@ -187,7 +187,8 @@ pub fn wait_until(child: &mut Child, condition: impl Fn() -> bool) -> bool {
         if child.try_wait().expect("our child").is_some() {
             return condition();
         }
-        std::thread::yield_now();
+        // The child should have the core; this decides nothing but how soon we look again.
+        std::thread::sleep(std::time::Duration::from_millis(1));
     }
 }
 

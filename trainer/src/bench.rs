@@ -79,7 +79,7 @@ pub fn step(args: &Step) -> Result<()> {
     let config = Config::from_keys(&recipe.model, args.vocab, args.seq, None)
         .ok_or_else(|| Error::Usage("bench step: expected every size".into()))?;
     let keys = DeviceKeys { backend: args.backend.clone(), index: 0, threads: args.threads };
-    let stepper = Stepper::new(&config, &device::open(&keys), recipe.bucket_bytes_max)?;
+    let stepper = Stepper::new(&config, &device::open(&keys)?, recipe.bucket_bytes_max)?;
     let mut state = State::initial(&config, 1);
     let ids =
         |shift: usize| (0..args.batch * args.seq).map(|i| ((i + shift) * 2_654_435_761 % args.vocab) as i32).collect();

@@ -10,12 +10,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::allocator;
 use crate::bench;
-use crate::data::tokenizer::Tokenizer;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::export::Export;
-use crate::generate::{Ending, Sampling, generate};
-use crate::log::RunLog;
+use crate::generate::{Ending, Sampling, generate, prompt_tokens};
+use crate::log::{self, RunLog};
 use crate::recipe::resolved::DeviceKeys;
 use crate::recipe::{self, keys};
 use crate::run::{self, Ended, signals};
@@ -135,7 +134,7 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            log::say(&format!("error: {error}"));
             ExitCode::from(error.exit_code())
         }
     }
@@ -180,11 +179,11 @@ fn registry(cargo_home: Option<OsString>, home: Option<OsString>) -> PathBuf {
 fn export(args: &ExportArgs) -> Result<ExitCode> {
     let Format::Hf = args.format;
     let weights = Weights::open(&args.what, &args.runs_dir)?;
-    let tokenizer = Tokenizer::parse(weights.tokenizer.clone(), &weights.end_of_text)?;
+    let tokenizer = weights.tokenizer()?;
     let export = Export {
         config: &weights.config,
         weights: &weights.read(&weights.config)?,
-        tokenizer: &weights.tokenizer,
+        tokenizer: &weights.tokenizer_json,
         end_of_text: &weights.end_of_text,
         end_of_text_id: tokenizer.end_of_text(),
         dtype: args.dtype.parse::<Dtype>()?,
@@ -202,17 +201,19 @@ fn say(args: &Generate) -> Result<ExitCode> {
         )));
     }
     let weights = Weights::open(&args.dir, Path::new(""))?;
-    let tokenizer = Tokenizer::parse(weights.tokenizer.clone(), &weights.end_of_text)?;
-    let device = device::open(&DeviceKeys { backend: args.backend.clone(), index: 0, threads: 0 });
+    let tokenizer = weights.tokenizer()?;
+    let device = device::open(&DeviceKeys { backend: args.backend.clone(), index: 0, threads: 0 })?;
     let model = plain_model(&weights.config, &device, &weights.read(&weights.config)?);
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
-    let ending = generate(&model, &tokenizer, &args.prompt, args.max_tokens, sampling, |text| {
+    let longest = weights.config.max_position_embeddings;
+    let ids = prompt_tokens(&tokenizer, "--prompt", &args.prompt, longest)?;
+    let ending = generate(&model, &tokenizer, ids, args.max_tokens, sampling, |text| {
         let mut out = std::io::stdout().lock();
         out.write_all(text.as_bytes()).and_then(|()| out.flush())
     })?;
     print("\n")?;
     if ending == Ending::Context {
-        eprintln!("stopped: the model's context of {} tokens is full", weights.config.max_position_embeddings);
+        log::say(&format!("stopped: the model's context of {} tokens is full", weights.config.max_position_embeddings));
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -20,6 +20,7 @@ use tokenizer::Tokenizer;
 use tokens::Tokens;
 
 use crate::error::{Error, Result};
+use crate::log::say;
 use crate::recipe::Recipe;
 use crate::recipe::resolved::TokenizerSource;
 
@@ -34,27 +35,31 @@ pub struct Data {
     pub train: Tokens,
     /// What to hold out; `None` when the recipe names nothing.
     pub held_out: Option<Tokens>,
-    /// What `zstd -19` makes of the held-out text as one file, in bits per byte.
-    pub held_out_zstd: Option<f64>,
+    held_out_documents: Vec<corpus::Document>,
+    cache: cache::Cache,
 }
 
-/// Reads the corpus, checks it, and finds or makes tokenizer and tokens. `given` is the tokenizer that comes with
-/// `model.from`; `registry` is cargo's folder of unpacked sources.
+/// Reads the corpus, checks it, and finds or makes tokenizer and tokens. `given` are the tokenizer and its
+/// end-of-text token that come with `model.from`; `registry` is cargo's folder of unpacked sources.
 ///
 /// # Errors
 /// Missing or changed text, a tokenizer that cannot be read or trained, a cache that cannot be written.
-pub fn prepare(recipe: &Recipe, given: Option<&[u8]>, registry: &Path) -> Result<Data> {
+pub fn prepare(recipe: &Recipe, given: Option<(&[u8], &str)>, registry: &Path) -> Result<Data> {
     let start = Instant::now();
     let corpus = Corpus::read(&recipe.data, registry)?;
     let cache = cache::Cache::open(&recipe.data.cache_dir)?;
-    let end_of_text = &recipe.tokenizer.end_of_text;
+    let end_of_text = recipe.tokenizer.end_of_text.as_deref().or(given.map(|(_, end)| end)).unwrap_or("<|endoftext|>");
     let json = match (&recipe.tokenizer.source, given) {
         (TokenizerSource::Train { vocab_size }, _) => {
             let key = format!("bpe 1 {vocab_size} {end_of_text} {}", corpus.train_hash());
-            cache.find_or_make("tokenizer", &key, |_| tokenizer::train(*vocab_size, end_of_text, &corpus.train))?.bytes
+            let train = |_: &str| {
+                say(&format!("training a tokenizer of {vocab_size} tokens, once"));
+                tokenizer::train(*vocab_size, end_of_text, &corpus.train)
+            };
+            cache.find_or_make("tokenizer", &key, train)?.bytes
         }
         (TokenizerSource::File(path), _) => std::fs::read(path).map_err(Error::io("read", path))?,
-        (TokenizerSource::From, Some(json)) => json.to_vec(),
+        (TokenizerSource::From, Some((json, _))) => json.to_vec(),
         (TokenizerSource::From, None) => return Err(Error::Tokenizer("there is none beside model.from".into())),
     };
     let tokenizer = Tokenizer::parse(json, end_of_text)?;
@@ -62,10 +67,6 @@ pub fn prepare(recipe: &Recipe, given: Option<&[u8]>, registry: &Path) -> Result
     let held_out = match corpus.held_out.as_slice() {
         [] => None,
         documents => Some(Tokens::find_or_make(&cache, &tokenizer, documents)?),
-    };
-    let held_out_zstd = match corpus.held_out.as_slice() {
-        [] => None,
-        documents => Some(zstd_bits_per_byte(&cache, documents)?),
     };
     if train.windows(recipe.train.seq_len) == 0 {
         return Err(Error::Usage(format!(
@@ -85,17 +86,30 @@ pub fn prepare(recipe: &Recipe, given: Option<&[u8]>, registry: &Path) -> Result
         )));
     }
     tracing::info!(tokens = train.len(), seconds = start.elapsed().as_secs_f64(), "data is ready");
-    Ok(Data { tokenizer, corpus_hash: corpus.hash, train, held_out, held_out_zstd })
+    let Corpus { held_out: held_out_documents, hash: corpus_hash, .. } = corpus;
+    Ok(Data { tokenizer, corpus_hash, train, held_out, held_out_documents, cache })
 }
 
-/// Compresses the documents, one after the other, at level 19; remembered in the cache, because it takes a second.
-fn zstd_bits_per_byte(cache: &cache::Cache, documents: &[corpus::Document]) -> Result<f64> {
-    let text: Vec<u8> = documents.iter().flat_map(|document| document.text.bytes()).collect();
-    let key = format!("zstd 19 {}", blake3::hash(&text).to_hex());
-    let found = cache.find_or_make("zstd", &key, |_| {
-        let packed = zstd::bulk::compress(&text, 19).map_err(Error::io("compress", "the held-out text"))?;
-        Ok((packed.len() as u64).to_le_bytes().to_vec())
-    })?;
-    let packed = <[u8; 8]>::try_from(found.bytes.as_slice()).map_or(0, u64::from_le_bytes);
-    Ok(8.0 * packed as f64 / text.len().max(1) as f64)
+/// Held-out text that zstd is tried on, at the most: level 19 takes half a second a megabyte.
+const ZSTD_BYTES_MAX: usize = 64 << 20;
+
+impl Data {
+    /// What `zstd -19` makes of the held-out documents, one after the other, in bits per byte; remembered in the cache.
+    /// `None` when there are none, or more than it is worth.
+    ///
+    /// # Errors
+    /// The cache cannot be written.
+    pub fn held_out_zstd(&self) -> Result<Option<f64>> {
+        let text: Vec<u8> = self.held_out_documents.iter().flat_map(|document| document.text.bytes()).collect();
+        if text.is_empty() || text.len() > ZSTD_BYTES_MAX {
+            return Ok(None);
+        }
+        let key = format!("zstd 19 {}", blake3::hash(&text).to_hex());
+        let found = self.cache.find_or_make("zstd", &key, |_| {
+            let packed = zstd::bulk::compress(&text, 19).map_err(Error::io("compress", "the held-out text"))?;
+            Ok((packed.len() as u64).to_le_bytes().to_vec())
+        })?;
+        let packed = <[u8; 8]>::try_from(found.bytes.as_slice()).map_or(0, u64::from_le_bytes);
+        Ok(Some(8.0 * packed as f64 / text.len() as f64))
+    }
 }

@@ -1,7 +1,9 @@
 //! From the recipe's `[device]` to a burn device.
 
+use burn::Tensor;
 use burn::tensor::Device;
 
+use crate::error::{Error, Result};
 use crate::recipe::keys::BACKENDS;
 use crate::recipe::resolved::DeviceKeys;
 
@@ -9,7 +11,7 @@ use crate::recipe::resolved::DeviceKeys;
 ///
 /// # Errors
 /// The feature that builds it.
-pub fn available(backend: &str) -> Result<(), String> {
+pub fn available(backend: &str) -> std::result::Result<(), String> {
     let (built, feature) = match backend {
         "libtorch" | "libtorch-cuda" => (cfg!(feature = "libtorch"), "libtorch"),
         "vulkan" => (cfg!(feature = "vulkan"), "vulkan"),
@@ -40,9 +42,23 @@ pub fn set_threads(threads: usize) {
     }
 }
 
-/// The device that the recipe asks for, without autodiff.
-#[must_use]
-pub fn open(keys: &DeviceKeys) -> Device {
+/// The device that the recipe asks for, without autodiff, after it has computed something.
+///
+/// # Errors
+/// The backend is built in but does not run here.
+pub fn open(keys: &DeviceKeys) -> Result<Device> {
+    // Backends panic when their hardware or driver is missing.
+    let probe = || {
+        let device = find(keys);
+        Tensor::<1>::ones([2], &device).sum().into_data();
+        device
+    };
+    std::panic::catch_unwind(probe).map_err(|_| {
+        Error::Usage(format!("device.backend: {} {} does not work on this machine", keys.backend, keys.index))
+    })
+}
+
+fn find(keys: &DeviceKeys) -> Device {
     #[allow(unused_variables, reason = "only some backends have more than one device")]
     let index = keys.index;
     match keys.backend.as_str() {

@@ -14,7 +14,7 @@ pub enum Error {
     #[error(transparent)]
     Recipe(#[from] Faults),
     /// A file or folder could not be read or written.
-    #[error("could not {action} {path}: {source}")]
+    #[error("could not {action} {path}: {source}{}", way_out(source))]
     Io {
         /// What was tried, as a verb.
         action: &'static str,
@@ -34,10 +34,29 @@ pub enum Error {
         /// Where they were looked for.
         registry: PathBuf,
     },
+    /// Files of the corpus are not there.
+    #[error("{key}: expected files, there is none of this name: {missing}; paths count from the current folder")]
+    MissingText {
+        /// The recipe's key.
+        key: &'static str,
+        /// All that are missing.
+        missing: String,
+    },
+    /// A folder that the recipe names cannot be used.
+    #[error("{key}: could not create {path}: {source}; name a folder that can be made and written")]
+    Folder {
+        /// The recipe's key.
+        key: &'static str,
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The corpus is not the one that the recipe pins.
     #[error(
         "data: the corpus has BLAKE3 {found}, the recipe's data.blake3 expects {expected}: some text differs; restore \
-         it, or write the new hash into the recipe if the change is meant"
+         it (a copy in cargo's registry that was edited comes back when its folder is removed and `cargo fetch` runs), or \
+         write the new hash into the recipe if the change is meant"
     )]
     CorpusChanged {
         /// From the recipe.
@@ -45,8 +64,8 @@ pub enum Error {
         /// Of the text that is there.
         found: String,
     },
-    /// A text of the corpus is at fault.
-    #[error("data: {path}: {what}")]
+    /// What stands in a file is not what should stand there.
+    #[error("{path}: {what}")]
     Text {
         /// Which file, with the line where there is one.
         path: String,
@@ -57,7 +76,7 @@ pub enum Error {
     #[error("tokenizer: {0}")]
     Tokenizer(String),
     /// Weights do not fit the model that the recipe asks for. One line each.
-    #[error("model.from: {path} does not fit this recipe:\n  {}", .mismatches.join("\n  "))]
+    #[error("the weights in {path} do not fit the model that is asked for:\n  {}", .mismatches.join("\n  "))]
     Mismatch {
         /// Where the weights come from.
         path: PathBuf,
@@ -104,6 +123,16 @@ pub enum Error {
         /// What the backend said.
         what: String,
     },
+}
+
+/// What a person can do about an error of the system, where that is plain.
+fn way_out(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::NotFound => ": check the path",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ": make room, then go on with --resume",
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => ": name a place that can be written",
+        _ => "",
+    }
 }
 
 /// The result of everything in this crate.

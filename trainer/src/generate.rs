@@ -31,53 +31,73 @@ pub enum Ending {
     Context,
 }
 
-/// Continues `prompt` by at most `count` tokens and hands each piece of text to `out` as soon as it is whole.
+/// The tokens that a continuation of `prompt` starts from: a text starts after the end of the one before it, as in
+/// training. `from` names where the prompt was written, `longest` is the model's context.
 ///
 /// # Errors
-/// A prompt that the tokenizer cannot say or the context cannot hold, a device that fails, an output that is closed.
+/// A prompt that the tokenizer cannot say or the context cannot hold.
+pub fn prompt_tokens(tokenizer: &Tokenizer, from: &str, prompt: &str, longest: usize) -> Result<Vec<u32>> {
+    let mut ids = vec![tokenizer.end_of_text()];
+    ids.extend(tokenizer.encode_prompt(from, prompt)?);
+    if ids.len() > longest {
+        let (most, found) = (longest - 1, ids.len() - 1);
+        return Err(Error::Usage(format!(
+            "{from}: expected at most {most} tokens (the model's context is {longest}), found {found}"
+        )));
+    }
+    Ok(ids)
+}
+
+/// Continues `ids` (of [`prompt_tokens`]) by at most `count` tokens and hands each piece of text to `out` as soon as it
+/// is whole.
+///
+/// # Errors
+/// A device that fails, an output that is closed.
 pub fn generate(
     model: &Llama,
     tokenizer: &Tokenizer,
-    prompt: &str,
+    ids: Vec<u32>,
     count: usize,
     sampling: Sampling,
     mut out: impl FnMut(&str) -> std::io::Result<()>,
 ) -> Result<Ending> {
     let device = model.model.norm.weight.val().device();
-    // A text starts after the end of the one before it, as in training.
-    let mut ids = vec![tokenizer.end_of_text()];
-    ids.extend(tokenizer.encode_prompt(prompt)?);
     let longest = model.config().max_position_embeddings;
-    if ids.len() > longest {
-        return Err(Error::Usage(format!(
-            "--prompt: expected at most {} tokens (the model's context is {longest}), found {}",
-            longest - 1,
-            ids.len() - 1
-        )));
-    }
     let mut caches = vec![KvCache::default(); model.config().num_hidden_layers];
-    let mut new: Vec<u32> = ids.clone();
+    let mut length = ids.len();
+    let mut new = ids;
     let (mut said, mut shown) = (Vec::new(), 0);
+    let mut ending = Ending::Count;
+    let closed = Error::io("write", "standard output");
+    let mut show = |text: &str, shown: &mut usize| {
+        let piece = text.get(*shown..).unwrap_or_default().to_owned();
+        *shown = text.len();
+        out(&piece)
+    };
     for turn in 0..count {
-        if ids.len() > longest {
-            return Ok(Ending::Context);
+        if length > longest {
+            ending = Ending::Context;
+            break;
         }
         let logits = last_logits(model, &new, &mut caches, &device)?;
         let next = choose(&logits, sampling, turn as u64);
         if next == tokenizer.end_of_text() {
-            return Ok(Ending::EndOfText);
+            ending = Ending::EndOfText;
+            break;
         }
-        ids.push(next);
+        length += 1;
         said.push(next);
         new = vec![next];
         // A character may take several tokens: what ends in a replacement character may not be whole yet.
         let text = tokenizer.decode(&said)?;
-        if !text.ends_with('\u{fffd}') || turn + 1 == count {
-            out(text.get(shown..).unwrap_or_default()).map_err(Error::io("write", "standard output"))?;
-            shown = text.len();
+        if !text.ends_with('\u{fffd}')
+            && let Err(error) = show(&text, &mut shown)
+        {
+            return Err(closed(error));
         }
     }
-    Ok(Ending::Count)
+    show(&tokenizer.decode(&said)?, &mut shown).map_err(closed)?;
+    Ok(ending)
 }
 
 fn last_logits(model: &Llama, ids: &[u32], caches: &mut [KvCache], device: &Device) -> Result<Vec<f32>> {

@@ -18,6 +18,11 @@ enum Sink {
     File(File),
 }
 
+/// Writes a line to stderr for people. A stderr that is closed or full takes nothing away from the run.
+pub fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
 /// The log of a run. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct RunLog(Arc<Mutex<Sink>>);
@@ -30,14 +35,22 @@ impl RunLog {
     #[must_use]
     pub fn install(filter: Option<&str>) -> Self {
         let log = Self(Arc::new(Mutex::new(Sink::Early(Vec::new()))));
-        let wanted = filter.and_then(|filter| EnvFilter::try_new(filter).ok());
+        let wanted = filter.and_then(|filter| {
+            EnvFilter::try_new(filter)
+                .inspect_err(|error| say(&format!("TRIBUTARY_LOG is not a filter and has no effect: {error}")))
+                .ok()
+        });
         let stderr = tracing_subscriber::fmt::layer()
             .with_writer(io::stderr)
+            .log_internal_errors(false)
             .with_target(false)
             .without_time()
             .with_filter(wanted.unwrap_or_else(|| EnvFilter::new("warn")));
-        let file =
-            tracing_subscriber::fmt::layer().with_writer(log.clone()).with_ansi(false).with_filter(LevelFilter::INFO);
+        let file = tracing_subscriber::fmt::layer()
+            .with_writer(log.clone())
+            .log_internal_errors(false)
+            .with_ansi(false)
+            .with_filter(LevelFilter::INFO);
         let subscriber = tracing_subscriber::registry().with(stderr).with(file);
         // Only a test that runs the command line in its own process has one already.
         let _ = tracing::subscriber::set_global_default(subscriber);

@@ -3,7 +3,7 @@
 //! - [`folder`]: the run's folder, its lock and its `run.json`.
 //! - [`metrics`]: `metrics.jsonl` and `events.jsonl`; [`tensorboard`]: event files.
 //! - [`progress`]: what a person sees.
-//! - [`evaluate`]: the loss on held-out text.
+//! - [`mod@evaluate`]: the loss on held-out text.
 //! - [`signals`]: being asked to stop.
 //! - [`save`]: checkpoints of a run, and the way back from them.
 //! - [`finish`]: what happens after the last step.
@@ -17,6 +17,7 @@ pub mod save;
 pub mod signals;
 pub mod tensorboard;
 
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -30,8 +31,10 @@ use serde_json::json;
 use crate::data::{self, Data, order};
 use crate::device;
 use crate::error::{Error, Result};
-use crate::log::RunLog;
+use crate::generate::prompt_tokens;
+use crate::log::{RunLog, say};
 use crate::model::Config;
+use crate::recipe::resolved::TokenizerSource;
 use crate::recipe::{Raw, Recipe};
 use crate::state;
 use crate::step::{Report, State, Stepper, untouched};
@@ -110,21 +113,37 @@ pub fn train(order: Order) -> Result<Ended> {
     let runs = &recipe.metrics.runs_dir;
     // Whatever can be refused is refused before a new folder is made, and before a text is read if it needs none.
     let existing = match order.resume {
-        true => Some(Folder::resume(runs, &order.name, &order.raw)?),
+        true => Folder::resume(runs, &order.name, &order.raw)?,
         false => Folder::check_free(runs, &order.name).map(|()| None)?,
     };
+    if order.resume && existing.is_none() {
+        say(&format!("run {}: there is nothing to resume, so it starts from the beginning", order.name));
+    }
+    std::fs::create_dir_all(runs).map_err(|source| {
+        let key = "metrics.runs_dir";
+        Error::Folder { key, path: runs.clone(), source }
+    })?;
+    let device = device::open(&recipe.device)?;
     let newest = match &existing {
         Some((folder, _)) => newest_good(folder)?,
         None => None,
     };
+    not_behind(&order, newest.as_ref())?;
     let from = match (&recipe.model.from, &newest) {
         // What a run started from may be gone by now; its own checkpoints have all that it needs.
         (Some(_), Some(newest)) => Some(Weights::checkpoint(Checkpoint::open(newest.path())?)?),
         (Some(from), None) => Some(Weights::open(from, runs)?),
         (None, _) => None,
     };
-    let data = data::prepare(recipe, from.as_ref().map(|from| from.tokenizer.as_slice()), &order.registry)?;
-    let config = shape(recipe, &data, from.as_ref())?;
+    if let Some(from) = &from {
+        fits(recipe, from)?;
+    }
+    let given = from.as_ref().map(|from| (from.tokenizer_json.as_slice(), from.end_of_text.as_str()));
+    let data = data::prepare(recipe, given, &order.registry)?;
+    let config = shape(recipe, data.tokenizer.vocab_size(), from.as_ref())?;
+    if let Some(prompt) = &recipe.export.prompt {
+        prompt_tokens(&data.tokenizer, "export.prompt", prompt, config.max_position_embeddings)?;
+    }
     let (state, tokens, last_loss) = match (&newest, from) {
         (Some(newest), _) => {
             same_text(&order.name, newest, &data)?;
@@ -134,29 +153,59 @@ pub fn train(order: Order) -> Result<Ended> {
         (None, Some(from)) => (State::fresh(from.read(&config)?), 0, None),
         (None, None) => (State::initial(&config, recipe.train.seed), 0, None),
     };
-    let new = existing.is_none();
+    let resumed = existing.is_some();
     let (folder, changed) = match existing {
         Some(existing) => existing,
         None => (Folder::create(runs, &order.name)?, Vec::new()),
     };
     let committed = newest.map(|newest| newest.step());
-    let parts = Parts { order, started, stop, data, config, state, tokens, last_loss, committed, changed };
+    let parts =
+        Parts { order, started, stop, device, data, config, state, tokens, last_loss, committed, resumed, changed };
     let mut run = match Run::open(&folder, parts) {
         Ok(run) => run,
         Err(error) => {
-            if new {
+            if !resumed {
                 folder.abandon();
             }
             return Err(error);
         }
     };
-    let result = run.go(&folder);
-    if result.is_err() {
+    // A backend may panic in the middle of a step; the run's folder should say that it failed all the same.
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| run.go(&folder)));
+    if !matches!(result, Ok(Ok(_))) {
         run.progress.finish();
         // The error that ended the run is the one to report.
         let _ = folder.write_summary(&run.summary(Status::Failed));
     }
-    result
+    result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// A resumed run cannot have taken more steps than it is to take.
+fn not_behind(order: &Order, newest: Option<&Checkpoint>) -> Result<()> {
+    match newest {
+        Some(newest) if newest.step() > order.recipe.train.steps => Err(Error::Run {
+            name: order.name.clone(),
+            what: format!(
+                "train.steps: expected at least {}, the step of its newest checkpoint, found {}",
+                newest.step(),
+                order.recipe.train.steps
+            ),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Compares the weights that a run starts from with its recipe, before any text is read.
+fn fits(recipe: &Recipe, from: &Weights) -> Result<()> {
+    let config = shape(recipe, from.config.vocab_size, Some(from))?;
+    from.check(&config)?;
+    if let TokenizerSource::File(path) = &recipe.tokenizer.source
+        && std::fs::read(path).map_err(Error::io("read", path))? != from.tokenizer_json
+    {
+        let what = format!("vocabulary: {} is not the tokenizer that the weights were trained with", path.display());
+        return Err(Error::Mismatch { path: from.path.clone(), mismatches: vec![what] });
+    }
+    Ok(())
 }
 
 /// What a run is put together from.
@@ -164,12 +213,15 @@ struct Parts {
     order: Order,
     started: Instant,
     stop: Stop,
+    device: Device,
     data: Data,
     config: Config,
     state: State,
     tokens: u64,
     last_loss: Option<f64>,
     committed: Option<u64>,
+    /// Whether the run's folder was there before.
+    resumed: bool,
     /// What a resume changed of the recipe.
     changed: Vec<String>,
 }
@@ -177,9 +229,9 @@ struct Parts {
 const MESH: &str = "1 x 1 x 1";
 
 /// The model's shape, compared with the weights that it starts from.
-fn shape(recipe: &Recipe, data: &Data, from: Option<&Weights>) -> Result<Config> {
+fn shape(recipe: &Recipe, vocab_size: usize, from: Option<&Weights>) -> Result<Config> {
     let known = from.map(|from| &from.config);
-    let config = Config::from_keys(&recipe.model, data.tokenizer.vocab_size(), recipe.train.seq_len, known)
+    let config = Config::from_keys(&recipe.model, vocab_size, recipe.train.seq_len, known)
         .ok_or_else(|| Error::Usage("[model]: expected every size, or `model.from`".into()))?;
     config.check().map_err(|what| Error::Usage(format!("[model]: {what}")))?;
     if recipe.train.seq_len > config.max_position_embeddings {
@@ -193,11 +245,11 @@ fn shape(recipe: &Recipe, data: &Data, from: Option<&Weights>) -> Result<Config>
 
 impl Run {
     fn open(folder: &Folder, parts: Parts) -> Result<Self> {
-        let Parts { order, started, stop, data, config, state, tokens, last_loss, committed, changed } = parts;
+        let Parts { order, started, stop, device, data, config, state, tokens, last_loss, committed, resumed, changed } =
+            parts;
         let recipe = order.recipe;
         folder.keep_recipe(&order.raw)?;
         order.log.open(&folder.file("logs/rank-0.log"))?;
-        let device = device::open(&recipe.device);
         let stepper = Stepper::new(&config, &device, recipe.bucket_bytes_max)?;
         let writer = Writer::new(
             Arc::new(RealDisk),
@@ -205,10 +257,10 @@ impl Run {
             state::specs(&config),
             Retention { keep_last: recipe.checkpoint.keep_last },
         )?;
-        let resumed_at = order.resume.then_some(state.step);
+        let resumed_at = resumed.then_some(state.step);
         let mut metrics = Metrics::open(folder.path(), resumed_at, recipe.metrics.tensorboard)?;
         let progress = Progress::new(state.step, recipe.train.steps, recipe.metrics.log_every);
-        if order.resume {
+        if resumed {
             metrics.event("resumed", state.step, json!({ "changed": changed }));
             progress.say(&format!("run {}: going on after step {}", folder.name(), state.step));
             for change in &changed {
@@ -231,7 +283,7 @@ impl Run {
             progress,
             stop,
             started,
-            wall_before_s: if order.resume { wall_before_s } else { 0.0 },
+            wall_before_s: if resumed { wall_before_s } else { 0.0 },
             last_loss,
             stall_s: 0.0,
             failure: None,
@@ -247,7 +299,7 @@ impl Run {
         while self.state.step < last && !self.stop.asked() {
             let mut line = self.step()?;
             let step = line.step;
-            if due(step, self.recipe.eval.every) && step < self.recipe.train.steps {
+            if due(step, self.recipe.eval.every) {
                 // Not to be stopped: the line must be the same in a run that nobody interrupts.
                 let evaluation = self.evaluate(self.recipe.eval.windows, &Stop::default())?;
                 line.eval_loss = evaluation.map(|evaluation| evaluation.loss());
@@ -262,10 +314,11 @@ impl Run {
                 self.checkpoint();
             }
             let outcomes = self.writer.outcomes();
-            self.note(outcomes);
+            self.note(outcomes, ", training goes on");
         }
         self.progress.finish();
         self.last_checkpoint()?;
+        self.metrics.flush()?;
         let ended = match () {
             () if self.state.step >= self.recipe.train.steps => Ended::Done,
             () if self.stop.asked() => Ended::Signalled,

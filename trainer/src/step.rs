@@ -115,8 +115,7 @@ impl Stepper {
         tamper: impl Fn(usize, Tensor<1>) -> Tensor<1>,
     ) -> Result<Report> {
         let start = Instant::now();
-        state.step += 1;
-        let step = state.step;
+        let step = state.step + 1;
         let tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
         let (mut loss, mut forward_s, mut backward_s) = (0.0, 0.0, 0.0);
 
@@ -143,6 +142,7 @@ impl Stepper {
         let grad_norm = global_norm(&sum);
         let learning_rate = optimizer::learning_rate(&recipe.schedule, step, recipe.train.steps);
         let skipped = !(grad_norm.is_finite() && loss.is_finite());
+        state.step = step;
         if skipped {
             state.skips += 1;
         } else {

@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 use checkpoint::export::Folder;
 use checkpoint::reader::{self, Checkpoint};
 
+use parallel::data::Parameter;
+
+use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::export::HfConfig;
 use crate::model::Config;
@@ -18,7 +21,7 @@ pub struct Weights {
     /// The model's shape.
     pub config: Config,
     /// `tokenizer.json`.
-    pub tokenizer: Vec<u8>,
+    pub tokenizer_json: Vec<u8>,
     /// The token between documents.
     pub end_of_text: String,
     source: Source,
@@ -58,7 +61,7 @@ impl Weights {
         Ok(Self {
             path: checkpoint.path().to_owned(),
             config: meta.model,
-            tokenizer: checkpoint.attachment("tokenizer.json")?,
+            tokenizer_json: checkpoint.attachment("tokenizer.json")?,
             end_of_text: meta.end_of_text,
             source: Source::Checkpoint(Box::new(checkpoint)),
         })
@@ -69,19 +72,40 @@ impl Weights {
         let config = HfConfig::parse(&folder.file("config.json")?, &path.join("config.json"))?;
         Ok(Self {
             path: path.to_owned(),
-            tokenizer: folder.file("tokenizer.json")?,
+            tokenizer_json: folder.file("tokenizer.json")?,
             end_of_text: crate::export::end_of_text(&folder, path)?,
             config: config.shape,
             source: Source::Export(Box::new(folder)),
         })
     }
 
-    /// Reads every parameter of a model of shape `wanted`, in its order.
+    /// The tokenizer that comes with the weights.
+    ///
+    /// # Errors
+    /// It is damaged, or names tokens that the model does not have.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let tokenizer = Tokenizer::parse(self.tokenizer_json.clone(), &self.end_of_text)?;
+        let (tokens, rows) = (tokenizer.vocab_size(), self.config.vocab_size);
+        if tokens > rows {
+            return Err(Error::Tokenizer(format!(
+                "{} has a tokenizer of {tokens} tokens and a model of {rows}: one of its files is another model's",
+                self.path.display()
+            )));
+        }
+        Ok(tokenizer)
+    }
+
+    /// Compares the stored parameters with those of a model of shape `wanted`.
     ///
     /// # Errors
     /// Every parameter that is missing or has another shape, and a vocabulary that differs, together.
-    pub fn read(&self, wanted: &Config) -> Result<Vec<Vec<f32>>> {
-        let have: Vec<_> = self.config.parameters();
+    pub fn check(&self, wanted: &Config) -> Result<()> {
+        let have = match &self.source {
+            Source::Checkpoint(_) => self.config.parameters(),
+            Source::Export(folder) => {
+                folder.names().into_iter().map(|(name, shape)| Parameter { name, shape }).collect()
+            }
+        };
         let want = wanted.parameters();
         let mut mismatches = Vec::new();
         if self.config.vocab_size != wanted.vocab_size {
@@ -101,28 +125,24 @@ impl Weights {
         }
         let extra = have.iter().filter(|other| want.iter().all(|parameter| parameter.name != other.name));
         mismatches.extend(extra.map(|other| format!("{}: expected nothing, found {:?}", other.name, other.shape)));
-        if !mismatches.is_empty() {
-            return Err(Error::Mismatch { path: self.path.clone(), mismatches });
-        }
-        want.iter()
-            .map(|parameter| {
+        if mismatches.is_empty() { Ok(()) } else { Err(Error::Mismatch { path: self.path.clone(), mismatches }) }
+    }
+
+    /// Reads every parameter of a model of shape `wanted`, in its order.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check), or a damaged file.
+    pub fn read(&self, wanted: &Config) -> Result<Vec<Vec<f32>>> {
+        self.check(wanted)?;
+        let read = |parameter: &Parameter| match &self.source {
+            Source::Checkpoint(checkpoint) => {
                 let mut values = vec![0.0; parameter.shape.iter().product()];
-                match &self.source {
-                    Source::Checkpoint(checkpoint) => {
-                        checkpoint.tensor(&parameter.name, &parameter.shape, &mut values)?;
-                    }
-                    Source::Export(folder) => {
-                        let (shape, found) = folder.tensor(&parameter.name)?;
-                        if shape != parameter.shape {
-                            let what = format!("{}: expected {:?}, found {shape:?}", parameter.name, parameter.shape);
-                            return Err(Error::Mismatch { path: self.path.clone(), mismatches: vec![what] });
-                        }
-                        values = found;
-                    }
-                }
+                checkpoint.tensor(&parameter.name, &parameter.shape, &mut values)?;
                 Ok(values)
-            })
-            .collect()
+            }
+            Source::Export(folder) => Ok(folder.tensor(&parameter.name)?.1),
+        };
+        wanted.parameters().iter().map(read).collect()
     }
 }
 

@@ -6,7 +6,6 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use burn::Tensor;
 use burn::tensor::{Device, Int, TensorData};
-use trainer::data::tokenizer::Tokenizer;
 use trainer::step::plain_model;
 use trainer::weights::Weights;
 
@@ -15,10 +14,10 @@ fn main() -> Result<()> {
     let dir = args.next().context("usage: logits DIR PROMPT")?;
     let prompt = args.next().context("usage: logits DIR PROMPT")?;
     let weights = Weights::open(Path::new(&dir), Path::new(""))?;
-    let tokenizer = Tokenizer::parse(weights.tokenizer.clone(), &weights.end_of_text)?;
+    let tokenizer = weights.tokenizer()?;
     let device = Device::flex();
     let model = plain_model(&weights.config, &device, &weights.read(&weights.config)?);
-    let ids: Vec<i32> = tokenizer.encode_prompt(&prompt)?.into_iter().map(|id| id as i32).collect();
+    let ids: Vec<i32> = tokenizer.encode_prompt("PROMPT", &prompt)?.into_iter().map(|id| id as i32).collect();
     let tokens: Tensor<2, Int> = Tensor::from_data(TensorData::new(ids.clone(), [1, ids.len()]), &device);
     let logits: Vec<f32> = model.forward(tokens, None).into_data().iter::<f32>().collect();
     println!("{}", serde_json::json!({ "ids": ids, "vocab": weights.config.vocab_size, "logits": logits }));

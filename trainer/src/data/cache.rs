@@ -30,7 +30,11 @@ impl Cache {
     /// # Errors
     /// It cannot be made.
     pub fn open(folder: &Path) -> Result<Self> {
-        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+        std::fs::create_dir_all(folder).map_err(|source| Error::Folder {
+            key: "data.cache_dir",
+            path: folder.to_owned(),
+            source,
+        })?;
         Ok(Self { folder: folder.to_owned() })
     }
 

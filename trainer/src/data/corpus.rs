@@ -32,12 +32,12 @@ impl Corpus {
     /// # Errors
     /// A missing crate or file, a text that is not UTF-8, a line that is not the JSON it should be, another hash.
     pub fn read(data: &Data, registry: &Path) -> Result<Self> {
-        let read = |items: &[String]| match &data.source {
+        let read = |key: &'static str, items: &[String]| match &data.source {
             Source::Crates => read_crates(items, registry),
-            Source::Text => read_texts(items),
-            Source::Jsonl { field } => read_jsonl(items, field),
+            Source::Text => all_there(key, items).and_then(|()| read_texts(items)),
+            Source::Jsonl { field } => all_there(key, items).and_then(|()| read_jsonl(items, field)),
         };
-        let (train, held_out) = (read(&data.train)?, read(&data.held_out)?);
+        let (train, held_out) = (read("data.train", &data.train)?, read("eval.files", &data.held_out)?);
         let mut hasher = blake3::Hasher::new();
         hasher.update(hash(&train).as_bytes()).update(hash(&held_out).as_bytes());
         let corpus = Self { train, held_out, hash: hasher.finalize().to_hex().to_string() };
@@ -110,6 +110,11 @@ fn rust_files(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn all_there(key: &'static str, items: &[String]) -> Result<()> {
+    let missing: Vec<&str> = items.iter().map(String::as_str).filter(|item| !Path::new(item).exists()).collect();
+    if missing.is_empty() { Ok(()) } else { Err(Error::MissingText { key, missing: missing.join(", ") }) }
 }
 
 fn read_texts(items: &[String]) -> Result<Vec<Document>> {

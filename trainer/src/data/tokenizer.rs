@@ -57,9 +57,11 @@ impl Tokenizer {
     /// # Errors
     /// It is not one, or it does not have the end-of-text token.
     pub fn parse(json: Vec<u8>, end_of_text: &str) -> Result<Self> {
-        let inner = tokenizers::Tokenizer::from_bytes(&json).map_err(|error| {
+        let mut inner = tokenizers::Tokenizer::from_bytes(&json).map_err(|error| {
             Error::Tokenizer(format!("expected a tokenizer.json of Hugging Face's tokenizers: {error}"))
         })?;
+        // Text that spells a special token is text; only we put special tokens between texts.
+        inner.set_encode_special_tokens(true);
         let Some(id) = inner.token_to_id(end_of_text) else {
             return Err(Error::Tokenizer(format!(
                 "tokenizer.end_of_text: the tokenizer has no token \"{end_of_text}\"; name the one that it ends texts with"
@@ -106,11 +108,11 @@ impl Tokenizer {
         Ok(encodings.into_iter().map(|encoding| encoding.get_ids().to_vec()).collect())
     }
 
-    /// The tokens of a prompt, which must be able to say all of it.
+    /// The tokens of a prompt, all of which they must be able to say. `from` names where the prompt was written.
     ///
     /// # Errors
     /// The first character that gets lost.
-    pub fn encode_prompt(&self, prompt: &str) -> Result<Vec<u32>> {
+    pub fn encode_prompt(&self, from: &str, prompt: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(prompt, false).map_err(|e| Error::Tokenizer(e.to_string()))?;
         let ids = encoding.get_ids().to_vec();
         let back = self.decode(&ids)?;
@@ -121,7 +123,7 @@ impl Tokenizer {
         let at = lost.enumerate().find(|(_, (a, b))| Some(*a) != *b).map_or(0, |(at, _)| at);
         let shown = prompt.chars().nth(at).unwrap_or('\u{fffd}');
         Err(Error::Usage(format!(
-            "--prompt: this tokenizer has no token for {shown:?} (character {}): leave it out, or use a model with a \
+            "{from}: this tokenizer has no token for {shown:?} (character {}): leave it out, or use a model with a \
              byte-level tokenizer",
             at + 1
         )))
@@ -151,8 +153,8 @@ mod tests {
         assert_eq!(json, train(300, "<|end|>", &documents()).expect("enough text"));
         let tokenizer = Tokenizer::parse(json, "<|end|>").expect("ours");
         assert_eq!(tokenizer.vocab_size(), 300);
-        for text in ["fn main() {}", "żółć 漢字 🦀", " \t\r\n", ""] {
-            let ids = tokenizer.encode_prompt(text).expect("byte-level");
+        for text in ["fn main() {}", "żółć 漢字 🦀", " \t\r\n", "", "a<|end|>b"] {
+            let ids = tokenizer.encode_prompt("--prompt", text).expect("byte-level");
             assert_eq!(tokenizer.decode(&ids).expect("ours"), text);
         }
     }
@@ -168,8 +170,8 @@ mod tests {
         let json = br#"{"version":"1.0","added_tokens":[{"id":0,"content":"<e>","single_word":false,"lstrip":false,
             "rstrip":false,"normalized":false,"special":true}],"model":{"type":"BPE","vocab":{"<e>":0,"a":1,"b":2},"merges":[]}}"#;
         let tokenizer = Tokenizer::parse(json.to_vec(), "<e>").expect("a small one");
-        assert_eq!(tokenizer.encode_prompt("a").expect("known"), [1]);
-        let message = tokenizer.encode_prompt("ac").expect_err("no c").to_string();
+        assert_eq!(tokenizer.encode_prompt("--prompt", "a").expect("known"), [1]);
+        let message = tokenizer.encode_prompt("--prompt", "ac").expect_err("no c").to_string();
         assert!(message.contains("'c' (character 2)"), "{message}");
         assert!(Tokenizer::parse(json.to_vec(), "<x>").is_err());
         assert!(Tokenizer::parse(b"{}".to_vec(), "<e>").is_err());

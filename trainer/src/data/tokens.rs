@@ -10,6 +10,7 @@ use super::cache::Cache;
 use super::corpus::{self, Document};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::log::say;
 
 /// Tokens in the order of the documents.
 #[derive(Debug)]
@@ -29,7 +30,12 @@ impl Tokens {
     /// The tokenizer refuses a text, or the cache cannot be written or mapped.
     pub fn find_or_make(cache: &Cache, tokenizer: &Tokenizer, documents: &[Document]) -> Result<Self> {
         let key = format!("tokens 1 {} {}", blake3::hash(&tokenizer.json()).to_hex(), corpus::hash(documents).to_hex());
-        let path = cache.find_or_make("tokens", &key, |_| encode(tokenizer, documents))?.path;
+        let make = |_: &str| {
+            let bytes: usize = documents.iter().map(|document| document.text.len()).sum();
+            say(&format!("tokenising {:.1} MB of text, once", bytes as f64 / 1e6));
+            encode(tokenizer, documents)
+        };
+        let path = cache.find_or_make("tokens", &key, make)?.path;
         let file = File::open(&path).map_err(Error::io("open", &path))?;
         // SAFETY: entries of the cache are replaced by renaming, never written in place, so the mapped file does not
         // change under us unless somebody edits the cache by hand while it runs.

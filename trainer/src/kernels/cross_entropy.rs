@@ -62,15 +62,14 @@ pub(super) fn exponentials(row: &mut [f32], largest: f32) -> f32 {
     let mut chunks = row.chunks_exact_mut(LANES);
     for chunk in &mut chunks {
         for (x, sum) in chunk.iter_mut().zip(&mut sums) {
-            // `clamp` inside `exp` would swallow a NaN's meaning if the compiler turned it into min and max.
-            let e = if x.is_nan() { f32::NAN } else { exp(*x - largest) };
+            let e = exp(*x - largest);
             *x = e;
             *sum += e;
         }
     }
     let mut total = sums.iter().sum::<f32>();
     for x in chunks.into_remainder() {
-        *x = if x.is_nan() { f32::NAN } else { exp(*x - largest) };
+        *x = exp(*x - largest);
         total += *x;
     }
     total

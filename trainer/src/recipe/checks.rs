@@ -87,7 +87,7 @@ fn data_faults(raw: &Raw, faults: &mut Vec<Fault>) {
                 faults.push(Fault::new(raw.origin(name), name, format!("expected name@version, found \"{item}\"")));
             }
         }
-        if raw.get("data.blake3").is_none() {
+        if raw.get("data.blake3").is_none() && !faults.iter().any(|fault| fault.key == "data.blake3") {
             faults.push(
                 Fault::new(Origin::Absent, "data.blake3", "missing: a corpus of crates is pinned by its hash")
                     .help("write any 64 hex digits; the error that follows tells the right ones"),

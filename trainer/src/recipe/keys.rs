@@ -100,7 +100,7 @@ pub const KEYS: &[Key] = &[
     key("model.from", Text, Empty, Fixed, "a run, checkpoint or export of Tributary to take weights and tokenizer from"),
     key("tokenizer.vocab_size", Integer(257, 1 << 24), Empty, Fixed, "tokens of a byte-level BPE that is trained on the training text; required unless another tokenizer is given"),
     key("tokenizer.file", Text, Empty, Fixed, "a `tokenizer.json` to use as it is"),
-    key("tokenizer.end_of_text", Text, DefaultText("<|endoftext|>"), Fixed, "the token between documents"),
+    key("tokenizer.end_of_text", Text, Empty, Fixed, "the token between documents; what comes with `model.from`, or `<|endoftext|>`, unless written"),
     key("data.source", Choice(&["crates", "text", "jsonl"]), Required, Fixed, "`crates`: Rust sources of crates in the local cargo registry; `text`: one document a file; `jsonl`: one document a line"),
     key("data.train", Texts, NoTexts, Fixed, "what to train on: `name@version` for crates, else paths"),
     key("data.jsonl_field", Text, DefaultText("text"), Fixed, "the field of a JSON line that holds the document"),

@@ -54,6 +54,9 @@ pub fn read(text: &str, sets: &[String]) -> (Raw, Vec<Fault>) {
                 let help = did_you_mean(section, keys::sections().into_iter());
                 faults.push(Fault { help, ..Fault::new(line, format!("[{section}]"), "no such section") });
             }
+            DeValue::Array(_) if keys::sections().contains(&section) => faults.push(
+                Fault::new(line, section, "expected one section, found a list").help(format!("write [{section}]")),
+            ),
             _ => faults.push(
                 Fault::new(line, section, "a key outside every section").help("write it under a [section] header"),
             ),
@@ -133,7 +136,16 @@ impl Raw {
 
     fn put(&mut self, name: &str, value: Result<Value, String>, origin: Origin, faults: &mut Vec<Fault>) {
         let Some(key) = keys::find(name) else {
-            let help = did_you_mean(name, KEYS.iter().map(|key| key.name));
+            // Within a section that exists, a slip is in the key alone.
+            let section = keys::section(name);
+            let known = |key: &&keys::Key| keys::section(key.name) == section;
+            let siblings = KEYS.iter().filter(known).map(|key| &key.name[section.len() + 1..]);
+            let help = match name.split_once('.') {
+                Some((_, key)) if keys::sections().contains(&section) => {
+                    nearest(key, siblings).map(|key| format!("did you mean {section}.{key}?"))
+                }
+                _ => did_you_mean(name, KEYS.iter().map(|key| key.name)),
+            };
             return faults.push(Fault { help, ..Fault::new(origin, name, "no such key") });
         };
         // A whole number is welcome where a number is expected.
@@ -278,8 +290,12 @@ fn line_of(text: &str, offset: usize) -> usize {
 
 /// The nearest of the known names, if it is near enough to be a slip of the fingers.
 fn did_you_mean<'a>(found: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
+    nearest(found, known).map(|name| format!("did you mean {name}?"))
+}
+
+fn nearest<'a>(found: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let near = known.map(|name| (strsim::jaro_winkler(found, name), name)).max_by(|a, b| a.0.total_cmp(&b.0))?;
-    (near.0 > 0.8).then(|| format!("did you mean {}?", near.1))
+    (near.0 > 0.8).then_some(near.1)
 }
 
 #[cfg(test)]

@@ -72,8 +72,8 @@ pub struct ModelKeys {
 pub struct Tokenizer {
     /// Where it comes from.
     pub source: TokenizerSource,
-    /// The token between documents.
-    pub end_of_text: String,
+    /// The token between documents, if it is written.
+    pub end_of_text: Option<String>,
 }
 
 /// Where the tokenizer comes from.
@@ -245,7 +245,7 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
                 (None, Some(file)) => TokenizerSource::File(file.into()),
                 (None, None) => TokenizerSource::From,
             },
-            end_of_text: keys.text("tokenizer.end_of_text")?,
+            end_of_text: keys.text("tokenizer.end_of_text"),
         },
         data: Data {
             source: match keys.text("data.source")?.as_str() {

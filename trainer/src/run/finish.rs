@@ -7,7 +7,7 @@ use super::folder::{Folder, Status, Summary};
 use super::progress::duration;
 use crate::error::{Error, Result};
 use crate::export::Export;
-use crate::generate::{Sampling, generate};
+use crate::generate::{Sampling, generate, prompt_tokens};
 use crate::step::plain_model;
 
 /// Finishes the run; false when somebody asked to stop before it was done, so that `--resume` finishes it.
@@ -24,32 +24,46 @@ pub(super) fn finish(run: &Run, folder: &Folder) -> Result<bool> {
         }
         None => None,
     };
-    let export = folder.file("export");
     if run.recipe.export.at_end {
-        if export.exists() {
-            // A run that was resumed after its end, with more steps: the export follows the weights.
-            std::fs::remove_dir_all(&export).map_err(Error::io("replace", &export))?;
-        }
-        let written = Export {
-            config: &run.config,
-            weights: &run.state.weights,
-            tokenizer: &run.data.tokenizer.json(),
-            end_of_text: run.data.tokenizer.end_of_text_name(),
-            end_of_text_id: run.data.tokenizer.end_of_text(),
-            dtype: run.recipe.export.dtype,
-        };
-        written.write(&export)?;
+        export(run, folder)?;
     }
     let mut summary = run.summary(Status::Done);
     summary.held_out_bits_per_byte = held_out.map(|(bits, _)| bits);
     folder.write_summary(&summary)?;
 
-    report(run, folder, &summary, held_out)?;
+    report(run, folder, &summary, held_out);
     Ok(true)
 }
 
+/// Exports beside an export that is there already, and changes places with it only when the new one is whole.
+fn export(run: &Run, folder: &Folder) -> Result<()> {
+    let [place, next, old] = ["export", "export.next", "export.old"].map(|name| folder.file(name));
+    for left_over in [&next, &old] {
+        if left_over.exists() {
+            std::fs::remove_dir_all(left_over).map_err(Error::io("remove", left_over))?;
+        }
+    }
+    let export = Export {
+        config: &run.config,
+        weights: &run.state.weights,
+        tokenizer: &run.data.tokenizer.json(),
+        end_of_text: run.data.tokenizer.end_of_text_name(),
+        end_of_text_id: run.data.tokenizer.end_of_text(),
+        dtype: run.recipe.export.dtype,
+    };
+    export.write(&next)?;
+    if place.exists() {
+        std::fs::rename(&place, &old).map_err(Error::io("rename", &place))?;
+    }
+    std::fs::rename(&next, &place).map_err(Error::io("rename", &next))?;
+    if old.exists() {
+        std::fs::remove_dir_all(&old).map_err(Error::io("remove", &old))?;
+    }
+    Ok(())
+}
+
 /// Says how it ended, on stdout. A closed stdout takes nothing away from the run, which is done.
-fn report(run: &Run, folder: &Folder, summary: &Summary, held_out: Option<(f64, u64)>) -> Result<()> {
+fn report(run: &Run, folder: &Folder, summary: &Summary, held_out: Option<(f64, u64)>) {
     let print = |text: String| _ = writeln!(std::io::stdout(), "{text}");
     print(format!(
         "run {} is done: {} steps, {:.2} M tokens, {}; final loss {}",
@@ -60,7 +74,9 @@ fn report(run: &Run, folder: &Folder, summary: &Summary, held_out: Option<(f64, 
         run.last_loss.map_or_else(|| "unknown".into(), |loss| format!("{loss:.4}"))
     ));
     if let Some((bits, bytes)) = held_out {
-        print(held_out_line(bits, bytes, run.data.held_out_zstd, run.recipe.train.seq_len));
+        // What zstd reaches is a comparison, not a result: without it the line is shorter.
+        let zstd = run.data.held_out_zstd().ok().flatten();
+        print(held_out_line(bits, bytes, zstd, run.recipe.train.seq_len));
     }
     if run.recipe.export.at_end {
         let dir = folder.file("export");
@@ -68,17 +84,25 @@ fn report(run: &Run, folder: &Folder, summary: &Summary, held_out: Option<(f64, 
     }
     if let Some(prompt) = &run.recipe.export.prompt {
         print(format!("a sample, after {prompt:?}:\n---"));
-        let model = plain_model(&run.config, &run.device, &run.state.weights);
-        let sampling =
-            Sampling { temperature: run.recipe.export.temperature, top_p: 0.95, seed: run.recipe.train.seed };
-        let mut sample = prompt.clone();
-        generate(&model, &run.data.tokenizer, prompt, run.recipe.export.sample_tokens, sampling, |text| {
-            sample += text;
-            Ok(())
-        })?;
-        print(format!("{sample}\n---"));
+        match sample(run, prompt) {
+            Ok(sample) => print(format!("{prompt}{sample}\n---")),
+            Err(error) => run.progress.say(&format!("there is no sample: {error}")),
+        }
     }
-    Ok(())
+}
+
+fn sample(run: &Run, prompt: &str) -> Result<String> {
+    let keys = &run.recipe.export;
+    let model = plain_model(&run.config, &run.device, &run.state.weights);
+    let sampling = Sampling { temperature: keys.temperature, top_p: 0.95, seed: run.recipe.train.seed };
+    let longest = run.config.max_position_embeddings;
+    let ids = prompt_tokens(&run.data.tokenizer, "export.prompt", prompt, longest)?;
+    let mut sample = String::new();
+    generate(&model, &run.data.tokenizer, ids, keys.sample_tokens, sampling, |text| {
+        sample += text;
+        Ok(())
+    })?;
+    Ok(sample)
 }
 
 fn held_out_line(bits: f64, bytes: u64, zstd: Option<f64>, seq_len: usize) -> String {

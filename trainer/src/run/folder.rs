@@ -86,23 +86,34 @@ impl Folder {
     }
 
     /// Opens the folder of a run that is to go on, and returns with it what changed of the recipe that may change.
+    /// `None` when there is no such folder: a run that was killed before it had one has done nothing yet.
     ///
     /// # Errors
-    /// No such run, a process that still works on it, a fixed key that changed.
-    pub fn resume(runs: &Path, name: &str, recipe: &Raw) -> Result<(Self, Vec<String>)> {
+    /// A folder that is no run's, a process that still works on it, a fixed key that changed.
+    pub fn resume(runs: &Path, name: &str, recipe: &Raw) -> Result<Option<(Self, Vec<String>)>> {
         check_name(name)?;
         let path = runs.join(name);
         if !path.is_dir() {
-            let what = format!("there is nothing to resume in {}: start it without --resume", path.display());
+            return Ok(None);
+        }
+        let file = path.join("recipe.toml");
+        let text = match std::fs::read_to_string(&file) {
+            Ok(text) => Some(text),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Err(error) => return Err(Error::io("read", file)(error)),
+        };
+        let empty = || std::fs::read_dir(&path).is_ok_and(|entries| entries.flatten().all(|entry| is_ours(&entry)));
+        if text.is_none() && !empty() {
+            let what = format!("{} has no recipe.toml: it is not the folder of a run", path.display());
             return Err(Error::Run { name: name.into(), what });
         }
         let folder = Self { name: name.into(), _lock: lock(name, &path)?, path };
         // A run that was killed before it wrote its recipe has done nothing that could differ.
-        let Ok(text) = std::fs::read_to_string(folder.file("recipe.toml")) else { return Ok((folder, Vec::new())) };
+        let Some(text) = text else { return Ok(Some((folder, Vec::new()))) };
         let (old, _) = raw::read(&text, &[]);
         let fixed = recipe.differences(&old, Tag::Fixed);
         if fixed.is_empty() {
-            return Ok((folder, recipe.differences(&old, Tag::Resumable)));
+            return Ok(Some((folder, recipe.differences(&old, Tag::Resumable))));
         }
         let what = format!(
             "--resume cannot change what the run is:\n  {}\nrestore these keys, or start another run with --name",
@@ -170,6 +181,13 @@ impl Folder {
     }
 }
 
+/// Whether a run makes this entry before it writes its recipe.
+fn is_ours(entry: &std::fs::DirEntry) -> bool {
+    let name = entry.file_name();
+    let name = name.to_string_lossy();
+    name == ".lock" || name == "logs" || name.starts_with(".new-")
+}
+
 /// A run's name is one plain path component, so that it can be said on a command line and cannot leave the folder.
 fn check_name(name: &str) -> Result<()> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
@@ -230,8 +248,18 @@ mod tests {
         let message = Folder::resume(runs.path(), "a", &recipe(&[])).expect_err("locked").to_string();
         assert!(message.contains(&format!("process {} is working on it", std::process::id())), "{message}");
         drop(first);
-        assert!(Folder::resume(runs.path(), "a", &recipe(&[])).is_ok());
-        assert!(Folder::resume(runs.path(), "b", &recipe(&[])).is_err());
+        assert!(Folder::resume(runs.path(), "a", &recipe(&[])).expect("its own").is_some());
+        assert!(Folder::resume(runs.path(), "b", &recipe(&[])).expect("none").is_none());
+    }
+
+    #[test]
+    fn a_folder_that_is_no_runs_is_not_taken_over() {
+        let runs = tempfile::tempdir().expect("a folder");
+        std::fs::create_dir(runs.path().join("mine")).expect("writable");
+        std::fs::write(runs.path().join("mine/diary"), "").expect("writable");
+        let message = Folder::resume(runs.path(), "mine", &recipe(&[])).expect_err("not a run").to_string();
+        assert!(message.contains("has no recipe.toml"), "{message}");
+        assert!(!runs.path().join("mine/.lock").exists());
     }
 
     #[test]
@@ -242,8 +270,8 @@ mod tests {
         let message = Folder::resume(runs.path(), "a", &recipe(&changed)).expect_err("two fixed keys").to_string();
         assert!(message.contains("train.seed: the run has 1, the recipe says 9"), "{message}");
         assert!(message.contains("model.from") && !message.contains("train.steps"), "{message}");
-        let (_, changes) =
-            Folder::resume(runs.path(), "a", &recipe(&["train.steps=5", "device.threads=1"])).expect("allowed");
+        let resumed = Folder::resume(runs.path(), "a", &recipe(&["train.steps=5", "device.threads=1"]));
+        let (_, changes) = resumed.expect("allowed").expect("there");
         assert_eq!(changes, ["train.steps: the run has 3, the recipe says 5"]);
     }
 

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::tensorboard::EventFile;
 use crate::data::cache::replace;
 use crate::error::{Error, Result};
+use crate::log::say;
 
 /// One line of `metrics.jsonl`. Seconds end in `_s`, bytes in `_bytes`; fields without meaning in this run are null.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,6 +58,10 @@ pub struct Line {
 #[derive(Debug)]
 pub struct Metrics {
     metrics: File,
+    /// Bytes of `metrics.jsonl` that are whole lines.
+    written: u64,
+    /// Lines that the disk had no room for yet.
+    pending: Vec<u8>,
     events: File,
     tensorboard: Option<EventFile>,
     folder: PathBuf,
@@ -76,20 +81,33 @@ impl Metrics {
             OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io("open", path))
         };
         let tensorboard = if tensorboard { Some(EventFile::create(folder, resumed_at)?) } else { None };
+        let metrics = open("metrics.jsonl")?;
+        let written = metrics.metadata().map_err(Error::io("read", folder))?.len();
         Ok(Self {
-            metrics: open("metrics.jsonl")?,
+            metrics,
+            written,
+            pending: Vec::new(),
             events: open("events.jsonl")?,
             tensorboard,
             folder: folder.to_owned(),
         })
     }
 
-    /// Writes one step.
+    /// Writes one step. When the disk is full the line is kept and tried again with the next one; training goes on.
     ///
     /// # Errors
-    /// The file cannot be written: a run whose steps are not recorded does not go on.
+    /// More lines are waiting than is reasonable to keep.
     pub fn step(&mut self, line: &Line) -> Result<()> {
-        append(&mut self.metrics, line).map_err(Error::io("write", self.folder.join("metrics.jsonl")))?;
+        let waited = !self.pending.is_empty();
+        self.pending.extend(to_line(line).map_err(Error::io("write", self.folder.join("metrics.jsonl")))?);
+        if let Err(error) = self.flush() {
+            if !waited {
+                say(&format!("step {}: kept in memory, training goes on: {error}", line.step));
+            }
+            if self.pending.len() > PENDING_BYTES_MAX {
+                return Err(error);
+            }
+        }
         if let Some(file) = &mut self.tensorboard {
             let mut values = vec![("learning_rate", line.learning_rate), ("tokens_per_s", line.tokens_per_s)];
             values.extend(line.loss.map(|x| ("loss", x)));
@@ -103,6 +121,24 @@ impl Metrics {
         Ok(())
     }
 
+    /// Writes the lines that are waiting.
+    ///
+    /// # Errors
+    /// There is still no room for them.
+    pub fn flush(&mut self) -> Result<()> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        if let Err(error) = self.metrics.write_all(&self.pending) {
+            // A full disk may have taken a part of a line; the file holds whole lines only.
+            let _ = self.metrics.set_len(self.written);
+            return Err(Error::io("write", self.folder.join("metrics.jsonl"))(error));
+        }
+        self.written += self.pending.len() as u64;
+        self.pending.clear();
+        Ok(())
+    }
+
     /// Writes what is not a step: `kind`, the step at which it happened, and its own fields.
     pub fn event(&mut self, kind: &str, step: u64, fields: Value) {
         let mut object = json!({ "event": kind, "step": step });
@@ -110,17 +146,20 @@ impl Metrics {
             object.extend(fields);
         }
         tracing::info!("{object}");
-        if let Err(error) = append(&mut self.events, &object) {
+        if let Err(error) = to_line(&object).and_then(|line| self.events.write_all(&line)) {
             tracing::warn!("events.jsonl cannot be written: {error}");
         }
     }
 }
 
-/// One write for the whole line, so that a kill leaves at most the last line incomplete.
-fn append(file: &mut File, value: &impl Serialize) -> std::io::Result<()> {
+/// Lines that are kept in memory while the disk is full: about a hundred thousand steps.
+const PENDING_BYTES_MAX: usize = 64 << 20;
+
+/// A line, to be written at once, so that a kill leaves at most the last line incomplete.
+fn to_line(value: &impl Serialize) -> std::io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(value)?;
     line.push(b'\n');
-    file.write_all(&line)
+    Ok(line)
 }
 
 /// Keeps the lines up to `step`; what a kill left incomplete goes too.

@@ -5,6 +5,7 @@ use std::io::IsTerminal as _;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::metrics::Line;
+use crate::log::say;
 
 /// The bar, or the lines.
 #[derive(Debug)]
@@ -41,7 +42,12 @@ impl Progress {
             bar.set_position(line.step);
         } else if line.step.is_multiple_of(self.log_every) || line.step == self.steps || line.step == 1 || skipped {
             let left = (self.steps - line.step.min(self.steps)) as f64 * line.step_s;
-            eprintln!("step {}/{}  loss {loss}  {rate:.0} tokens/s  {} left", line.step, self.steps, duration(left));
+            say(&format!(
+                "step {}/{}  loss {loss}  {rate:.0} tokens/s  {} left",
+                line.step,
+                self.steps,
+                duration(left)
+            ));
         }
         if let Some(eval) = line.eval_loss {
             self.say(&format!("step {}: held-out loss {eval:.4}", line.step));
@@ -51,8 +57,8 @@ impl Progress {
     /// Says something that is no step, above the bar.
     pub fn say(&self, text: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{text}")),
-            None => eprintln!("{text}"),
+            Some(bar) => bar.suspend(|| say(text)),
+            None => say(text),
         }
     }
 

@@ -41,11 +41,11 @@ impl Run {
     /// The checkpoint that a run must not end without.
     pub(super) fn last_checkpoint(&mut self) -> Result<()> {
         let outcomes = self.writer.flush();
-        self.note(outcomes);
+        self.note(outcomes, "");
         if self.state.step > 0 && self.committed != Some(self.state.step) {
             self.checkpoint();
             let outcomes = self.writer.flush();
-            self.note(outcomes);
+            self.note(outcomes, "");
         }
         match self.failure.take() {
             Some(failure) if self.committed != Some(self.state.step) && self.state.step > 0 => Err(failure.into()),
@@ -53,7 +53,8 @@ impl Run {
         }
     }
 
-    pub(super) fn note(&mut self, outcomes: Vec<Outcome>) {
+    /// Writes down what became of checkpoints; `then` says what follows from a failure.
+    pub(super) fn note(&mut self, outcomes: Vec<Outcome>, then: &str) {
         for outcome in outcomes {
             match outcome {
                 Outcome::Committed { step, path, bytes, seconds, removed } => {
@@ -65,9 +66,8 @@ impl Run {
                     let kept =
                         self.committed.map_or("there is none before it".into(), |s| format!("step {s}'s is kept"));
                     self.metrics.event("checkpoint_failed", step, json!({ "error": error.to_string() }));
-                    self.progress.say(&format!(
-                        "the checkpoint of step {step} was not written ({kept}), training goes on: {error}"
-                    ));
+                    self.progress
+                        .say(&format!("the checkpoint of step {step} was not written ({kept}){then}: {error}"));
                     self.failure = Some(error);
                 }
             }

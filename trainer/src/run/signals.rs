@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use crate::log::say;
+
 /// The exit code of a run that was asked to stop, or that lost a peer: try again.
 pub const TRY_AGAIN: u8 = 75;
 
@@ -31,18 +33,16 @@ impl Stop {
         let listen = move || {
             for signal in signals.forever() {
                 if asked.swap(true, Ordering::Relaxed) {
-                    eprintln!("a second signal: stopping at once, without a checkpoint");
+                    say("a second signal: stopping at once, without a checkpoint");
                     std::process::exit(i32::from(TRY_AGAIN));
                 }
-                let name = if signal == signal_hook::consts::SIGINT { "SIGINT" } else { "SIGTERM" };
-                eprintln!("{name}: finishing the step and writing a checkpoint, at most {grace_s} s");
                 std::thread::spawn(move || {
                     std::thread::sleep(Duration::from_secs_f64(grace_s));
-                    eprintln!(
-                        "the checkpoint was not done after {grace_s} s (checkpoint.grace_s): stopping without it"
-                    );
+                    say(&format!("not done after {grace_s} s (checkpoint.grace_s): stopping as it is"));
                     std::process::exit(i32::from(TRY_AGAIN));
                 });
+                let name = if signal == signal_hook::consts::SIGINT { "SIGINT" } else { "SIGTERM" };
+                say(&format!("{name}: stopping after this step and writing a checkpoint, at most {grace_s} s"));
             }
         };
         std::thread::Builder::new().name("signals".into()).spawn(listen)?;

@@ -99,9 +99,10 @@ fn a_step_that_is_not_finite_changes_nothing_but_the_step_number() {
 
     // The step after it equals the same step of a run that never saw the batch.
     stepper.step(&mut state, &recipe(), &batches, untouched).expect("finite");
-    let mut other = State { step: 1, ..start };
+    let mut other = State { step: 1, ..start.clone() };
     stepper.step(&mut other, &recipe(), &batches, untouched).expect("finite");
     assert_eq!(state, other);
+    assert_ne!(state.weights, start.weights, "a step without the fault does change them");
 }
 
 #[test]

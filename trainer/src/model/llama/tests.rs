@@ -1,7 +1,10 @@
 //! The decoder against what its parts promise: names, causality, the cache, grouped heads, tied heads.
 
+use std::sync::{Arc, Mutex};
+
 use burn::module::ModuleVisitor;
 use burn::module::Param;
+use parallel::tap::Emit;
 
 use super::*;
 use crate::model::init;
@@ -146,4 +149,59 @@ fn the_loss_is_the_cross_entropy_and_its_gradient_agrees_with_differences() {
     let found = values(weight.grad(&gradients).expect("a parameter"))[5];
     let expected = (loss(0.01) - loss(-0.01)) / 0.02;
     assert!((found - expected).abs() < 2e-3 * (1.0 + expected.abs()), "{found} {expected}");
+}
+
+/// Names of parameters in the order in which their gradients leave; one of them may lack its anchor.
+fn emissions(config: &Config, without_anchor: Option<&str>) -> Vec<String> {
+    let device = Device::flex().autodiff();
+    let log: Arc<Mutex<Vec<String>>> = Arc::default();
+    let model = Llama::build(config, &device, &mut |name, shape| {
+        let (log, own) = (log.clone(), name.to_owned());
+        let note = move || log.lock().expect("one thread").push(own.clone());
+        let emit = match shape.len() {
+            1 => Emit::new::<1>(move |_| {
+                note();
+                None
+            }),
+            _ => Emit::new::<2>(move |_| {
+                note();
+                None
+            }),
+        };
+        let hook = if without_anchor == Some(name) { Hook::without_anchor(emit) } else { Hook::new(emit) };
+        let mut values = vec![1.0; shape.iter().product()];
+        if shape.len() > 1 {
+            init::normal(3, name, 0.3, &mut values);
+        }
+        Leaf { data: TensorData::new(values, shape.to_vec()), hook }
+    });
+    model.loss(tokens(&[3, 1, 4, 1], &device), tokens(&[1, 4, 1, 5], &device)).backward();
+    let names = log.lock().expect("one thread");
+    names.clone()
+}
+
+#[test]
+fn gradients_leave_layer_by_layer_last_layer_first_and_each_once() {
+    for (tied, shared) in [(true, 4), (false, 2)] {
+        let config = config(tied, shared);
+        let names = emissions(&config, None);
+        let layer = |name: &str| match name.split('.').collect::<Vec<_>>()[..] {
+            [_, "layers", layer, ..] => layer.parse::<usize>().expect("a number") + 1,
+            [_, "embed_tokens", _] => 0,
+            _ => usize::MAX,
+        };
+        let layers: Vec<usize> = names.iter().map(|name| layer(name)).collect();
+        assert!(layers.is_sorted_by(|a, b| a >= b), "{names:?}");
+        let mut listed: Vec<_> = config.parameters().into_iter().map(|parameter| parameter.name).collect();
+        let mut sorted = names.clone();
+        sorted.sort();
+        listed.sort();
+        assert_eq!(sorted, listed, "each once");
+
+        // The control: without its anchor a gradient of the last layer waits for those of the first.
+        let last = "model.layers.1.mlp.down_proj.weight";
+        let names = emissions(&config, Some(last));
+        let place = |name: &str| names.iter().position(|other| other == name).expect("it leaves");
+        assert!(place(last) > place("model.layers.0.mlp.gate_proj.weight"), "{names:?}");
+    }
 }
