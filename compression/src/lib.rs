@@ -3,14 +3,17 @@
 //! This crate knows no tensor library and no network: slices in, bytes out, so that checkpoints and exports can use
 //! the very same kernels as the gradients.
 //!
-//! - [`codec`]: the family of codecs by name, and the exact size of what each one writes.
+//! - [`codec`]: the family of codecs: encode, decode, decode-and-add, and the exact size of what each one writes.
+//! - [`residual`]: what error feedback remembers, committed or left as it was.
 //! - [`region`]: the address of a part of a tensor, shared by gradients, checkpoints and manifests.
 
 pub mod codec;
 pub mod region;
+pub mod residual;
 
-pub use codec::Codec;
+pub use codec::{Codec, Found, PayloadError};
 pub use region::{Region, RegionError};
+pub use residual::Residual;
 
 /// Elements a block: each block has one scale, and every cut of a tensor falls on a block border.
 pub const BLOCK: usize = 128;

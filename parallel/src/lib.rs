@@ -1,9 +1,11 @@
 //! The way of a gradient: out of the backward pass, into buckets, and (from the second process on) between ranks.
 //!
 //! - [`tap`]: closures on the forward value and on the backward gradient, the primitive that everything rests on.
+//! - [`frame`]: what is around a payload on its way.
 //! - [`data`]: data parallelism: the static plan of buckets, the buckets, and the stream that hands back the sum.
 //!
 //! Nothing here knows a model: parameters are logical names with shapes.
 
 pub mod data;
+pub mod frame;
 pub mod tap;

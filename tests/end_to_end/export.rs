@@ -6,7 +6,8 @@ use checkpoint::export::Dtype;
 use checkpoint::reader::{self, Checkpoint};
 use trainer::export::Export;
 use trainer::model::Config;
-use trainer::step::{State, plain_model};
+use trainer::state::State;
+use trainer::step::plain_model;
 use trainer::weights::Weights;
 
 use crate::support::{Place, RECIPE, text};

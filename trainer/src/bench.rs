@@ -12,7 +12,8 @@ use crate::model::Config;
 use crate::recipe;
 use crate::recipe::resolved::DeviceKeys;
 use crate::run::metrics::memory_bytes_max;
-use crate::step::{Batch, State, Stepper, untouched};
+use crate::state::State;
+use crate::step::{Batch, Stepper, untouched};
 
 /// The shape that is measured; the defaults are those of the peer, `torch_ddp.py`.
 #[derive(Debug, Args)]

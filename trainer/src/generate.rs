@@ -64,7 +64,7 @@ pub fn generate(
     let device = model.model.norm.weight.val().device();
     let longest = model.config().max_position_embeddings;
     let mut caches = vec![KvCache::default(); model.config().num_hidden_layers];
-    let mut length = ids.len();
+    let start = ids.len();
     let mut new = ids;
     let (mut said, mut shown) = (Vec::new(), 0);
     let mut ending = Ending::Count;
@@ -75,7 +75,7 @@ pub fn generate(
         out(&piece)
     };
     for turn in 0..count {
-        if length > longest {
+        if start + said.len() > longest {
             ending = Ending::Context;
             break;
         }
@@ -85,7 +85,6 @@ pub fn generate(
             ending = Ending::EndOfText;
             break;
         }
-        length += 1;
         said.push(next);
         new = vec![next];
         // A character may take several tokens: what ends in a replacement character may not be whole yet.

@@ -9,7 +9,7 @@
 //! - [`step`]: one training step; [`optimizer`]: AdamW and the schedule; [`state`]: what a step changes.
 //! - [`run`]: a run from its folder to its end.
 //! - [`weights`]: weights that exist already; [`export`]: Hugging Face's format; [`generate`]: text from a model.
-//! - [`bench`]: speed of this machine.
+//! - [`mod@bench`]: speed of this machine.
 //! - [`allocator`]: of the binary; [`rng`]: random numbers without state; [`log`]: where log lines go; [`error`]: everything that can go wrong.
 
 pub mod allocator;

@@ -37,7 +37,8 @@ use crate::model::Config;
 use crate::recipe::resolved::TokenizerSource;
 use crate::recipe::{Raw, Recipe};
 use crate::state;
-use crate::step::{Report, State, Stepper, untouched};
+use crate::state::State;
+use crate::step::{Report, Stepper, untouched};
 use crate::weights::Weights;
 
 use evaluate::{Place, evaluate};

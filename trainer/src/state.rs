@@ -8,7 +8,25 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::model::{Config, init};
-use crate::step::State;
+
+/// Everything that a step changes: together with the recipe it decides every later step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct State {
+    /// Parameters in the order of the plan.
+    pub weights: Vec<Vec<f32>>,
+    /// AdamW's first moments.
+    pub m: Vec<Vec<f32>>,
+    /// AdamW's second moments.
+    pub v: Vec<Vec<f32>>,
+    /// Steps that were taken, skipped ones included: the schedule and the data follow this.
+    pub step: u64,
+    /// Updates that were applied: AdamW's t.
+    pub updates: u64,
+    /// Steps in a row that were skipped.
+    pub skips: u64,
+    /// The last step that was applied.
+    pub good_step: u64,
+}
 
 /// What a checkpoint holds beside tensors: enough to go on, and enough to export without the run's folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

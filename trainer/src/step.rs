@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::model::{Config, Hook, Leaf, Llama};
 use crate::optimizer::{self, AdamW};
 use crate::recipe::Recipe;
+use crate::state::State;
 
 /// Tokens and the tokens that follow them, `[batch, seq]` each, row-major.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,25 +23,6 @@ pub struct Batch {
     pub targets: Vec<i32>,
     /// Rows.
     pub rows: usize,
-}
-
-/// Everything that a step changes: together with the recipe it decides every later step.
-#[derive(Clone, Debug, PartialEq)]
-pub struct State {
-    /// Parameters in the order of the plan.
-    pub weights: Vec<Vec<f32>>,
-    /// AdamW's first moments.
-    pub m: Vec<Vec<f32>>,
-    /// AdamW's second moments.
-    pub v: Vec<Vec<f32>>,
-    /// Steps that were taken, skipped ones included: the schedule and the data follow this.
-    pub step: u64,
-    /// Updates that were applied: AdamW's t.
-    pub updates: u64,
-    /// Steps in a row that were skipped.
-    pub skips: u64,
-    /// The last step that was applied.
-    pub good_step: u64,
 }
 
 /// What a step did.

@@ -1,0 +1,231 @@
+//! Groups of ranks in one thread; frames are delivered in whatever order the test says.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn plan() -> Arc<Plan> {
+    let parameter = |name: &str, shape: &[usize]| Parameter { name: name.into(), shape: shape.to_vec() };
+    let parameters = vec![parameter("table", &[300, 256]), parameter("norm", &[77]), parameter("small", &[3, 50])];
+    Arc::new(Plan::new(parameters, 1 << 18).expect("small"))
+}
+
+fn group(rank: usize, ranks: usize, chunk_blocks: usize) -> Group {
+    Group { rank, ranks, epoch: 1, chunk_blocks }
+}
+
+fn side(rank: usize, ranks: usize, chunk_blocks: usize, codec: Codec) -> Exchange {
+    Exchange::new(plan(), group(rank, ranks, chunk_blocks), codec)
+}
+
+/// Another gradient for every rank, step and tensor.
+fn gradient(rank: usize, step: u64, tensor: usize) -> Vec<f32> {
+    let n: usize = plan().parameters()[tensor].shape.iter().product();
+    let mut x = (rank as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (step << 20) ^ (tensor as u64) << 40;
+    let mut next = || {
+        x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (x >> 40) as f32 / (1u64 << 24) as f32 - 0.5
+    };
+    (0..n).map(|_| next() * 0.01).collect()
+}
+
+/// Runs one step; `pick` chooses which of the waiting frames is delivered next. Returns the verdict and the bytes that
+/// each rank sent.
+fn step(
+    sides: &mut [Exchange],
+    number: u64,
+    gradient: impl Fn(usize, usize) -> Vec<f32>,
+    mut pick: impl FnMut(usize) -> usize,
+) -> (Verdict, Vec<usize>) {
+    let mut waiting = Vec::new();
+    let mut sent = vec![0; sides.len()];
+    for side in sides.iter_mut() {
+        side.begin(number);
+    }
+    for tensor in (0..plan().parameters().len()).rev() {
+        for (rank, side) in sides.iter_mut().enumerate() {
+            let frames = side.give(tensor, &gradient(rank, tensor)).expect("good frames");
+            waiting.extend(frames.into_iter().map(|out| (rank, out)));
+        }
+    }
+    while !waiting.is_empty() {
+        let (from, out) = waiting.swap_remove(pick(waiting.len()));
+        sent[from] += out.frame.len();
+        let frames = sides[out.to].receive(from, &out.frame).expect("good frames");
+        waiting.extend(frames.into_iter().map(|next| (out.to, next)));
+    }
+    let votes: Vec<Vote> = sides.iter().map(Exchange::vote).collect();
+    let verdicts: Vec<Verdict> = sides.iter_mut().map(|side| side.close(&votes)).collect();
+    assert!(verdicts.iter().all(|verdict| *verdict == verdicts[0]));
+    (verdicts[0], sent)
+}
+
+fn sums(side: &Exchange) -> Vec<u32> {
+    (0..3).flat_map(|tensor| side.sum(tensor).iter().map(|x| x.to_bits())).collect()
+}
+
+fn state(side: &Exchange) -> Vec<u32> {
+    (0..3).flat_map(|tensor| side.residuals(tensor).concat()).map(f32::to_bits).collect()
+}
+
+#[test]
+fn fp32_over_ranks_is_the_sum_in_rank_order_bitwise() {
+    for ranks in [1, 2, 3, 4] {
+        let mut sides: Vec<_> = (0..ranks).map(|rank| side(rank, ranks, 7, Codec::Fp32)).collect();
+        let (verdict, _) = step(&mut sides, 1, |rank, tensor| gradient(rank, 1, tensor), |n| n - 1);
+        assert_eq!(verdict, Verdict::Commit);
+        for tensor in 0..3 {
+            let mut expected = vec![0.0f32; gradient(0, 1, tensor).len()];
+            for rank in 0..ranks {
+                expected.iter_mut().zip(gradient(rank, 1, tensor)).for_each(|(sum, g)| *sum += g);
+            }
+            assert_eq!(sides[0].sum(tensor), expected);
+        }
+        // The control: another order of ranks gives other bits, so the order is what makes them equal.
+        if ranks == 3 {
+            let [a, b, c] = [0, 1, 2].map(|rank| gradient(rank, 1, 0));
+            let other: Vec<f32> = a.iter().zip(&b).zip(&c).map(|((a, b), c)| (c + b) + a).collect();
+            assert_ne!(sides[0].sum(0), other);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    /// Invariant 5: any order of arrival and any size of chunks, over several steps with feedback.
+    #[test]
+    fn any_order_of_arrival_and_any_chunks_give_every_rank_the_same_bits(
+        ranks in 2usize..5,
+        chunk_blocks in 1usize..400,
+        picks in prop::collection::vec(any::<u16>(), 64),
+    ) {
+        for codec in Codec::ALL {
+            let mut expected: Vec<_> = (0..ranks).map(|rank| side(rank, ranks, 64, codec)).collect();
+            let mut found: Vec<_> = (0..ranks).map(|rank| side(rank, ranks, chunk_blocks, codec)).collect();
+            let mut turn = 0;
+            for number in 1..4 {
+                step(&mut expected, number, |rank, tensor| gradient(rank, number, tensor), |_| 0);
+                step(&mut found, number, |rank, tensor| gradient(rank, number, tensor), |n| {
+                    turn += 1;
+                    picks[turn % picks.len()] as usize * 31 % n
+                });
+                for (a, b) in expected.iter().zip(&found) {
+                    prop_assert_eq!(sums(a), sums(&found[0]));
+                    prop_assert_eq!(state(a), state(b));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_pulse_on_one_rank_reaches_all_in_the_same_step() {
+    for codec in Codec::ALL {
+        let run = |pulse: f32| {
+            let mut sides: Vec<_> = (0..3).map(|rank| side(rank, 3, 16, codec)).collect();
+            let with = |rank, tensor| {
+                let mut gradient = gradient(rank, 1, tensor);
+                gradient[60] += if rank == 1 { pulse } else { 0.0 };
+                gradient
+            };
+            step(&mut sides, 1, with, |n| n / 2);
+            sides.iter().map(sums).collect::<Vec<_>>()
+        };
+        let (quiet, loud) = (run(0.0), run(1.0));
+        assert!((0..3).all(|rank| loud[rank] == loud[0] && loud[rank] != quiet[rank]));
+    }
+}
+
+#[test]
+fn a_nan_on_one_rank_makes_all_skip_and_leaves_no_trace() {
+    for codec in Codec::ALL {
+        // In a shard of another rank, and in its own.
+        for at in [5, 76_700] {
+            let mut sides: Vec<_> = (0..3).map(|rank| side(rank, 3, 16, codec)).collect();
+            let mut never: Vec<_> = (0..3).map(|rank| side(rank, 3, 16, codec)).collect();
+            let good = |number: u64| move |rank, tensor| gradient(rank, number, tensor);
+            step(&mut sides, 1, good(1), |_| 0);
+            step(&mut never, 1, good(1), |_| 0);
+            let poisoned = |rank, tensor| {
+                let mut gradient = gradient(rank, 2, tensor);
+                if rank == 2 && tensor == 0 {
+                    gradient[at] = f32::NAN;
+                }
+                gradient
+            };
+            assert_eq!(step(&mut sides, 2, poisoned, |n| n - 1).0, Verdict::Skip, "{codec} {at}");
+            assert_eq!(step(&mut sides, 3, good(3), |_| 0).0, Verdict::Commit);
+            step(&mut never, 3, good(3), |_| 0);
+            for (a, b) in sides.iter().zip(&never) {
+                assert_eq!((sums(a), state(a)), (sums(b), state(b)));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sum_that_overflows_is_skipped_although_every_gradient_was_finite() {
+    let mut sides: Vec<_> = (0..3).map(|rank| side(rank, 3, 16, Codec::Int8)).collect();
+    let huge = |_, tensor| vec![f32::MAX / 2.9 / 1.5; gradient(0, 1, tensor).len()];
+    assert_eq!(step(&mut sides, 1, huge, |_| 0).0, Verdict::Skip);
+}
+
+#[test]
+fn what_is_sent_is_the_formula_and_a_header_a_frame() {
+    use crate::data::shard::payload_bytes_sent;
+    use crate::frame::HEADER_BYTES;
+    for codec in Codec::ALL {
+        let mut sides: Vec<_> = (0..3).map(|rank| side(rank, 3, 64, codec)).collect();
+        let (_, sent) = step(&mut sides, 1, |rank, tensor| gradient(rank, 1, tensor), |_| 0);
+        let tensors: Vec<(usize, Codec)> =
+            plan().parameters().iter().map(|p| (p.shape.iter().product(), codec_of(p, codec))).collect();
+        for (rank, sent) in sent.into_iter().enumerate() {
+            let frames = |owner: usize| -> usize {
+                tensors.iter().map(|&(elements, _)| chunks(shard(elements, owner, 3), 64).count()).sum()
+            };
+            let others: usize = (0..3).filter(|&owner| owner != rank).map(frames).sum();
+            let headers = HEADER_BYTES * (others + 2 * frames(rank));
+            assert_eq!(sent, payload_bytes_sent(&tensors, rank, 3) + headers, "{codec}, rank {rank}");
+        }
+    }
+}
+
+#[test]
+fn frames_without_a_place_are_refused_by_name_and_change_nothing() {
+    let mut sides: Vec<_> = (0..2).map(|rank| side(rank, 2, 64, Codec::Int8)).collect();
+    let mut other: Vec<_> = (0..2).map(|rank| side(rank, 2, 64, Codec::Bf16)).collect();
+    for side in sides.iter_mut().chain(&mut other) {
+        side.begin(1);
+    }
+    let frames = sides[1].give(0, &gradient(1, 1, 0)).expect("no frame came");
+    let foreign = other[1].give(0, &gradient(1, 1, 0)).expect("no frame came");
+    let to_zero = &mut sides[0];
+    to_zero.receive(1, &frames[0].frame).expect("the first");
+    let said = |error: ExchangeError| error.to_string();
+    assert!(said(to_zero.receive(1, &frames[0].frame).expect_err("again")).contains("a second frame for one chunk"));
+    assert!(said(to_zero.receive(1, &foreign[1].frame).expect_err("bf16")).contains("expected int8, found bf16"));
+    assert!(said(to_zero.receive(7, &frames[1].frame).expect_err("no rank")).contains("expected another rank of 2"));
+    let mut damaged = frames[1].frame.to_vec();
+    damaged[100] ^= 1;
+    assert!(said(to_zero.receive(1, &damaged).expect_err("damaged")).contains("checksum"));
+    to_zero.receive(1, &frames[1].frame).expect("nothing was taken from the bad ones");
+    to_zero.begin(2);
+    let stale = said(to_zero.receive(1, &frames[1].frame).expect_err("of step 1"));
+    assert!(stale.contains("expected epoch 1, step 2; a frame of epoch 1, step 1 came"), "{stale}");
+}
+
+#[test]
+fn error_does_not_grow_with_the_number_of_ranks() {
+    // Invariant 6: the relative error of one step's sum, without feedback from earlier steps.
+    let error = |ranks: usize| {
+        let mut sides: Vec<_> = (0..ranks).map(|rank| side(rank, ranks, 64, Codec::Int8)).collect();
+        step(&mut sides, 1, |rank, tensor| gradient(rank, 1, tensor), |_| 0);
+        let mut exact = vec![0.0f64; sides[0].sum(0).len()];
+        for rank in 0..ranks {
+            exact.iter_mut().zip(gradient(rank, 1, 0)).for_each(|(sum, g)| *sum += f64::from(g));
+        }
+        let difference: f64 = exact.iter().zip(sides[0].sum(0)).map(|(a, b)| (a - f64::from(*b)).powi(2)).sum();
+        (difference / exact.iter().map(|x| x * x).sum::<f64>()).sqrt()
+    };
+    assert!(error(8) < 1.5 * error(2), "{} {}", error(2), error(8));
+}
