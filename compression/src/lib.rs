@@ -5,9 +5,11 @@
 //!
 //! - [`codec`]: the family of codecs: encode, decode, decode-and-add, and the exact size of what each one writes.
 //! - [`residual`]: what error feedback remembers, committed or left as it was.
+//! - [`ledger`]: exact sums of f32, to prove that nothing is lost.
 //! - [`region`]: the address of a part of a tensor, shared by gradients, checkpoints and manifests.
 
 pub mod codec;
+pub mod ledger;
 pub mod region;
 pub mod residual;
 

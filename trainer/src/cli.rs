@@ -156,7 +156,7 @@ fn train(args: Train, log: RunLog) -> Result<ExitCode> {
         .map_err(|error| Error::Usage(format!("{path}: expected a recipe, a TOML file in UTF-8: {error}")))?;
     let (raw, recipe) = recipe::read(&path, &text, &args.sets)?;
     let stem = args.recipe.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-    let order = run::Order {
+    let request = run::Request {
         raw,
         recipe,
         name: args.name.unwrap_or(stem),
@@ -164,7 +164,7 @@ fn train(args: Train, log: RunLog) -> Result<ExitCode> {
         registry: registry(std::env::var_os("CARGO_HOME"), std::env::var_os("HOME")),
         log,
     };
-    Ok(match run::train(order)? {
+    Ok(match run::train(request)? {
         Ended::Done | Ended::Stopped => ExitCode::SUCCESS,
         Ended::Signalled => ExitCode::from(signals::TRY_AGAIN),
     })

@@ -50,7 +50,7 @@ use signals::Stop;
 
 /// What `tributary train` was asked for.
 #[derive(Debug)]
-pub struct Order {
+pub struct Request {
     /// The recipe as written.
     pub raw: Raw,
     /// The recipe as validated.
@@ -105,20 +105,20 @@ struct Run {
 ///
 /// # Errors
 /// Everything that can go wrong; the run's folder then says `failed`, and its checkpoints are as they were.
-pub fn train(order: Order) -> Result<Ended> {
+pub fn train(request: Request) -> Result<Ended> {
     let started = Instant::now();
-    let recipe = &order.recipe;
+    let recipe = &request.recipe;
     device::set_threads(recipe.device.threads);
     let stop =
         Stop::on_signals(recipe.checkpoint.grace_s).map_err(Error::io("listen for signals in", "this process"))?;
     let runs = &recipe.metrics.runs_dir;
     // Whatever can be refused is refused before a new folder is made, and before a text is read if it needs none.
-    let existing = match order.resume {
-        true => Folder::resume(runs, &order.name, &order.raw)?,
-        false => Folder::check_free(runs, &order.name).map(|()| None)?,
+    let existing = match request.resume {
+        true => Folder::resume(runs, &request.name, &request.raw)?,
+        false => Folder::check_free(runs, &request.name).map(|()| None)?,
     };
-    if order.resume && existing.is_none() {
-        say(&format!("run {}: there is nothing to resume, so it starts from the beginning", order.name));
+    if request.resume && existing.is_none() {
+        say(&format!("run {}: there is nothing to resume, so it starts from the beginning", request.name));
     }
     std::fs::create_dir_all(runs).map_err(|source| {
         let key = "metrics.runs_dir";
@@ -129,7 +129,7 @@ pub fn train(order: Order) -> Result<Ended> {
         Some((folder, _)) => newest_good(folder)?,
         None => None,
     };
-    not_behind(&order, newest.as_ref())?;
+    not_behind(&request, newest.as_ref())?;
     let from = match (&recipe.model.from, &newest) {
         // What a run started from may be gone by now; its own checkpoints have all that it needs.
         (Some(_), Some(newest)) => Some(Weights::checkpoint(Checkpoint::open(newest.path())?)?),
@@ -140,14 +140,14 @@ pub fn train(order: Order) -> Result<Ended> {
         fits(recipe, from)?;
     }
     let given = from.as_ref().map(|from| (from.tokenizer_json.as_slice(), from.end_of_text.as_str()));
-    let data = data::prepare(recipe, given, &order.registry)?;
+    let data = data::prepare(recipe, given, &request.registry)?;
     let config = shape(recipe, data.tokenizer.vocab_size(), from.as_ref())?;
     if let Some(prompt) = &recipe.export.prompt {
         prompt_tokens(&data.tokenizer, "export.prompt", prompt, config.max_position_embeddings)?;
     }
     let (state, tokens, last_loss) = match (&newest, from) {
         (Some(newest), _) => {
-            same_text(&order.name, newest, &data)?;
+            same_text(&request.name, newest, &data)?;
             let (state, meta) = State::load(newest, &config)?;
             (state, meta.tokens, meta.loss)
         }
@@ -157,11 +157,11 @@ pub fn train(order: Order) -> Result<Ended> {
     let resumed = existing.is_some();
     let (folder, changed) = match existing {
         Some(existing) => existing,
-        None => (Folder::create(runs, &order.name)?, Vec::new()),
+        None => (Folder::create(runs, &request.name)?, Vec::new()),
     };
     let committed = newest.map(|newest| newest.step());
     let parts =
-        Parts { order, started, stop, device, data, config, state, tokens, last_loss, committed, resumed, changed };
+        Parts { request, started, stop, device, data, config, state, tokens, last_loss, committed, resumed, changed };
     let mut run = match Run::open(&folder, parts) {
         Ok(run) => run,
         Err(error) => {
@@ -182,14 +182,14 @@ pub fn train(order: Order) -> Result<Ended> {
 }
 
 /// A resumed run cannot have taken more steps than it is to take.
-fn not_behind(order: &Order, newest: Option<&Checkpoint>) -> Result<()> {
+fn not_behind(request: &Request, newest: Option<&Checkpoint>) -> Result<()> {
     match newest {
-        Some(newest) if newest.step() > order.recipe.train.steps => Err(Error::Run {
-            name: order.name.clone(),
+        Some(newest) if newest.step() > request.recipe.train.steps => Err(Error::Run {
+            name: request.name.clone(),
             what: format!(
                 "train.steps: expected at least {}, the step of its newest checkpoint, found {}",
                 newest.step(),
-                order.recipe.train.steps
+                request.recipe.train.steps
             ),
         }),
         _ => Ok(()),
@@ -211,7 +211,7 @@ fn fits(recipe: &Recipe, from: &Weights) -> Result<()> {
 
 /// What a run is put together from.
 struct Parts {
-    order: Order,
+    request: Request,
     started: Instant,
     stop: Stop,
     device: Device,
@@ -246,11 +246,23 @@ fn shape(recipe: &Recipe, vocab_size: usize, from: Option<&Weights>) -> Result<C
 
 impl Run {
     fn open(folder: &Folder, parts: Parts) -> Result<Self> {
-        let Parts { order, started, stop, device, data, config, state, tokens, last_loss, committed, resumed, changed } =
-            parts;
-        let recipe = order.recipe;
-        folder.keep_recipe(&order.raw)?;
-        order.log.open(&folder.file("logs/rank-0.log"))?;
+        let Parts {
+            request,
+            started,
+            stop,
+            device,
+            data,
+            config,
+            state,
+            tokens,
+            last_loss,
+            committed,
+            resumed,
+            changed,
+        } = parts;
+        let recipe = request.recipe;
+        folder.keep_recipe(&request.raw)?;
+        request.log.open(&folder.file("logs/rank-0.log"))?;
         let stepper = Stepper::new(&config, &device, recipe.bucket_bytes_max)?;
         let writer = Writer::new(
             Arc::new(RealDisk),
@@ -270,8 +282,8 @@ impl Run {
         }
         let wall_before_s = folder.summary().map_or(0.0, |summary| summary.wall_s);
         Ok(Self {
-            recipe_toml: order.raw.to_toml(),
-            recipe_hash: order.raw.hash(),
+            recipe_toml: request.raw.to_toml(),
+            recipe_hash: request.raw.hash(),
             committed,
             config,
             device,

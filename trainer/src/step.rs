@@ -78,12 +78,6 @@ impl Stepper {
         Ok(Self { config: config.clone(), device: device.clone().autodiff(), plan, stream, hooks })
     }
 
-    /// The plan of buckets, and with it the order of the parameters.
-    #[must_use]
-    pub const fn plan(&self) -> &Arc<Plan> {
-        &self.plan
-    }
-
     /// Takes one step: the sum of the micro-batches' gradients, clipped, applied by AdamW. `tamper` may change a loss
     /// before it goes backward; training passes [`untouched`], tests inject faults with it.
     ///

@@ -3,42 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-
-/// The exact value of a sum of f32: a fixed-point number of 2^-149 in limbs of 32 bits.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Exact([i64; 14]);
-
-impl Exact {
-    fn add(&mut self, x: f32) {
-        let bits = x.to_bits();
-        let (exponent, fraction) = (bits >> 23 & 0xff, i64::from(bits & 0x7f_ffff));
-        let mantissa = if exponent == 0 { fraction } else { fraction | 0x80_0000 };
-        let shift = exponent.max(1) as usize - 1;
-        let shifted = i128::from(mantissa) << (shift % 32);
-        let signed = if x.is_sign_negative() { -shifted } else { shifted };
-        self.0[shift / 32] += (signed & 0xffff_ffff) as i64;
-        self.0[shift / 32 + 1] += (signed >> 32) as i64;
-        self.carry();
-    }
-
-    fn carry(&mut self) {
-        for i in 0..self.0.len() - 1 {
-            self.0[i + 1] += self.0[i] >> 32;
-            self.0[i] &= 0xffff_ffff;
-        }
-    }
-
-    fn is_zero(&self) -> bool {
-        self.0.iter().all(|&limb| limb == 0)
-    }
-}
-
-/// What the rounded sum `a + b` leaves out, exactly (Knuth's TwoSum).
-fn lost(a: f32, b: f32) -> f32 {
-    let sum = a + b;
-    let b_part = sum - a;
-    (a - (sum - b_part)) + (b - b_part)
-}
+use crate::ledger::{Exact, lost};
 
 fn encode(codec: Codec, y: &[f32]) -> (Found, Vec<u8>, Vec<f32>) {
     let (mut payload, mut left) = (Vec::new(), vec![0.0; y.len()]);

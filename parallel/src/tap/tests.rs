@@ -20,6 +20,14 @@ enum Event {
     Returned,
 }
 
+/// The backend under test: LibTorch where it is built in, else flex.
+fn device() -> Device {
+    #[cfg(feature = "libtorch")]
+    return Device::libtorch();
+    #[cfg(not(feature = "libtorch"))]
+    Device::flex()
+}
+
 type Log = Arc<Mutex<Vec<Event>>>;
 
 fn note(log: &Log, event: Event) {
@@ -74,7 +82,7 @@ fn chain(weights: &[Tensor<2>], x: Tensor<2>, anchored: bool, log: &Log) -> Tens
 }
 
 fn run(anchored: bool) -> Vec<Event> {
-    let device = Device::flex().autodiff();
+    let device = device().autodiff();
     let log = Log::default();
     // The input is tracked, as an activation inside a model is.
     let x = input(9, &device).require_grad();
@@ -86,7 +94,7 @@ fn run(anchored: bool) -> Vec<Event> {
 
 #[test]
 fn gradients_through_taps_equal_plain_autodiff_bitwise() {
-    let device = Device::flex().autodiff();
+    let device = device().autodiff();
     let plain = weights(&device);
     let mut x = input(9, &device);
     for weight in &plain {
@@ -127,7 +135,7 @@ fn without_an_anchor_every_gradient_waits_for_the_end() {
 
 #[test]
 fn a_tied_weight_that_is_tapped_once_fires_once_with_the_sum() {
-    let device = Device::flex().autodiff();
+    let device = device().autodiff();
     let use_twice = |weight: Tensor<2>, x: Tensor<2>| x.matmul(weight.clone()).tanh().matmul(weight.transpose()).sum();
     let plain = weights(&device).remove(0);
     let expected = plain.grad(&use_twice(plain.clone(), input(9, &device)).backward()).expect("a leaf").into_data();
@@ -156,7 +164,7 @@ fn a_tied_weight_that_is_tapped_once_fires_once_with_the_sum() {
 
 #[test]
 fn several_micro_batches_emit_one_gradient_each() {
-    let device = Device::flex().autodiff();
+    let device = device().autodiff();
     let weights = weights(&device);
     let log = Log::default();
     for micro_batch in 0..3 {
@@ -170,7 +178,7 @@ fn several_micro_batches_emit_one_gradient_each() {
 
 #[test]
 fn a_closure_that_returns_nothing_leaves_the_weight_without_a_gradient() {
-    let device = Device::flex().autodiff();
+    let device = device().autodiff();
     let weight = weights(&device).remove(0);
     let check = |keep: bool| {
         let x = input(9, &device).require_grad();
@@ -184,7 +192,7 @@ fn a_closure_that_returns_nothing_leaves_the_weight_without_a_gradient() {
 
 #[test]
 fn nothing_fires_without_autodiff() {
-    let device = Device::flex();
+    let device = device();
     let log = Log::default();
     let weights: Vec<_> = weights(&device.clone().autodiff()).into_iter().map(Tensor::inner).collect();
     let out = chain(&weights, input(9, &device), true, &log);
@@ -194,7 +202,7 @@ fn nothing_fires_without_autodiff() {
 
 #[test]
 fn through_runs_one_closure_each_way_and_may_change_the_shape() {
-    let device = Device::flex().autodiff();
+    let device = device().autodiff();
     let x: Tensor<2> = Tensor::random([2, 4], Distribution::Uniform(-1.0, 1.0), &device).require_grad();
     // All-gather of one rank's rows onto two ranks, and its transpose, the reduce-scatter.
     let gathered = through(
@@ -210,7 +218,7 @@ fn through_runs_one_closure_each_way_and_may_change_the_shape() {
 
 #[test]
 fn an_operation_of_two_inputs_gives_each_its_gradient_and_keeps_what_it_needs() {
-    let device = Device::flex().autodiff();
+    let device = device().autodiff();
     let x = input(4, &device).require_grad();
     let y = input(5, &device).require_grad();
     let product = |x: Tensor<2>, y: Tensor<2>| {
@@ -233,7 +241,7 @@ fn an_operation_of_two_inputs_gives_each_its_gradient_and_keeps_what_it_needs() 
 
 #[test]
 fn a_tapped_tensor_lives_for_one_backward() {
-    let device = Device::flex().autodiff();
+    let device = device().autodiff();
     let x = input(9, &device).require_grad();
     let emit = Emit::new::<2>(|_| None);
     let tapped = tap(weights(&device).remove(0), Some(&x), emit);
@@ -244,7 +252,7 @@ fn a_tapped_tensor_lives_for_one_backward() {
 
 #[test]
 fn a_backward_may_run_another_backward_over_detached_leaves() {
-    let device = Device::flex().autodiff();
+    let device = device().autodiff();
     let weight = weights(&device).remove(0);
     let plain = weight.grad(&input(9, &device).matmul(weight.clone()).tanh().sum().backward()).expect("a leaf");
     // Recomputation: the forward keeps the input alone, the backward computes the layer anew on leaves of its own.

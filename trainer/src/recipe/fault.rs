@@ -58,12 +58,6 @@ impl Faults {
         });
         Self { path: path.to_owned(), faults }
     }
-
-    /// The faults.
-    #[must_use]
-    pub fn all(&self) -> &[Fault] {
-        &self.faults
-    }
 }
 
 impl fmt::Display for Faults {
