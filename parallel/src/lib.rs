@@ -6,6 +6,9 @@
 //!
 //! Nothing here knows a model: parameters are logical names with shapes.
 
+// Upstream marks its LibTorch backend deprecated; here it is a feature, and the yardstick on CPUs.
+#![cfg_attr(feature = "libtorch", allow(deprecated))]
+
 pub mod data;
 pub mod frame;
 pub mod tap;

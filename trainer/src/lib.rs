@@ -12,6 +12,9 @@
 //! - [`mod@bench`]: speed of this machine.
 //! - [`allocator`]: of the binary; [`rng`]: random numbers without state; [`log`]: where log lines go; [`error`]: everything that can go wrong.
 
+// Upstream marks its LibTorch backend deprecated; here it is a feature, and the yardstick on CPUs.
+#![cfg_attr(feature = "libtorch", allow(deprecated))]
+
 pub mod allocator;
 pub mod bench;
 pub mod cli;

@@ -199,12 +199,12 @@ fn ledger(codec: Codec, forget: bool) -> Exact {
             for owner in 0..RANKS {
                 let owned = shard(elements, owner, RANKS);
                 let mut sum = vec![0.0f32; owned.len()];
-                for rank in 0..RANKS {
+                for (rank, before) in before.iter().enumerate() {
                     let gradient = &gradient(rank, number, tensor)[owned.clone()];
                     gradient.iter().for_each(|g| exact.add(-*g));
                     let mut part = gradient.to_vec();
                     if rank != owner {
-                        let residual = &before[rank][0][tensor][owned.clone()];
+                        let residual = &before[0][tensor][owned.clone()];
                         gradient.iter().zip(residual).for_each(|(g, r)| exact.add(lost(*g, *r)));
                         let (mut payload, mut left) = (Vec::new(), vec![0.0; owned.len()]);
                         let codec = codec_of(parameter, codec);
