@@ -164,7 +164,7 @@ fn train(args: Train, log: RunLog) -> Result<ExitCode> {
         registry: registry(std::env::var_os("CARGO_HOME"), std::env::var_os("HOME")),
         log,
     };
-    Ok(match run::train(request)? {
+    Ok(match run::start::train(request)? {
         Ended::Done | Ended::Stopped => ExitCode::SUCCESS,
         Ended::Signalled => ExitCode::from(signals::TRY_AGAIN),
     })
