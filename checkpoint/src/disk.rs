@@ -51,6 +51,12 @@ pub trait Disk: Send + Sync + Debug {
     /// What the file system says.
     fn remove_dir_all(&self, path: &Path) -> io::Result<()>;
 
+    /// Removes a file.
+    ///
+    /// # Errors
+    /// What the file system says; `NotFound` when there is none.
+    fn remove_file(&self, path: &Path) -> io::Result<()>;
+
     /// The names in a folder, files and folders alike, in no particular order. Names that are not UTF-8 are left out:
     /// none of ours is one of them.
     ///
@@ -69,6 +75,12 @@ pub trait Disk: Send + Sync + Debug {
     /// # Errors
     /// What the file system says when it cannot tell.
     fn exists(&self, path: &Path) -> io::Result<bool>;
+
+    /// Bytes of a file, as another process that wrote and synced it left it.
+    ///
+    /// # Errors
+    /// What the file system says; `NotFound` when there is none.
+    fn size(&self, path: &Path) -> io::Result<u64>;
 
     /// A whole file, for the small ones.
     ///
@@ -121,6 +133,10 @@ impl Disk for RealDisk {
         fs::remove_dir_all(path)
     }
 
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
         for entry in fs::read_dir(path)? {
@@ -135,6 +151,12 @@ impl Disk for RealDisk {
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
         path.try_exists()
+    }
+
+    /// By way of an open file: network file systems promise to look anew when a file is opened, not when it is asked for
+    /// its size.
+    fn size(&self, path: &Path) -> io::Result<u64> {
+        Ok(File::open(path)?.metadata()?.len())
     }
 }
 
@@ -182,7 +204,7 @@ pub(crate) fn parent(path: &Path) -> &Path {
     }
 }
 
-/// Makes `path` and the folders above it that do not exist yet, durably.
+/// Makes `path` and the folders above it that do not exist yet, durably. Several processes may do so at once.
 pub(crate) fn ensure_folder(disk: &dyn Disk, path: &Path) -> Result<(), CheckpointError> {
     let mut missing: Vec<PathBuf> = Vec::new();
     let mut next = path;
@@ -191,10 +213,26 @@ pub(crate) fn ensure_folder(disk: &dyn Disk, path: &Path) -> Result<(), Checkpoi
         next = parent(next);
     }
     for folder in missing.iter().rev() {
-        disk.create_dir(folder).map_err(CheckpointError::io("make the folder", folder))?;
+        create_dir(disk, folder)?;
         sync_dir(disk, parent(folder))?;
     }
     Ok(())
+}
+
+/// [`Disk::create_dir`], content with a folder that exists: another process may have been faster.
+pub(crate) fn create_dir(disk: &dyn Disk, path: &Path) -> Result<(), CheckpointError> {
+    match disk.create_dir(path) {
+        Err(fault) if fault.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other.map_err(CheckpointError::io("make the folder", path)),
+    }
+}
+
+/// [`Disk::remove_file`], content with a file that does not exist.
+pub(crate) fn clear_file(disk: &dyn Disk, path: &Path) -> Result<(), CheckpointError> {
+    match disk.remove_file(path) {
+        Err(fault) if fault.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other.map_err(CheckpointError::io("remove the left-over file", path)),
+    }
 }
 
 /// [`Disk::sync_dir`] with an error that says where.
@@ -234,6 +272,14 @@ mod tests {
         assert_eq!(disk.read(&a.join("file")).unwrap(), b"one two");
         assert_eq!(disk.create(&a.join("file")).err().unwrap().kind(), io::ErrorKind::AlreadyExists);
         assert_eq!(disk.read(&a.join("none")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(disk.size(&a.join("file")).unwrap(), 7);
+        assert_eq!(disk.size(&a.join("none")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        drop(disk.create(&a.join("gone")).unwrap());
+        disk.remove_file(&a.join("gone")).unwrap();
+        assert_eq!(disk.remove_file(&a.join("gone")).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(disk.remove_file(&a.join("deep")).is_err(), "a folder is no file");
+        create_dir(disk, &a).expect("a folder that is there will do");
+        clear_file(disk, &a.join("gone")).expect("what is not there is cleared");
         disk.create_dir(&b).unwrap();
         assert_eq!(
             disk.rename(&a, &b).unwrap_err().kind(),

@@ -1,6 +1,7 @@
 //! Everything that can go wrong with a checkpoint or an export: what was expected, what came, where, and the way out.
 
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use compression::RegionError;
@@ -93,12 +94,8 @@ pub enum CheckpointError {
         /// What does not fit.
         source: RegionError,
     },
-    /// The pieces do not cover the tensor in a way that this build reads.
-    #[error(
-        "{}: tensor {tensor}: expected exactly one piece that holds the whole of shape {shape:?}, {why}; this build \
-         does not put tensors together from parts",
-        path.display()
-    )]
+    /// The pieces of a tensor do not fit together, or not in a way that this build reads.
+    #[error("{}: tensor {tensor} of shape {shape:?}: {why}", path.display())]
     Pieces {
         /// The manifest.
         path: PathBuf,
@@ -106,8 +103,25 @@ pub enum CheckpointError {
         tensor: String,
         /// Its shape.
         shape: Vec<usize>,
-        /// What came instead.
+        /// What does not fit.
         why: String,
+    },
+    /// Elements that were asked for lie in no piece of this checkpoint: another machine stored them.
+    #[error(
+        "{}: tensor {tensor}: elements {} of its {count} are in no piece of this checkpoint; copy it from the machine \
+         that holds it",
+        path.display(),
+        several(absent)
+    )]
+    Absent {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The elements asked for and not there, ascending.
+        absent: Vec<Range<usize>>,
+        /// Elements of the whole tensor.
+        count: usize,
     },
     /// A file that the manifest names is not there.
     #[error("{}: the manifest names this file and it is missing; resume from another checkpoint", path.display())]
@@ -182,6 +196,16 @@ pub enum CheckpointError {
         /// Elements given.
         found: usize,
     },
+    /// A slice has another length than the range of elements that it is to hold.
+    #[error("tensor {tensor}: elements {range:?} are {}, the slice has {found}", range.len())]
+    Slice {
+        /// The tensor.
+        tensor: String,
+        /// The elements asked for.
+        range: Range<usize>,
+        /// Elements given.
+        found: usize,
+    },
     /// A tensor has a type that cannot be read here.
     #[error("{}: tensor {tensor}: expected {expected}, found type {found}", path.display())]
     TensorType {
@@ -211,7 +235,7 @@ pub enum CheckpointError {
         source: serde_json::Error,
     },
     /// A snapshot did not fill a tensor; writing it would store what an earlier snapshot left in the buffer.
-    #[error("step {step}: the snapshot did not fill tensor {tensor}; fill every tensor that the writer was made with")]
+    #[error("step {step}: the snapshot did not fill tensor {tensor}; fill everything that the writer was made with")]
     Unfilled {
         /// The step.
         step: u64,
@@ -233,6 +257,30 @@ pub enum CheckpointError {
     Gone {
         /// The step.
         step: u64,
+    },
+    /// The ranks' parts of a step do not make a checkpoint.
+    #[error("{}: step {step} cannot be committed: {why}; earlier checkpoints are untouched", path.display())]
+    Commit {
+        /// The folder of checkpoints.
+        path: PathBuf,
+        /// The step.
+        step: u64,
+        /// Why not.
+        why: String,
+    },
+    /// The writer was told to abandon what it had not begun.
+    #[error("step {step}: the run was abandoned before this was written; earlier checkpoints are untouched")]
+    Abandoned {
+        /// The step.
+        step: u64,
+    },
+    /// Ranks write a checkpoint together, and one of them could not.
+    #[error("step {step}: the ranks could not write the checkpoint together: {why}")]
+    Peer {
+        /// The step.
+        step: u64,
+        /// Which one, and why.
+        why: String,
     },
     /// The folder to export to is there already.
     #[error("{}: it exists already and an export replaces nothing; remove it or choose another name", path.display())]
@@ -274,6 +322,14 @@ impl CheckpointError {
         let path = path.to_path_buf();
         move |source| Self::Io { operation, path, source }
     }
+}
+
+/// The first few of these ranges, as words.
+fn several(ranges: &[Range<usize>]) -> String {
+    const NAMED_MAX: usize = 4;
+    let named: Vec<String> = ranges.iter().take(NAMED_MAX).map(|range| format!("{range:?}")).collect();
+    let more = ranges.len().saturating_sub(NAMED_MAX);
+    named.join(", ") + &if more > 0 { format!(" and {more} more ranges") } else { String::new() }
 }
 
 fn way_out(source: &io::Error) -> &'static str {

@@ -11,6 +11,7 @@ use std::path::{Component, Path};
 pub const MANIFEST: &str = "manifest.json";
 
 const REPLACED: &str = ".replaced";
+const RANK: &str = ".rank-";
 const PARTIAL: &str = ".partial";
 
 /// The folder of a step's checkpoint.
@@ -29,6 +30,12 @@ pub fn replaced(step: u64) -> String {
 #[must_use]
 pub fn partial(name: &str) -> String {
     format!("{name}{PARTIAL}")
+}
+
+/// Where `rank` takes a step that it gives up, to remove it there.
+#[must_use]
+pub fn given_up(step: u64, rank: usize) -> String {
+    partial(&format!("{}{RANK}{rank:04}", committed(step)))
 }
 
 /// The file of one rank's tensors.
@@ -53,8 +60,13 @@ pub fn replaced_step_of(name: &str) -> Option<u64> {
 /// Whether this is the name of a folder that we were writing or removing.
 #[must_use]
 pub fn is_left_over(name: &str) -> bool {
-    let whole = name.strip_suffix(PARTIAL);
-    whole.is_some_and(|whole| step_of(whole).is_some() || replaced_step_of(whole).is_some())
+    let given_up_by_a_rank = |whole: &str| {
+        let (step, rank) = whole.split_once(RANK)?;
+        Some(given_up(step_of(step)?, rank.parse().ok()?) == name)
+    };
+    name.strip_suffix(PARTIAL).is_some_and(|whole| {
+        step_of(whole).is_some() || replaced_step_of(whole).is_some() || given_up_by_a_rank(whole) == Some(true)
+    })
 }
 
 /// The checkpoints among these names, with the folder to read for each step.
@@ -99,13 +111,22 @@ mod tests {
             assert_eq!(replaced_step_of(&replaced(step)), Some(step));
             assert!(is_left_over(&partial(&committed(step))) && is_left_over(&partial(&replaced(step))));
             assert!(!is_left_over(&committed(step)) && !is_left_over(&replaced(step)));
+            assert!(is_left_over(&given_up(step, 0)) && is_left_over(&given_up(step, 12_345)));
         }
         for other in
             ["step-1", "step-+0000001", "step-00000001.partial", "step-000000001", "step-", "best", "step-0000000a"]
         {
             assert_eq!(step_of(other), None, "{other}");
         }
-        for other in ["notes.partial", "step-1.partial", ".partial", "step-00000001.partial.bak"] {
+        for other in [
+            "notes.partial",
+            "step-1.partial",
+            ".partial",
+            "step-00000001.partial.bak",
+            "step-00000001.rank-1.partial",
+            "step-00000001.rank-0001",
+            "notes.rank-0001.partial",
+        ] {
             assert!(!is_left_over(other), "{other} is not ours");
         }
     }

@@ -8,7 +8,7 @@
 //! - [`safetensors_file`]: our streaming writer of safetensors files, hashing as it writes.
 //! - [`manifest`]: what a checkpoint holds, where each piece lies, and the hash of every file.
 //! - [`layout`]: the names inside the folder of checkpoints, and which of them count.
-//! - [`writer`]: two host buffers, one thread, the commit, retention.
+//! - [`writer`]: two host buffers, one thread, the commit, retention; for a process alone or for one rank of several.
 //! - [`reader`]: lists, opens, verifies and loads checkpoints.
 //! - [`export`]: Hugging Face folders, written at once or not at all, and read back.
 //! - [`error`]: everything that can go wrong, with what to do about it.
@@ -30,7 +30,7 @@ pub use error::CheckpointError;
 pub use manifest::Manifest;
 pub use reader::{Checkpoint, list};
 pub use safetensors_file::Dtype;
-pub use writer::{Attachment, Offer, Outcome, Retention, Snapshot, TensorSpec, Writer};
+pub use writer::{Attachment, Member, Offer, Outcome, Part, PieceSpec, Retention, Snapshot, TensorSpec, Writer};
 
 /// Tensors are written and mapped as they lie in memory, and the format is little-endian.
 const _: () =

@@ -3,10 +3,12 @@
 //! The text carries its own hash, taken over the text itself with sixty-four zeros in the hash's place: every byte
 //! counts, and checking it needs no canonical form of JSON.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::Path;
 
 use compression::Region;
+use compression::region::elements;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -35,6 +37,10 @@ pub struct Manifest {
     pub version: u64,
     /// Optimiser steps done.
     pub step: u64,
+    /// What the manifests of one commit have in common when several folders hold its parts; empty, and left out of the
+    /// text, where a process commits alone.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub id: String,
     /// The tensors by name.
     pub tensors: BTreeMap<String, TensorEntry>,
     /// Every file but the manifest, by its name in the folder.
@@ -50,7 +56,8 @@ pub struct TensorEntry {
     pub dtype: String,
     /// Sizes of the dimensions of the whole tensor.
     pub shape: Vec<usize>,
-    /// Where its elements lie. They cover it exactly.
+    /// Where its elements lie: flat intervals of the whole tensor, ascending, none twice. What none of them holds, another
+    /// machine has stored.
     pub pieces: Vec<Piece>,
 }
 
@@ -123,43 +130,126 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Checks that names stay inside the folder and that the pieces of every tensor cover it.
+    /// Checks that names stay inside the folder and that the pieces of every tensor fit together.
     fn check(&self, path: &Path) -> Result<(), CheckpointError> {
         for (name, file) in &self.files {
-            if let Some(why) = layout::fault_of_file_name(name) {
-                return Err(CheckpointError::FileName { path: path.to_path_buf(), name: name.clone(), why });
-            }
-            let digits = file.blake3.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
-            if !digits || file.blake3.len() != HASH_DIGITS {
-                let why = format!("file {name}: expected {HASH_DIGITS} lower-case hex digits, found {:?}", file.blake3);
-                return Err(CheckpointError::ManifestText { path: path.to_path_buf(), why });
-            }
+            check_file(name, file, path)?;
         }
         safetensors_file::check_names(self.tensors.keys().map(String::as_str))?;
-        self.tensors.iter().try_for_each(|(name, tensor)| self.check_tensor(name, tensor, path))
-    }
-
-    fn check_tensor(&self, name: &str, entry: &TensorEntry, path: &Path) -> Result<(), CheckpointError> {
-        let (path, tensor) = (|| path.to_path_buf(), || name.to_owned());
-        if entry.dtype != DTYPE {
-            let found = entry.dtype.clone();
-            return Err(CheckpointError::TensorType { path: path(), tensor: tensor(), expected: DTYPE, found });
-        }
-        let region = |source| CheckpointError::Region { path: path(), tensor: tensor(), source };
-        let pieces = |why| CheckpointError::Pieces { path: path(), tensor: tensor(), shape: entry.shape.clone(), why };
-        let whole = Region::whole(&entry.shape).map_err(region)?;
-        for piece in &entry.pieces {
-            piece.region.check(&entry.shape).map_err(region)?;
-            if !self.files.contains_key(&piece.file) {
-                return Err(pieces(format!("and one lies in {:?}, which is not among the files", piece.file)));
+        for (name, tensor) in &self.tensors {
+            tensor.check(name, path)?;
+            if let Some(piece) = tensor.pieces.iter().find(|piece| !self.files.contains_key(&piece.file)) {
+                let why = format!("a piece lies in {:?}, which is not among the files", piece.file);
+                return Err(tensor.fault(name, path, why));
             }
         }
-        match &entry.pieces[..] {
-            [piece] if piece.region == whole => Ok(()),
-            [piece] => Err(pieces(format!("the only one holds {} elements: {:?}", piece.region.len(), piece.region))),
-            several => Err(pieces(format!("found {}", several.len()))),
-        }
+        Ok(())
     }
+}
+
+impl TensorEntry {
+    /// Elements of the whole tensor.
+    #[must_use]
+    pub fn elements(&self) -> usize {
+        // Of a manifest that was parsed or rendered the product is known to fit; a saturated one is more than any slice
+        // can hold.
+        elements(&self.shape).unwrap_or(usize::MAX)
+    }
+
+    /// The shape under which a piece lies in its file: the tensor's own when it is the whole, else its length.
+    #[must_use]
+    pub fn stored_shape(&self, piece: &Piece) -> Vec<usize> {
+        stored_shape(&self.shape, self.elements(), &piece.range())
+    }
+
+    /// The pieces that hold some of these elements.
+    pub fn pieces_of(&self, range: &Range<usize>) -> impl Iterator<Item = &Piece> {
+        let Range { start, end } = *range;
+        let first = self.pieces.partition_point(|piece| piece.region.flat_end <= start);
+        let until_end = self.pieces[first..].iter().take_while(move |piece| piece.region.flat_start < end);
+        until_end.filter(move |piece| piece.region.flat_start.max(start) < piece.region.flat_end.min(end))
+    }
+
+    /// Those of these elements that no piece holds, ascending.
+    #[must_use]
+    pub fn absent(&self, range: &Range<usize>) -> Vec<Range<usize>> {
+        let (mut absent, mut next) = (Vec::new(), range.start);
+        for piece in self.pieces_of(range) {
+            if next < piece.region.flat_start {
+                absent.push(next..piece.region.flat_start);
+            }
+            next = piece.region.flat_end;
+        }
+        if next < range.end {
+            absent.push(next..range.end);
+        }
+        absent
+    }
+
+    /// Checks that every piece is a flat interval of the tensor, and that they ascend and share no element and no place.
+    pub(crate) fn check(&self, name: &str, path: &Path) -> Result<(), CheckpointError> {
+        if self.dtype != DTYPE {
+            let (path, tensor, found) = (path.to_path_buf(), name.to_owned(), self.dtype.clone());
+            return Err(CheckpointError::TensorType { path, tensor, expected: DTYPE, found });
+        }
+        let fault = |why| self.fault(name, path, why);
+        let region = |source| CheckpointError::Region { path: path.to_path_buf(), tensor: name.to_owned(), source };
+        let whole = Region::whole(&self.shape).map_err(region)?;
+        let mut places = BTreeSet::new();
+        for Piece { file, key, region: found } in &self.pieces {
+            found.check(&self.shape).map_err(region)?;
+            if (&found.start, &found.end) != (&whole.start, &whole.end) {
+                let (start, end) = (&found.start, &found.end);
+                return Err(fault(format!(
+                    "the piece in {file} is of the box {start:?} to {end:?}; this build does not put tensors together \
+                     from boxes, only from flat intervals of the whole"
+                )));
+            }
+            if !places.insert((file, key)) {
+                return Err(fault(format!("two of its pieces lie in {file} under the key {key:?}")));
+            }
+        }
+        for pair in self.pieces.windows(2) {
+            let ((a, in_a), (b, in_b)) = ((pair[0].range(), &pair[0].file), (pair[1].range(), &pair[1].file));
+            if b.start < a.start {
+                return Err(fault(format!("its pieces do not ascend: elements {a:?} stand before {b:?}")));
+            }
+            if b.start < a.end {
+                return Err(fault(format!("its pieces overlap: elements {a:?} in {in_a} and {b:?} in {in_b}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn fault(&self, name: &str, path: &Path, why: String) -> CheckpointError {
+        CheckpointError::Pieces { path: path.to_path_buf(), tensor: name.to_owned(), shape: self.shape.clone(), why }
+    }
+}
+
+impl Piece {
+    /// The elements of the whole tensor that it holds.
+    #[must_use]
+    pub const fn range(&self) -> Range<usize> {
+        self.region.flat_start..self.region.flat_end
+    }
+}
+
+/// The shape under which the elements `range` of a tensor lie in a file.
+pub(crate) fn stored_shape(shape: &[usize], elements: usize, range: &Range<usize>) -> Vec<usize> {
+    if *range == (0..elements) { shape.to_vec() } else { vec![range.len()] }
+}
+
+/// Checks that a file's name is plain and its hash one.
+pub(crate) fn check_file(name: &str, file: &FileEntry, path: &Path) -> Result<(), CheckpointError> {
+    if let Some(why) = layout::fault_of_file_name(name) {
+        return Err(CheckpointError::FileName { path: path.to_path_buf(), name: name.to_owned(), why });
+    }
+    let digits = file.blake3.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
+    if !digits || file.blake3.len() != HASH_DIGITS {
+        let why = format!("file {name}: expected {HASH_DIGITS} lower-case hex digits, found {:?}", file.blake3);
+        return Err(CheckpointError::ManifestText { path: path.to_path_buf(), why });
+    }
+    Ok(())
 }
 
 fn check_hash(text: &[u8], path: &Path) -> Result<(), CheckpointError> {
@@ -179,107 +269,4 @@ fn check_hash(text: &[u8], path: &Path) -> Result<(), CheckpointError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn manifest() -> Manifest {
-        let region = Region::whole(&[2, 3]).unwrap();
-        let piece = Piece { file: "rank-0000.safetensors".into(), key: "w".into(), region };
-        let tensor = TensorEntry { dtype: DTYPE.into(), shape: vec![2, 3], pieces: vec![piece] };
-        let file = FileEntry { bytes: 96, blake3: "ab".repeat(32) };
-        Manifest {
-            format: FORMAT.into(),
-            version: VERSION,
-            step: 7,
-            tensors: BTreeMap::from([("w".into(), tensor)]),
-            files: BTreeMap::from([("rank-0000.safetensors".into(), file)]),
-            state: json!({ "cursor": 18_446_744_073_709_551_615_u64, "scale": 0.1 }),
-        }
-    }
-
-    fn path() -> &'static Path {
-        Path::new("/runs/a/manifest.json")
-    }
-
-    /// A text whose hash is right, whatever it says.
-    fn sealed(body: &Value) -> Vec<u8> {
-        let mut text = PREFIX.to_vec();
-        text.extend_from_slice(&[b'0'; HASH_DIGITS]);
-        text.extend_from_slice(format!("\", \"body\": {body}}}").as_bytes());
-        let hash = blake3::hash(&text).to_hex();
-        text[PREFIX.len()..][..HASH_DIGITS].copy_from_slice(hash.as_bytes());
-        text
-    }
-
-    #[test]
-    fn a_manifest_comes_back_as_it_was() {
-        let text = manifest().render(path()).unwrap();
-        assert_eq!(Manifest::parse(&text, path()).unwrap(), manifest());
-    }
-
-    #[test]
-    fn every_flipped_bit_of_the_text_is_noticed() {
-        let mut text = manifest().render(path()).unwrap();
-        for index in 0..text.len() {
-            for bit in 0..8 {
-                text[index] ^= 1 << bit;
-                let fault = Manifest::parse(&text, path()).expect_err("a flipped bit");
-                assert!(matches!(fault, CheckpointError::ManifestHash { .. }), "{fault}");
-                text[index] ^= 1 << bit;
-            }
-            let cut = Manifest::parse(&text[..index], path()).unwrap_err().to_string();
-            assert!(cut.contains("/runs/a/manifest.json"), "{cut}");
-        }
-        // The control: with the hash taken anew, the same kind of change passes.
-        let mut body = serde_json::to_value(manifest()).unwrap();
-        body["step"] = json!(6);
-        assert_eq!(Manifest::parse(&sealed(&body), path()).unwrap().step, 6);
-    }
-
-    /// Sets `pointer` of an otherwise good manifest to `value` and expects a message with all of `words`.
-    fn check(pointer: &str, value: Value, words: &[&str]) {
-        let mut body = serde_json::to_value(manifest()).unwrap();
-        *body.pointer_mut(pointer).unwrap() = value;
-        let message = Manifest::parse(&sealed(&body), path()).unwrap_err().to_string();
-        for word in ["/runs/a/manifest.json"].iter().chain(words) {
-            assert!(message.contains(word), "{message}");
-        }
-    }
-
-    #[test]
-    fn another_version_or_format_is_named() {
-        check("/version", json!(2), &["version 2", "reads version 1", "update"]);
-        check("/version", json!(0), &["expected version 1"]);
-        check("/version", json!("1"), &["expected version 1"]);
-        check("/format", json!("torch"), &["tributary-checkpoint", "torch"]);
-        check("/tensors", json!([]), &["expected a map"]);
-    }
-
-    #[test]
-    fn a_file_name_that_climbs_out_is_named() {
-        for name in ["../../etc/passwd", "/etc/passwd", "a/b", "..", ""] {
-            check("/files", json!({ name: { "bytes": 1, "blake3": "00" } }), &[&format!("{name:?}"), "plain name"]);
-        }
-        check("/files/rank-0000.safetensors/blake3", json!("AB".repeat(32)), &["64 lower-case hex digits"]);
-    }
-
-    #[test]
-    fn a_shape_that_overflows_is_named() {
-        check("/tensors/w/shape", json!([usize::MAX, 3]), &["tensor w", "more elements than can be addressed"]);
-        check("/tensors/w/shape", json!([2, 4]), &["tensor w", "exactly one piece", "[2, 4]", "holds 6 elements"]);
-        check("/tensors/w/shape", json!([2]), &["tensor w", "the tensor has 1"]);
-    }
-
-    #[test]
-    fn pieces_that_do_not_cover_the_tensor_are_named() {
-        let piece = serde_json::to_value(&manifest().tensors["w"].pieces[0]).unwrap();
-        check("/tensors/w/pieces", json!([]), &["tensor w", "found 0"]);
-        check("/tensors/w/pieces", json!([piece, piece]), &["tensor w", "found 2"]);
-        check("/tensors/w/pieces/0/region/flat_end", json!(5), &["tensor w", "holds 5 elements"]);
-        check("/tensors/w/pieces/0/region/flat_end", json!(7), &["tensor w", "elements 0..7 of a box of 6"]);
-        check("/tensors/w/pieces/0/file", json!("rank-0001.safetensors"), &["tensor w", "not among the files"]);
-        check("/tensors/w/dtype", json!("I8"), &["tensor w", "expected F32", "I8"]);
-    }
-}
+mod tests;

@@ -3,19 +3,21 @@
 //! Nothing that a checkpoint says is believed before it is checked: the manifest by its own hash when it is opened, each
 //! file by the manifest's hash before its first byte is used.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use compression::RegionError;
 use safetensors::Dtype as StoredType;
 use serde_json::Value;
 
 use crate::disk::{self, Disk, RealDisk};
 use crate::error::CheckpointError;
 use crate::layout;
-use crate::manifest::{DTYPE, FileEntry, Manifest};
+use crate::manifest::{DTYPE, FileEntry, Manifest, Piece, TensorEntry};
 use crate::mapped::{Mapped, Shard};
 
 /// The committed checkpoints in `folder` with the folder of each, by step ascending. What is being written or removed
@@ -80,6 +82,13 @@ impl Checkpoint {
         self.manifest.step
     }
 
+    /// What the checkpoints of one commit have in common, one in each folder that the machines do not share. Empty when
+    /// one process wrote it alone.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.manifest.id
+    }
+
     /// What the trainer stored besides tensors.
     #[must_use]
     pub const fn state(&self) -> &Value {
@@ -92,47 +101,109 @@ impl Checkpoint {
         &self.path
     }
 
-    /// Hashes every file anew, on all cores, and looks that every tensor is where the manifest says. Files that the
+    /// Hashes every file anew, on all cores, and looks that every piece is where the manifest says. Files that the
     /// manifest does not name are ignored. Returns the bytes hashed.
     ///
     /// # Errors
-    /// The first file, in name order, or tensor that is not as the manifest says.
+    /// The first file, in name order, or piece that is not as the manifest says.
     pub fn verify(&self) -> Result<u64, CheckpointError> {
         self.shards().clear();
+        let pieces = || self.manifest.tensors.values().flat_map(|tensor| &tensor.pieces);
+        let shards: BTreeSet<&String> = pieces().map(|piece| &piece.file).collect();
         let mut bytes = 0;
         for (name, entry) in &self.manifest.files {
-            if self.manifest.tensors.values().any(|tensor| tensor.pieces.iter().any(|piece| piece.file == *name)) {
+            if shards.contains(name) {
                 self.shard(name)?;
             } else {
                 self.map(name)?;
             }
             bytes += entry.bytes;
         }
-        for name in self.manifest.tensors.keys() {
-            self.with_piece(name, |_, _| Ok(()))?;
+        for (name, entry) in &self.manifest.tensors {
+            for piece in &entry.pieces {
+                let shard = self.shard(&piece.file)?;
+                check_piece(&shard, name, entry, piece)?;
+            }
         }
         Ok(bytes)
     }
 
-    /// Copies the tensor `name` into `out`. The first tensor of a file waits until the whole file is hashed.
+    /// Whether the checkpoint names the tensor `name`. On machines without a common folder that does not say that all of
+    /// its elements are here: [`region`](Self::region) tells.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        self.manifest.tensors.contains_key(name)
+    }
+
+    /// Copies the tensor `name` into `out`, put together from its pieces. The first tensor of a file waits until the
+    /// whole file is hashed.
     ///
     /// # Errors
-    /// No such tensor, another shape than `shape`, an `out` of another length, or a file that is not as the manifest
-    /// says.
+    /// No such tensor, another shape than `shape`, an `out` of another length, elements that no piece holds, or a file
+    /// that is not as the manifest says. `out` is as it was then.
     pub fn tensor(&self, name: &str, shape: &[usize], out: &mut [f32]) -> Result<(), CheckpointError> {
-        self.with_piece(name, |found, bytes| {
-            let tensor = || name.to_owned();
-            if found != shape {
-                let (path, expected, found) = (self.path.clone(), shape.to_vec(), found.to_vec());
-                return Err(CheckpointError::TensorShape { path, tensor: tensor(), expected, found });
-            }
-            let (expected, found) = (bytes.len() / size_of::<f32>(), out.len());
-            if expected != found {
-                return Err(CheckpointError::Elements { tensor: tensor(), shape: shape.to_vec(), expected, found });
-            }
-            bytemuck::cast_slice_mut(out).copy_from_slice(bytes);
-            Ok(())
-        })
+        let entry = self.tensor_entry(name, shape)?;
+        let (expected, found) = (entry.elements(), out.len());
+        if expected != found {
+            let (tensor, shape) = (name.to_owned(), shape.to_vec());
+            return Err(CheckpointError::Elements { tensor, shape, expected, found });
+        }
+        self.copy(name, entry, 0..expected, out)
+    }
+
+    /// Copies the elements `range` of the tensor `name`, row-major, into `out`. Files that hold none of them are not
+    /// touched.
+    ///
+    /// # Errors
+    /// Those of [`tensor`](Self::tensor), or a range that leaves the tensor.
+    pub fn region(
+        &self,
+        name: &str,
+        shape: &[usize],
+        range: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<(), CheckpointError> {
+        let entry = self.tensor_entry(name, shape)?;
+        let elements = entry.elements();
+        if range.start > range.end || range.end > elements {
+            let source = RegionError::Flat { start: range.start, end: range.end, elements };
+            return Err(CheckpointError::Region { path: self.path.clone(), tensor: name.to_owned(), source });
+        }
+        if range.len() != out.len() {
+            return Err(CheckpointError::Slice { tensor: name.to_owned(), range, found: out.len() });
+        }
+        self.copy(name, entry, range, out)
+    }
+
+    fn copy(
+        &self,
+        name: &str,
+        entry: &TensorEntry,
+        range: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<(), CheckpointError> {
+        let absent = entry.absent(&range);
+        if !absent.is_empty() {
+            let (path, tensor, count) = (self.path.clone(), name.to_owned(), entry.elements());
+            return Err(CheckpointError::Absent { path, tensor, absent, count });
+        }
+        // Every piece is checked before the first is copied.
+        let mut shards = Vec::new();
+        for piece in entry.pieces_of(&range) {
+            let shard = self.shard(&piece.file)?;
+            check_piece(&shard, name, entry, piece)?;
+            shards.push((shard, piece));
+        }
+        let out = bytemuck::cast_slice_mut(out);
+        let bytes_of = |range: Range<usize>| range.start * size_of::<f32>()..range.end * size_of::<f32>();
+        for (shard, piece) in shards {
+            let (_, bytes) = shard.find(&piece.key)?;
+            let held = piece.range();
+            let (start, end) = (held.start.max(range.start), held.end.min(range.end));
+            let to = bytes_of(start - range.start..end - range.start);
+            out[to].copy_from_slice(&bytes[bytes_of(start - held.start..end - held.start)]);
+        }
+        Ok(())
     }
 
     /// The bytes of the small file `name` that was stored inside the checkpoint.
@@ -148,31 +219,16 @@ impl Checkpoint {
         Ok(bytes)
     }
 
-    /// Finds the one piece of a tensor, and hands over the tensor's shape and the piece's bytes.
-    fn with_piece<T>(
-        &self,
-        name: &str,
-        take: impl FnOnce(&[usize], &[u8]) -> Result<T, CheckpointError>,
-    ) -> Result<T, CheckpointError> {
-        let missing = || CheckpointError::NoTensor {
-            path: self.path.clone(),
-            tensor: name.to_owned(),
-            count: self.manifest.tensors.len(),
-        };
+    fn tensor_entry(&self, name: &str, shape: &[usize]) -> Result<&TensorEntry, CheckpointError> {
+        let (path, tensor) = (|| self.path.clone(), || name.to_owned());
+        let count = self.manifest.tensors.len();
+        let missing = || CheckpointError::NoTensor { path: path(), tensor: tensor(), count };
         let entry = self.manifest.tensors.get(name).ok_or_else(missing)?;
-        let piece = entry.pieces.first().ok_or_else(missing)?;
-        let shard = self.shard(&piece.file)?;
-        let (info, bytes) = shard.find(&piece.key)?;
-        let (path, tensor) = (|| shard.path().to_path_buf(), || name.to_owned());
-        if info.dtype != StoredType::F32 {
-            let found = info.dtype.to_string();
-            return Err(CheckpointError::TensorType { path: path(), tensor: tensor(), expected: DTYPE, found });
-        }
-        if info.shape != entry.shape {
-            let (expected, found) = (entry.shape.clone(), info.shape.clone());
+        if entry.shape != shape {
+            let (expected, found) = (shape.to_vec(), entry.shape.clone());
             return Err(CheckpointError::TensorShape { path: path(), tensor: tensor(), expected, found });
         }
-        take(&entry.shape, bytes)
+        Ok(entry)
     }
 
     fn shards(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Shard>>> {
@@ -210,6 +266,22 @@ impl Checkpoint {
     }
 }
 
+/// Looks that the piece is in its file, with the type and shape that it must have there.
+fn check_piece(shard: &Shard, name: &str, entry: &TensorEntry, piece: &Piece) -> Result<(), CheckpointError> {
+    let (info, _) = shard.find(&piece.key)?;
+    let (path, tensor) = (|| shard.path().to_path_buf(), || name.to_owned());
+    if info.dtype != StoredType::F32 {
+        let found = info.dtype.to_string();
+        return Err(CheckpointError::TensorType { path: path(), tensor: tensor(), expected: DTYPE, found });
+    }
+    let expected = entry.stored_shape(piece);
+    if info.shape != expected {
+        let found = info.shape.clone();
+        return Err(CheckpointError::TensorShape { path: path(), tensor: tensor(), expected, found });
+    }
+    Ok(())
+}
+
 fn check_size(path: &Path, entry: &FileEntry, found: u64) -> Result<(), CheckpointError> {
     let expected = entry.bytes;
     let right = found == expected;
@@ -223,5 +295,7 @@ fn check_hash(path: &Path, entry: &FileEntry, found: String) -> Result<(), Check
     Err(CheckpointError::FileHash { path: path.to_path_buf(), expected: entry.blake3.clone(), found })
 }
 
+#[cfg(test)]
+mod piece_tests;
 #[cfg(test)]
 mod tests;

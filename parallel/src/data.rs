@@ -1,14 +1,16 @@
 //! Data parallelism: every rank computes gradients of its own part of the batch, and all of them apply the sum.
 //!
 //! - [`plan`]: which parameter goes into which bucket, fixed before the first step.
+//! - [`engine`]: the thread that moves gradients between ranks while the backward pass computes.
 //! - [`exchange`]: one rank's part in one step's sum, without sockets, threads or clocks.
 //! - [`shard`]: who owns which part of a tensor, and what that costs on the wire.
 //! - [`stream`]: takes gradients out of the backward pass, fills buckets, and hands back the sum.
 
+pub mod engine;
 pub mod exchange;
 pub mod plan;
 pub mod shard;
 pub mod stream;
 
 pub use plan::{Parameter, Plan};
-pub use stream::{Gradient, GradientStream, StreamError, Sum};
+pub use stream::{Finished, Gradient, GradientStream, StreamError, Sum, Timing};

@@ -2,13 +2,23 @@
 //!
 //! - [`tap`]: closures on the forward value and on the backward gradient, the primitive that everything rests on.
 //! - [`frame`]: what is around a payload on its way.
+//! - [`coordinator`]: who is part of a run, and whether everybody is alive; [`control`]: a worker's side of it.
 //! - [`data`]: data parallelism: the static plan of buckets, the buckets, and the stream that hands back the sum.
+//! - [`note`]: small messages between ranks: votes, and numbers that all of them gather.
+//! - [`transport`]: the way to the other ranks.
+//! - [`progress`]: how far a rank is.
 //!
 //! Nothing here knows a model: parameters are logical names with shapes.
 
 // Upstream marks its LibTorch backend deprecated; here it is a feature, and the yardstick on CPUs.
 #![cfg_attr(feature = "libtorch", allow(deprecated))]
 
+pub mod control;
+pub mod coordinator;
 pub mod data;
 pub mod frame;
+pub mod note;
+pub mod progress;
 pub mod tap;
+pub mod transport;
+pub mod wire;

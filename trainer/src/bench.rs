@@ -13,7 +13,7 @@ use crate::recipe;
 use crate::recipe::resolved::DeviceKeys;
 use crate::run::metrics::memory_bytes_max;
 use crate::state::State;
-use crate::step::{Batch, Stepper, untouched};
+use crate::step::{Batch, Stepper, Word, untouched};
 
 /// The shape that is measured; the defaults are those of the peer, `torch_ddp.py`.
 #[derive(Debug, Args)]
@@ -80,7 +80,7 @@ pub fn step(args: &Step) -> Result<()> {
     let config = Config::from_keys(&recipe.model, args.vocab, args.seq, None)
         .ok_or_else(|| Error::Usage("bench step: expected every size".into()))?;
     let keys = DeviceKeys { backend: args.backend.clone(), index: 0, threads: args.threads };
-    let stepper = Stepper::new(&config, &device::open(&keys)?, recipe.bucket_bytes_max)?;
+    let stepper = Stepper::new(&config, &device::open(&keys)?, recipe.parallel.bucket_bytes_max)?;
     let mut state = State::initial(&config, 1);
     let ids =
         |shift: usize| (0..args.batch * args.seq).map(|i| ((i + shift) * 2_654_435_761 % args.vocab) as i32).collect();
@@ -88,7 +88,7 @@ pub fn step(args: &Step) -> Result<()> {
     let mut seconds = Vec::new();
     for step in 0..args.warmup + args.steps {
         let start = Instant::now();
-        stepper.step(&mut state, &recipe, &batch, untouched)?;
+        stepper.step(&mut state, &recipe, &batch, Word::default(), untouched)?;
         if step >= args.warmup {
             seconds.push(start.elapsed().as_secs_f64());
         }

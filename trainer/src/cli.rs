@@ -1,9 +1,9 @@
 //! The command line. The environment is read here and nowhere below.
 
-use std::ffi::OsString;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use checkpoint::export::Dtype;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -14,11 +14,15 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::export::Export;
 use crate::generate::{Ending, Sampling, generate, prompt_tokens};
+use crate::launch::{self, Orders, Ranks, World};
 use crate::log::{self, RunLog};
 use crate::recipe::resolved::DeviceKeys;
-use crate::recipe::{self, keys};
+use crate::recipe::{self, Raw, keys};
+use crate::run::join::{self, Ticket};
+use crate::run::signals::{Manner, Stop};
 use crate::run::{self, Ended, signals};
 use crate::step::plain_model;
+use crate::tamper::Tamper;
 use crate::weights::Weights;
 
 /// Trains language models across machines joined by ordinary networks.
@@ -33,6 +37,10 @@ struct Cli {
 enum Command {
     /// Train as a recipe says
     Train(Train),
+    /// Host the coordinator of a run whose workers join from other machines
+    Coordinator(CoordinatorArgs),
+    /// Be one rank of a run
+    Worker(WorkerArgs),
     /// Write a model in Hugging Face's format
     Export(ExportArgs),
     /// Continue a prompt with an exported model
@@ -57,6 +65,46 @@ struct Train {
     /// Go on with the run of that name from its newest checkpoint
     #[arg(long)]
     resume: bool,
+    /// Start again from the newest checkpoint, so many times, when a rank was lost
+    #[arg(long, default_value_t = 0)]
+    restarts: u32,
+    /// Let ranks connect beyond loopback, neither encrypted nor authenticated: for isolated networks
+    #[arg(long)]
+    trusted_network: bool,
+}
+
+#[derive(Debug, Args)]
+struct CoordinatorArgs {
+    #[command(flatten)]
+    train: Train,
+    /// Where to listen
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:29400")]
+    listen: std::net::SocketAddr,
+}
+
+#[derive(Debug, Args)]
+struct WorkerArgs {
+    /// The coordinator
+    #[arg(long, value_name = "HOST:PORT")]
+    join: Vec<String>,
+    /// Override a local key of the recipe; may be given several times
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    sets: Vec<String>,
+    /// The rank to be; the lowest that is free unless given
+    #[arg(long)]
+    rank: Option<usize>,
+    /// Seconds to wait for the coordinator
+    #[arg(long, default_value_t = 60.0, value_parser = seconds)]
+    join_timeout_s: f64,
+    /// Let ranks connect beyond loopback, neither encrypted nor authenticated: for isolated networks
+    #[arg(long)]
+    trusted_network: bool,
+    /// A launcher of this program started it: the recipe comes from its standard input, whose end is the launcher's
+    #[arg(long, hide = true)]
+    supervised: bool,
+    /// The launcher says how the run ended
+    #[arg(long, hide = true)]
+    quiet: bool,
 }
 
 #[derive(Debug, Args)]
@@ -117,6 +165,12 @@ enum Bench {
 /// Runs the command of this process and returns its exit code: 0 done, 1 failed, 2 bad usage or recipe, 75 try again.
 #[must_use]
 pub fn main() -> ExitCode {
+    main_with(Tamper::default())
+}
+
+/// As [`main`], with faults for tests.
+#[must_use]
+pub fn main_with(tamper: Tamper) -> ExitCode {
     allocator::keep_blocks();
     // A file that grows past a limit is an error to report, not a signal to die of. Nothing else runs yet.
     #[cfg(unix)]
@@ -130,7 +184,7 @@ pub fn main() -> ExitCode {
     };
     let filter = std::env::var("TRIBUTARY_LOG").ok();
     let log = RunLog::install(filter.as_deref());
-    match run(cli.command, log) {
+    match run(cli.command, log, tamper) {
         Ok(code) => code,
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
@@ -140,9 +194,11 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command, log: RunLog) -> Result<ExitCode> {
+fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     match command {
-        Command::Train(args) => train(args, log),
+        Command::Train(args) => train(args, log, tamper),
+        Command::Coordinator(args) => coordinator(args, log),
+        Command::Worker(args) => worker(args, log, tamper),
         Command::Export(args) => export(&args),
         Command::Generate(args) => say(&args),
         Command::Bench(Bench::Step(args)) => bench::step(&args).map(|()| ExitCode::SUCCESS),
@@ -150,28 +206,149 @@ fn run(command: Command, log: RunLog) -> Result<ExitCode> {
     }
 }
 
-fn train(args: Train, log: RunLog) -> Result<ExitCode> {
+fn train(args: Train, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
+    let (restarts, trusted_network) = (args.restarts, args.trusted_network);
+    let world = match ranks(|name| std::env::var(name).ok())? {
+        Some(ranks) => World::Ranks(ranks),
+        None => World::Local,
+    };
+    let request = request(&args, log, tamper)?;
+    if world == World::Local && request.recipe.parallel.data == 1 && restarts == 0 {
+        return Ok(code(run::start::train(request)?.ended));
+    }
+    launch::launch(Orders { request, restarts, world, trusted_network }).map(ExitCode::from)
+}
+
+fn coordinator(args: CoordinatorArgs, log: RunLog) -> Result<ExitCode> {
+    let (restarts, trusted_network) = (args.train.restarts, args.train.trusted_network);
+    let request = request(&args.train, log, Tamper::default())?;
+    let world = World::Elsewhere { listen: args.listen };
+    launch::launch(Orders { request, restarts, world, trusted_network }).map(ExitCode::from)
+}
+
+fn request(args: &Train, log: RunLog, tamper: Tamper) -> Result<run::Request> {
     let path = args.recipe.display().to_string();
     let text = std::fs::read_to_string(&args.recipe)
         .map_err(|error| Error::Usage(format!("{path}: expected a recipe, a TOML file in UTF-8: {error}")))?;
     let (raw, recipe) = recipe::read(&path, &text, &args.sets)?;
     let stem = args.recipe.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-    let request = run::Request {
-        raw,
+    let name = args.name.clone().unwrap_or(stem);
+    Ok(run::Request { raw, recipe, name, resume: args.resume, registry: registry(), log, tamper })
+}
+
+fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
+    let stop = Stop::default();
+    let recipe = if args.supervised { Some(supervised()?) } else { None };
+    let host = std::env::var("HOST_ADDR").ok();
+    let host_address = host
+        .map(|host| host.parse().map_err(|_| Error::Usage(format!("HOST_ADDR: expected an IP address, found {host:?}"))))
+        .transpose()?;
+    let mut addresses = args.join;
+    if addresses.is_empty() {
+        let Some(ranks) = ranks(|name| std::env::var(name).ok())? else {
+            return Err(Error::Usage("--join: expected HOST:PORT of a coordinator".into()));
+        };
+        addresses = ranks.ports.iter().map(|port| format!("{}:{port}", ranks.master)).collect();
+    }
+    let ticket = Ticket {
+        addresses,
+        rank: args.rank.or_else(|| std::env::var("RANK").ok().and_then(|rank| rank.parse().ok())),
+        within: Duration::from_secs_f64(args.join_timeout_s),
         recipe,
-        name: args.name.unwrap_or(stem),
-        resume: args.resume,
-        registry: registry(std::env::var_os("CARGO_HOME"), std::env::var_os("HOME")),
-        log,
+        sets: args.sets,
+        host_address,
+        trusted_network: args.trusted_network,
+        quiet: args.quiet,
     };
-    Ok(match run::start::train(request)? {
+    let joined = join::join(ticket, &stop)?;
+    let manner = Manner { grace_s: joined.recipe.checkpoint.grace_s, second_ends: !args.supervised };
+    stop.listen(manner, || {}).map_err(Error::io("listen for signals in", "this process"))?;
+    let welcome = joined.control.welcome();
+    let request = run::Request {
+        raw: joined.raw.clone(),
+        recipe: joined.recipe.clone(),
+        name: welcome.name.clone(),
+        resume: welcome.resume,
+        registry: registry(),
+        log,
+        tamper,
+    };
+    let ender = joined.ender.clone();
+    match run::start::train_rank(request, joined) {
+        Ok(left) => Ok(code(left.ended)),
+        // It was said already, or the launcher says it.
+        Err(Error::Verdict(verdict, code)) => {
+            ender.say(&verdict);
+            Ok(ExitCode::from(code))
+        }
+        Err(error) if args.quiet => {
+            tracing::error!("{error}");
+            Ok(ExitCode::from(error.exit_code()))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads the launcher's recipe from standard input; when the launcher is gone, this process ends.
+fn supervised() -> Result<Raw> {
+    let mut input = std::io::stdin().lock();
+    let mut read = || {
+        let mut length = [0; 8];
+        input.read_exact(&mut length)?;
+        let mut text = Vec::new();
+        let length = u64::from_le_bytes(length);
+        let count = (&mut input).take(length.min(RECIPE_BYTES_MAX)).read_to_end(&mut text)?;
+        if count as u64 == length { Ok(text) } else { Err(std::io::ErrorKind::UnexpectedEof.into()) }
+    };
+    let text = read().map_err(Error::io("read the recipe from", "standard input"))?;
+    let text = String::from_utf8(text).map_err(|error| Error::Usage(format!("the launcher's recipe: {error}")))?;
+    let (raw, _) = recipe::raw::read(&text, &[]);
+    let launcher = std::os::unix::process::parent_id();
+    std::thread::spawn(move || {
+        // Nothing more ever comes: the read ends with the launcher.
+        let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+        // Where the launcher hosts the coordinator, the control plane notices too, and has more to say.
+        std::thread::sleep(Duration::from_millis(300));
+        log::say(&format!("error: the launcher (process {launcher}) is gone: this worker ends"));
+        std::process::exit(i32::from(signals::TRY_AGAIN));
+    });
+    Ok(raw)
+}
+
+const RECIPE_BYTES_MAX: u64 = 16 << 20;
+
+/// What the environment says of the ranks, as torchrun, Slurm scripts and `hosts.sh` set it; `None` without RANK and
+/// WORLD_SIZE.
+fn ranks(get: impl Fn(&str) -> Option<String>) -> Result<Option<Ranks>> {
+    let number = |name: &str| {
+        let value = get(name);
+        let parse = |text: String| {
+            text.parse::<u16>().map_err(|_| Error::Usage(format!("{name}: expected a number up to 65535, found {text:?}")))
+        };
+        value.map(parse).transpose()
+    };
+    let (Some(rank), Some(ranks)) = (number("RANK")?, number("WORLD_SIZE")?) else { return Ok(None) };
+    if rank >= ranks {
+        return Err(Error::Usage(format!("RANK: expected less than WORLD_SIZE = {ranks}, found {rank}")));
+    }
+    let needed = |name: &str| Error::Usage(format!("{name}: expected it beside RANK and WORLD_SIZE, it is not set"));
+    let master = get("MASTER_ADDR").ok_or_else(|| needed("MASTER_ADDR"))?;
+    let port = number("MASTER_PORT")?.ok_or_else(|| needed("MASTER_PORT"))?;
+    // torchrun keeps MASTER_PORT for itself.
+    let other = number("TRIBUTARY_PORT")?.unwrap_or_else(|| port.saturating_add(1));
+    Ok(Some(Ranks { rank: rank.into(), ranks: ranks.into(), master, ports: vec![port, other] }))
+}
+
+fn code(ended: Ended) -> ExitCode {
+    match ended {
         Ended::Done | Ended::Stopped => ExitCode::SUCCESS,
         Ended::Signalled => ExitCode::from(signals::TRY_AGAIN),
-    })
+    }
 }
 
 /// Cargo's folder of unpacked sources.
-fn registry(cargo_home: Option<OsString>, home: Option<OsString>) -> PathBuf {
+fn registry() -> PathBuf {
+    let (cargo_home, home) = (std::env::var_os("CARGO_HOME"), std::env::var_os("HOME"));
     let cargo = cargo_home.map(PathBuf::from).or_else(|| home.map(|home| PathBuf::from(home).join(".cargo")));
     cargo.unwrap_or_else(|| PathBuf::from(".cargo")).join("registry").join("src")
 }
@@ -225,6 +402,10 @@ fn print(text: &str) -> Result<ExitCode> {
 
 fn at_least_zero(text: &str) -> std::result::Result<f64, String> {
     text.parse().ok().filter(|x| (0.0..=100.0).contains(x)).ok_or_else(|| "expected a number from 0 to 100".into())
+}
+
+fn seconds(text: &str) -> std::result::Result<f64, String> {
+    text.parse().ok().filter(|x| (0.0..=1e6).contains(x)).ok_or_else(|| "expected seconds, up to a million".into())
 }
 
 fn probability(text: &str) -> std::result::Result<f64, String> {

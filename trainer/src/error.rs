@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use crate::recipe::Faults;
+use crate::run::signals::TRY_AGAIN;
 
 /// The errors of the trainer.
 #[derive(Debug, Error)]
@@ -112,6 +113,28 @@ pub enum Error {
     /// A gradient did not add up.
     #[error(transparent)]
     Stream(#[from] parallel::data::StreamError),
+    /// The replicas are not equal.
+    #[error(
+        "after step {step} the parameters of rank {rank} are not those of rank 0: BLAKE3 {} there, {} here; do all \
+         ranks run the same build on the same kind of device? go on with --resume from the checkpoint before", .hashes[1], .hashes[0]
+    )]
+    Replicas {
+        /// The step after which they differ.
+        step: u64,
+        /// The first rank that differs from rank 0.
+        rank: usize,
+        /// Of rank 0 and of that rank.
+        hashes: [String; 2],
+    },
+    /// The coordinator.
+    #[error(transparent)]
+    Control(#[from] parallel::control::ControlError),
+    /// The connections to the other ranks.
+    #[error(transparent)]
+    Transport(#[from] parallel::transport::grpc::TransportError),
+    /// A run over several processes came to its end, and the coordinator said why.
+    #[error("{0}")]
+    Verdict(String, u8),
     /// A checkpoint or an export.
     #[error(transparent)]
     Checkpoint(#[from] checkpoint::CheckpointError),
@@ -148,8 +171,13 @@ impl Error {
     /// The exit code of a process that ends with this error: 2 for bad usage or a bad recipe, else 1.
     #[must_use]
     pub const fn exit_code(&self) -> u8 {
+        use parallel::control::ControlError;
         match self {
             Self::Recipe(_) | Self::Usage(_) | Self::Mismatch { .. } | Self::Run { .. } => 2,
+            Self::Control(ControlError::Refused { .. }) => 2,
+            Self::Control(ControlError::NotThere { .. }) | Self::Transport(_) => TRY_AGAIN,
+            Self::Control(ControlError::Ended(ending)) => ending.code,
+            Self::Verdict(_, code) => *code,
             _ => 1,
         }
     }

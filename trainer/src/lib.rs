@@ -9,6 +9,8 @@
 //! - [`step`]: one training step; [`optimizer`]: AdamW and the schedule; [`state`]: what a step changes.
 //! - [`run`]: a run from its folder to its end.
 //! - [`weights`]: weights that exist already; [`export`]: Hugging Face's format; [`generate`]: text from a model.
+//! - [`launch`]: the process that starts the ranks and watches over them.
+//! - [`tamper`]: faults for tests.
 //! - [`mod@bench`]: speed of this machine.
 //! - [`allocator`]: of the binary; [`rng`]: random numbers without state; [`log`]: where log lines go; [`error`]: everything that can go wrong.
 
@@ -24,6 +26,7 @@ pub mod error;
 pub mod export;
 pub mod generate;
 pub mod kernels;
+pub mod launch;
 pub mod log;
 pub mod model;
 pub mod optimizer;
@@ -32,6 +35,7 @@ pub mod rng;
 pub mod run;
 pub mod state;
 pub mod step;
+pub mod tamper;
 pub mod weights;
 
 /// The version of this build.

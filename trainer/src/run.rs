@@ -6,12 +6,15 @@
 //! - [`mod@evaluate`]: the loss on held-out text.
 //! - [`signals`]: being asked to stop.
 //! - [`save`]: checkpoints of a run, and the way back from them.
+//! - [`join`]: a rank's way into a run over several processes; [`group`]: its tie to the others.
 //! - [`start`]: everything before the first step.
 //! - [`finish`]: what happens after the last step.
 
 pub mod evaluate;
 pub mod finish;
 pub mod folder;
+pub mod group;
+pub mod join;
 pub mod metrics;
 pub mod progress;
 pub mod save;
@@ -20,12 +23,10 @@ pub mod start;
 pub mod tensorboard;
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
-use checkpoint::disk::RealDisk;
-use checkpoint::writer::{Retention, Writer};
+use checkpoint::writer::Writer;
 use serde_json::json;
 
 use crate::data::{Data, order};
@@ -33,12 +34,13 @@ use crate::error::{Error, Result};
 use crate::log::RunLog;
 use crate::model::Config;
 use crate::recipe::{Raw, Recipe};
-use crate::state;
 use crate::state::State;
-use crate::step::{Report, Stepper, untouched};
+use crate::step::{Report, Stepper, Word};
+use crate::tamper::Tamper;
 
 use evaluate::{Place, evaluate};
 use folder::{Folder, Status};
+use group::Group;
 use metrics::{Line, Metrics};
 use progress::Progress;
 use signals::Stop;
@@ -58,6 +60,8 @@ pub struct Request {
     pub registry: PathBuf,
     /// Where log lines go once there is a folder.
     pub log: RunLog,
+    /// Faults for tests.
+    pub tamper: Tamper,
 }
 
 /// How a run ended in good order.
@@ -67,8 +71,19 @@ pub enum Ended {
     Done,
     /// `train.stop_at_step`: as asked.
     Stopped,
-    /// A signal.
+    /// A signal, here or at another rank.
     Signalled,
+}
+
+/// What a rank has at its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Left {
+    /// How it ended.
+    pub ended: Ended,
+    /// The last step that was taken.
+    pub step: u64,
+    /// BLAKE3 of all parameters.
+    pub parameter_hash: String,
 }
 
 /// A run at work.
@@ -83,8 +98,15 @@ struct Run {
     state: State,
     tokens: u64,
     writer: Writer,
-    metrics: Metrics,
-    progress: Progress,
+    /// The run's files and what a person sees; one rank of several has them.
+    metrics: Option<Metrics>,
+    progress: Option<Progress>,
+    /// The other ranks, if there are any.
+    group: Option<Group>,
+    tamper: Tamper,
+    /// Whether any rank was asked to stop, and whether any cannot take a snapshot, as of the last step.
+    stopping: bool,
+    busy: bool,
     stop: Stop,
     started: Instant,
     wall_before_s: f64,
@@ -93,95 +115,23 @@ struct Run {
     stall_s: f64,
     /// The newest checkpoint that was committed, and what went wrong with those after it.
     committed: Option<u64>,
-    failure: Option<checkpoint::CheckpointError>,
+    failure: Option<Error>,
+    /// The first step of this process compares all ranks' parameters.
+    first: bool,
 }
 
-/// What a run is put together from.
-struct Parts {
-    request: Request,
-    started: Instant,
-    stop: Stop,
-    device: Device,
-    data: Data,
-    config: Config,
-    state: State,
-    tokens: u64,
-    last_loss: Option<f64>,
-    committed: Option<u64>,
-    /// Whether the run's folder was there before.
-    resumed: bool,
-    /// What a resume changed of the recipe.
-    changed: Vec<String>,
+/// The mesh, as `run.json` says it.
+fn mesh(recipe: &Recipe) -> String {
+    format!("{} x 1 x 1", recipe.parallel.data)
 }
-
-const MESH: &str = "1 x 1 x 1";
 
 impl Run {
-    fn open(folder: &Folder, parts: Parts) -> Result<Self> {
-        let Parts {
-            request,
-            started,
-            stop,
-            device,
-            data,
-            config,
-            state,
-            tokens,
-            last_loss,
-            committed,
-            resumed,
-            changed,
-        } = parts;
-        let recipe = request.recipe;
-        folder.keep_recipe(&request.raw)?;
-        request.log.open(&folder.file("logs/rank-0.log"))?;
-        let stepper = Stepper::new(&config, &device, recipe.bucket_bytes_max)?;
-        let writer = Writer::new(
-            Arc::new(RealDisk),
-            folder.checkpoints(),
-            state::specs(&config),
-            Retention { keep_last: recipe.checkpoint.keep_last },
-        )?;
-        let resumed_at = resumed.then_some(state.step);
-        let mut metrics = Metrics::open(folder.path(), resumed_at, recipe.metrics.tensorboard)?;
-        let progress = Progress::new(state.step, recipe.train.steps, recipe.metrics.log_every);
-        if resumed {
-            metrics.event("resumed", state.step, json!({ "changed": changed }));
-            progress.say(&format!("run {}: going on after step {}", folder.name(), state.step));
-            for change in &changed {
-                progress.say(&format!("changed: {change}"));
-            }
-        }
-        let wall_before_s = folder.summary().map_or(0.0, |summary| summary.wall_s);
-        Ok(Self {
-            recipe_toml: request.raw.to_toml(),
-            recipe_hash: request.raw.hash(),
-            committed,
-            config,
-            device,
-            data,
-            stepper,
-            state,
-            tokens,
-            writer,
-            metrics,
-            progress,
-            stop,
-            started,
-            wall_before_s: if resumed { wall_before_s } else { 0.0 },
-            last_loss,
-            stall_s: 0.0,
-            failure: None,
-            recipe,
-        })
-    }
-
-    /// The loop over steps, and the end.
-    fn go(&mut self, folder: &Folder) -> Result<Ended> {
+    /// The loop over steps, and the end. `folder` is there on the rank that keeps the run's files.
+    fn go(&mut self, folder: Option<&Folder>) -> Result<Ended> {
         self.say_what();
-        folder.write_summary(&self.summary(Status::Running))?;
+        self.keep_summary(folder, Status::Running)?;
         let last = self.recipe.train.stop_at_step.unwrap_or(u64::MAX).min(self.recipe.train.steps);
-        while self.state.step < last && !self.stop.asked() {
+        while self.state.step < last && !self.stopping() {
             let mut line = self.step()?;
             let step = line.step;
             if due(step, self.recipe.eval.every) {
@@ -192,32 +142,70 @@ impl Run {
             line.checkpoint_stall_s = std::mem::take(&mut self.stall_s);
             let due = due(step, self.recipe.checkpoint.every) && step < last;
             // The line comes first: a checkpoint never knows of a step that the metrics do not.
-            self.metrics.step(&line)?;
-            self.progress.step(&line);
+            if let (Some(metrics), Some(progress)) = (&mut self.metrics, &self.progress) {
+                metrics.step(&line)?;
+                progress.step(&line, self.group.as_ref().map(|group| group.f32_bytes));
+            }
             self.give_up_after(self.recipe.train.skip_max)?;
             if due {
                 self.checkpoint();
             }
             let outcomes = self.writer.outcomes();
             self.note(outcomes, ", training goes on");
+            self.listen(Duration::ZERO)?;
         }
-        self.progress.finish();
+        if let Some(progress) = &self.progress {
+            progress.finish();
+        }
         self.last_checkpoint()?;
-        self.metrics.flush()?;
+        if let Some(metrics) = &mut self.metrics {
+            metrics.flush()?;
+        }
         let ended = match () {
             () if self.state.step >= self.recipe.train.steps => Ended::Done,
-            () if self.stop.asked() => Ended::Signalled,
+            () if self.stopping() => Ended::Signalled,
             () => Ended::Stopped,
         };
         if ended == Ended::Done && finish::finish(self, folder)? {
             return Ok(Ended::Done);
         }
-        folder.write_summary(&self.summary(Status::Interrupted))?;
-        self.progress.say(&match self.state.step {
+        if let Some(group) = &self.group {
+            group.say_goodbye();
+        }
+        self.keep_summary(folder, Status::Interrupted)?;
+        self.say(&match self.state.step {
             0 => "stopped before the first step: go on with --resume".to_owned(),
             step => format!("stopped after step {step}, with a checkpoint: go on with --resume"),
         });
         Ok(if ended == Ended::Stopped { ended } else { Ended::Signalled })
+    }
+
+    /// Whether to stop in good order. Ranks stop together: what counts is what all of them heard in the last step's votes.
+    fn stopping(&self) -> bool {
+        if self.group.is_some() { self.stopping } else { self.stop.asked() }
+    }
+
+    fn keep_summary(&self, folder: Option<&Folder>, status: Status) -> Result<()> {
+        match (folder, &self.metrics) {
+            (Some(folder), Some(_)) => folder.write_summary(&self.summary(status)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Says something to people, above the bar; on other ranks to the log.
+    fn say(&self, text: &str) {
+        match &self.progress {
+            Some(progress) => progress.say(text),
+            None => tracing::info!("{text}"),
+        }
+    }
+
+    /// Writes down what is not a step.
+    fn event(&mut self, kind: &str, step: u64, fields: serde_json::Value) {
+        match &mut self.metrics {
+            Some(metrics) => metrics.event(kind, step, fields),
+            None => tracing::info!(kind, step, %fields),
+        }
     }
 
     /// Ends the run when too many steps in a row were skipped.
@@ -228,23 +216,34 @@ impl Run {
 
     fn say_what(&self) {
         let millions = self.config.parameter_count() as f64 / 1e6;
-        let train = &self.recipe.train;
-        let batch = train.seq_len * train.micro_batch_size * train.micro_batches;
-        self.progress.say(&format!(
-            "{millions:.2} M parameters, {batch} tokens a step, {:.2} M tokens of text ({:.1} MB), on {}",
+        let (train, ranks) = (&self.recipe.train, self.recipe.parallel.data);
+        let batch = train.seq_len * train.micro_batch_size * train.micro_batches * ranks;
+        let over = match ranks {
+            1 => String::new(),
+            _ => format!(", {ranks} ranks, gradients as {}", self.recipe.codec),
+        };
+        self.say(&format!(
+            "{millions:.2} M parameters, {batch} tokens a step, {:.2} M tokens of text ({:.1} MB), on {}{over}",
             self.data.train.len() as f64 / 1e6,
             self.data.train.text_bytes() as f64 / 1e6,
             self.recipe.device.backend
         ));
     }
 
+    /// This rank, and how many there are.
+    fn place(&self) -> (usize, usize) {
+        self.group.as_ref().map_or((0, 1), |group| (group.share.rank, group.share.ranks))
+    }
+
     /// One step and its line of metrics.
     fn step(&mut self) -> Result<Line> {
+        let (rank, ranks) = self.place();
         let train = &self.recipe.train;
         let windows = self.data.train.windows(train.seq_len);
-        let rows = train.micro_batch_size as u64;
-        let first = self.state.step * rows * train.micro_batches as u64;
-        let batches: Vec<_> = (0..train.micro_batches as u64)
+        let (rows, own) = (train.micro_batch_size as u64, train.micro_batches as u64);
+        // The order of the data is that of one rank with all micro-batches.
+        let first = self.state.step * rows * own * ranks as u64 + rank as u64 * own * rows;
+        let batches: Vec<_> = (0..own)
             .map(|micro_batch| {
                 let samples = first + micro_batch * rows..first + (micro_batch + 1) * rows;
                 let starts: Vec<usize> =
@@ -252,15 +251,35 @@ impl Run {
                 evaluate::batch(&self.data.train, &starts, train.seq_len)
             })
             .collect();
-        let report = self.stepper.step(&mut self.state, &self.recipe, &batches, untouched)?;
+        let word = self.word();
+        let step = self.state.step + 1;
+        let tamper = &self.tamper;
+        let spoil = |_: usize, loss| tamper.loss(rank, step, loss);
+        let report = self.stepper.step(&mut self.state, &self.recipe, &batches, word, spoil)?;
+        self.tamper.record(&self.stepper, rank, step, report.skipped)?;
         self.tokens += report.tokens;
+        (self.stopping, self.busy) = (report.stop, report.busy);
         let finite = |x: f64| x.is_finite().then_some(x);
         self.last_loss = finite(report.loss).or(self.last_loss);
         if report.skipped {
             let fields = json!({ "skips_in_a_row": self.state.skips, "why": "the loss or the gradient is not finite" });
-            self.metrics.event("skip", self.state.step, fields);
+            self.event("skip", self.state.step, fields);
         }
         Ok(self.line(&report))
+    }
+
+    /// What this rank tells the others in the next step.
+    fn word(&mut self) -> Word {
+        if self.group.is_none() {
+            return Word::default();
+        }
+        let (before, next) = (self.state.step, self.state.step + 1);
+        let compare = std::mem::take(&mut self.first) || due(before, self.recipe.parallel.verify_every);
+        Word {
+            stop: self.stop.asked(),
+            busy: !self.writer.ready(next),
+            parameters: compare.then(|| *self.state.parameter_hash(&self.config).as_bytes()),
+        }
     }
 
     fn line(&self, report: &Report) -> Line {
@@ -276,17 +295,18 @@ impl Run {
             step_s: report.step_s,
             forward_s: report.forward_s,
             backward_s: report.backward_s,
-            encode_s: 0.0,
-            wait_s: 0.0,
+            encode_s: report.encode_s,
+            wait_s: report.wait_s,
             exposed_s: report.exposed_s,
-            overlap: None,
-            wire_bytes_sent: 0,
-            wire_bytes_received: 0,
+            overlap: report.overlap,
+            wire_bytes_sent: report.wire.sent,
+            wire_bytes_received: report.wire.received,
             checkpoint_stall_s: 0.0,
             memory_bytes: metrics::memory_bytes(),
         }
     }
 
+    /// The loss on held-out text; ranks share the work. `None` when there is no such text, or when somebody asked to stop.
     fn evaluate(&self, windows: usize, stop: &Stop) -> Result<Option<evaluate::Evaluation>> {
         let Some(tokens) = &self.data.held_out else { return Ok(None) };
         let place = Place {
@@ -296,6 +316,8 @@ impl Run {
             rows: self.recipe.train.micro_batch_size,
             step: self.state.step,
             stop,
+            engine: self.stepper.engine(),
+            progress: self.stepper.progress(),
         };
         evaluate(&place, &self.state.weights, tokens, windows)
     }

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use checkpoint::reader::Checkpoint;
-use checkpoint::writer::{Snapshot, TensorSpec};
+use checkpoint::writer::{PieceSpec, Snapshot, TensorSpec};
+use compression::Codec;
+use parallel::data::exchange::{Exchange, codec_of};
+use parallel::data::shard::shard;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -81,7 +84,7 @@ impl State {
 
     /// BLAKE3 of all parameters, little-endian, in the order of their names.
     #[must_use]
-    pub fn parameter_hash(&self, config: &Config) -> String {
+    pub fn parameter_hash(&self, config: &Config) -> blake3::Hash {
         let parameters = config.parameters();
         let mut order: Vec<usize> = (0..parameters.len()).collect();
         order.sort_by(|&a, &b| parameters[a].name.cmp(&parameters[b].name));
@@ -94,7 +97,7 @@ impl State {
                 hasher.update(&value.to_le_bytes());
             }
         }
-        hasher.finalize().to_hex().to_string()
+        hasher.finalize()
     }
 
     /// Copies everything into a snapshot whose tensors are those of [`specs`].
@@ -123,6 +126,22 @@ impl State {
         Ok((state, meta))
     }
 
+    /// Copies this rank's share of everything, and what it left out of gradients and sums, into a snapshot whose pieces
+    /// are those of [`pieces`].
+    pub fn snapshot_share(&self, snapshot: &mut Snapshot<'_>, share: &Share, exchange: &Exchange) {
+        let mut next = 0;
+        let mut put = |values: &[f32]| {
+            snapshot.tensor(next).copy_from_slice(values);
+            next += 1;
+        };
+        for values in self.tensors() {
+            put(&values[shard(values.len(), share.index, share.of)]);
+        }
+        for index in (0..self.weights.len()).filter(|&index| exchange.codec(index).is_lossy()) {
+            exchange.residuals(index).into_iter().for_each(&mut put);
+        }
+    }
+
     fn tensors(&self) -> impl Iterator<Item = &[f32]> {
         self.weights.iter().chain(&self.m).chain(&self.v).map(Vec::as_slice)
     }
@@ -140,6 +159,65 @@ pub fn specs(config: &Config) -> Vec<TensorSpec> {
             .collect::<Vec<_>>()
     };
     [named(""), named(".m"), named(".v")].concat()
+}
+
+/// Which part of a checkpoint a rank writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Its rank in the run.
+    pub rank: usize,
+    /// Ranks of the run.
+    pub ranks: usize,
+    /// Its place among the ranks that share its run folder.
+    pub index: usize,
+    /// Ranks that share it.
+    pub of: usize,
+}
+
+/// The pieces that a rank of several writes: its share of [`specs`], and of every tensor that travels in a lossy codec
+/// what it left out as a sender (`NAME.sender.0001`, the whole tensor) and as an owner (`NAME.owner`, its shard).
+#[must_use]
+pub fn pieces(config: &Config, share: &Share, codec: Codec) -> Vec<PieceSpec> {
+    let elements = |shape: &[usize]| shape.iter().product();
+    let mut pieces: Vec<PieceSpec> = specs(config)
+        .into_iter()
+        .map(|TensorSpec { name, shape }| {
+            let range = shard(elements(&shape), share.index, share.of);
+            PieceSpec { tensor: name, shape, range }
+        })
+        .collect();
+    for parameter in config.parameters().into_iter().filter(|parameter| codec_of(parameter, codec).is_lossy()) {
+        let (all, shape) = (elements(&parameter.shape), parameter.shape);
+        let sender = sender_name(&parameter.name, share.rank);
+        pieces.push(PieceSpec { tensor: sender, shape: shape.clone(), range: 0..all });
+        let range = shard(all, share.rank, share.ranks);
+        pieces.push(PieceSpec { tensor: format!("{}.owner", parameter.name), shape, range });
+    }
+    pieces
+}
+
+/// Goes on with what this rank had left out.
+///
+/// # Errors
+/// The checkpoint has not got it: it is of another mesh or codec, or damaged.
+pub fn restore_residuals(checkpoint: &Checkpoint, exchange: &mut Exchange) -> Result<()> {
+    let (plan, group) = (exchange.plan().clone(), exchange.group());
+    for (index, parameter) in plan.parameters().iter().enumerate() {
+        if !exchange.codec(index).is_lossy() {
+            continue;
+        }
+        let all: usize = parameter.shape.iter().product();
+        let own = shard(all, group.rank, group.ranks);
+        let (mut sender, mut owner) = (vec![0.0; all], vec![0.0; own.len()]);
+        checkpoint.tensor(&sender_name(&parameter.name, group.rank), &parameter.shape, &mut sender)?;
+        checkpoint.region(&format!("{}.owner", parameter.name), &parameter.shape, own, &mut owner)?;
+        exchange.restore(index, sender, owner);
+    }
+    Ok(())
+}
+
+fn sender_name(parameter: &str, rank: usize) -> String {
+    format!("{parameter}.sender.{rank:04}")
 }
 
 /// What a checkpoint says of its run.

@@ -5,8 +5,13 @@ use std::time::Instant;
 
 use burn::Tensor;
 use burn::tensor::{Device, Int, TensorData};
-use parallel::data::{Gradient, GradientStream, Plan, Sum};
+use parallel::data::engine::Engine;
+use parallel::data::exchange::Verdict;
+use parallel::data::{Gradient, GradientStream, Plan, Sum, Timing};
+use parallel::note::Ballot;
+use parallel::progress::{Progress, Stage};
 use parallel::tap::Emit;
+use parallel::transport::Counted;
 
 use crate::error::{Error, Result};
 use crate::model::{Config, Hook, Leaf, Llama};
@@ -25,10 +30,21 @@ pub struct Batch {
     pub rows: usize,
 }
 
-/// What a step did.
+/// What a rank tells the others with its vote.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Word {
+    /// Whether somebody asked it to stop.
+    pub stop: bool,
+    /// Whether it cannot take a snapshot now.
+    pub busy: bool,
+    /// BLAKE3 of its parameters before this step, where they are compared.
+    pub parameters: Option<[u8; 32]>,
+}
+
+/// What a step did. Everything but seconds and bytes is the same on every rank.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {
-    /// The mean cross entropy of the step's tokens in nats, before the update.
+    /// The mean cross entropy of the tokens of all ranks in nats, before the update.
     pub loss: f64,
     /// The global norm of the gradient before clipping.
     pub grad_norm: f64,
@@ -36,14 +52,26 @@ pub struct Report {
     pub learning_rate: f64,
     /// Whether the update was left out because something was not finite.
     pub skipped: bool,
-    /// Tokens that were predicted.
+    /// Tokens that all ranks predicted.
     pub tokens: u64,
+    /// Whether any rank was asked to stop.
+    pub stop: bool,
+    /// Whether any rank cannot take a snapshot.
+    pub busy: bool,
     /// Seconds of the forward passes.
     pub forward_s: f64,
     /// Seconds of the backward passes.
     pub backward_s: f64,
     /// Seconds from the last `backward()`'s return to the complete sum.
     pub exposed_s: f64,
+    /// Seconds of encoding, on another thread.
+    pub encode_s: f64,
+    /// Seconds that this rank waited for the sum after its last backward pass.
+    pub wait_s: f64,
+    /// The part of the way of the gradients that was over when the last backward pass returned; `None` with one rank.
+    pub overlap: Option<f64>,
+    /// Bytes at the sockets during this step.
+    pub wire: Counted,
     /// Seconds of the whole step.
     pub step_s: f64,
 }
@@ -56,6 +84,7 @@ pub struct Stepper {
     plan: Arc<Plan>,
     stream: Arc<GradientStream>,
     hooks: Vec<Hook>,
+    progress: Arc<Progress>,
 }
 
 impl Stepper {
@@ -65,8 +94,18 @@ impl Stepper {
     /// A model whose parameters do not fit the address space.
     pub fn new(config: &Config, device: &Device, bucket_bytes_max: usize) -> Result<Self> {
         let plan = Plan::new(config.parameters(), bucket_bytes_max).map_err(|e| Error::Usage(e.to_string()))?;
-        let plan = Arc::new(plan);
-        let stream = Arc::new(GradientStream::new(plan.clone()));
+        Ok(Self::with(config, device, GradientStream::new(Arc::new(plan)), Arc::default()))
+    }
+
+    /// The stepper of one rank of several. The engine's plan is [`Plan::new`] of the model's parameters.
+    #[must_use]
+    pub fn across(config: &Config, device: &Device, engine: Engine) -> Self {
+        let progress = engine.progress().clone();
+        Self::with(config, device, GradientStream::across(engine), progress)
+    }
+
+    fn with(config: &Config, device: &Device, stream: GradientStream, progress: Arc<Progress>) -> Self {
+        let (plan, stream) = (stream.plan().clone(), Arc::new(stream));
         let hooks = plan.parameters().iter().enumerate().map(|(index, parameter)| {
             let stream = stream.clone();
             match parameter.shape.len() {
@@ -75,25 +114,55 @@ impl Stepper {
             }
         });
         let hooks = hooks.collect();
-        Ok(Self { config: config.clone(), device: device.clone().autodiff(), plan, stream, hooks })
+        Self { config: config.clone(), device: device.clone().autodiff(), plan, stream, hooks, progress }
     }
 
-    /// Takes one step: the sum of the micro-batches' gradients, clipped, applied by AdamW. `tamper` may change a loss
-    /// before it goes backward; training passes [`untouched`], tests inject faults with it.
+    /// The way to the other ranks; `None` with one.
+    #[must_use]
+    pub fn engine(&self) -> Option<&Engine> {
+        self.stream.engine()
+    }
+
+    /// How far this rank is.
+    #[must_use]
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// This rank's own gradient of a parameter in the last step.
+    #[must_use]
+    pub fn own_gradient(&self, index: usize) -> Vec<f32> {
+        self.stream.own(index)
+    }
+
+    /// What is summed.
+    #[must_use]
+    pub const fn plan(&self) -> &Arc<Plan> {
+        &self.plan
+    }
+
+    /// Takes one step: the sum of the gradients of all micro-batches of all ranks, clipped, applied by AdamW. Every rank
+    /// brings as many tokens as this one. `tamper` may change a loss before it goes backward; training passes
+    /// [`untouched`], tests inject faults with it.
     ///
     /// # Errors
-    /// Gradients that do not add up, a device that fails. A step that is not finite is no error: it is skipped.
+    /// Gradients that do not add up, a device that fails, a rank that is lost or whose parameters differ. A step that is
+    /// not finite is no error: it is skipped.
     pub fn step(
         &self,
         state: &mut State,
         recipe: &Recipe,
         batches: &[Batch],
+        word: Word,
         tamper: impl Fn(usize, Tensor<1>) -> Tensor<1>,
     ) -> Result<Report> {
         let start = Instant::now();
         let step = state.step + 1;
-        let tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
+        let ranks = self.engine().map_or(1, |engine| engine.group().ranks);
+        let tokens = ranks * batches.iter().map(|batch| batch.targets.len()).sum::<usize>();
         let (mut loss, mut forward_s, mut backward_s) = (0.0, 0.0, 0.0);
+        let before = self.stream.counted();
+        self.progress.begin(step);
 
         let model = self.model(&state.weights);
         self.stream.begin(step, batches.len());
@@ -105,19 +174,26 @@ impl Stepper {
             let part = tamper(index, model.loss(inputs, targets).div_scalar(tokens as f64));
             let value = part.clone().inner();
             forward_s += forward.elapsed().as_secs_f64();
+            self.progress.enter(Stage::Backward);
             let backward = Instant::now();
             part.backward();
             backward_s += backward.elapsed().as_secs_f64();
             loss += scalar(value, step)?;
         }
         let exposed = Instant::now();
-        let sum = self.stream.finish()?;
-        let exposed_s = exposed.elapsed().as_secs_f64();
+        self.progress.enter(Stage::Waiting);
+        let Word { stop, busy, parameters } = word;
+        let finished = self.stream.finish(Ballot { finite: loss.is_finite(), stop, busy, loss, parameters })?;
+        self.progress.enter(Stage::Updating);
         drop(model);
 
-        let grad_norm = global_norm(&sum);
+        let (sum, ballots) = (&finished.sum, &finished.ballots);
+        same_parameters(ballots, state.step)?;
+        let loss: f64 = ballots.iter().fold(0.0, |sum, ballot| sum + ballot.loss);
+        let grad_norm = global_norm(sum);
         let learning_rate = optimizer::learning_rate(&recipe.schedule, step, recipe.train.steps);
-        let skipped = !(grad_norm.is_finite() && loss.is_finite());
+        // With several ranks the votes have covered both; a sum that is finite has a finite norm.
+        let skipped = finished.verdict == Verdict::Skip || !(grad_norm.is_finite() && loss.is_finite());
         state.step = step;
         if skipped {
             state.skips += 1;
@@ -125,11 +201,27 @@ impl Stepper {
             state.skips = 0;
             state.good_step = step;
             state.updates += 1;
-            self.apply(state, recipe, &sum, learning_rate, clip_factor(grad_norm, recipe.train.clip_norm));
+            self.apply(state, recipe, sum, learning_rate, clip_factor(grad_norm, recipe.train.clip_norm));
         }
-        let step_s = start.elapsed().as_secs_f64();
-        let tokens = tokens as u64;
-        Ok(Report { loss, grad_norm, learning_rate, skipped, tokens, forward_s, backward_s, exposed_s, step_s })
+        let (exposed_s, overlap) = hidden(&finished.timing, exposed);
+        let after = self.stream.counted();
+        Ok(Report {
+            loss,
+            grad_norm: if skipped { f64::NAN } else { grad_norm },
+            learning_rate,
+            skipped,
+            tokens: tokens as u64,
+            stop: ballots.iter().any(|ballot| ballot.stop),
+            busy: ballots.iter().any(|ballot| ballot.busy),
+            forward_s,
+            backward_s,
+            exposed_s,
+            encode_s: finished.timing.encode_s,
+            wait_s: finished.timing.wait_s,
+            overlap,
+            wire: Counted { sent: after.sent - before.sent, received: after.received - before.received },
+            step_s: start.elapsed().as_secs_f64(),
+        })
     }
 
     fn apply(&self, state: &mut State, recipe: &Recipe, sum: &Sum<'_>, learning_rate: f64, scale: f32) {
@@ -154,6 +246,27 @@ impl Stepper {
             Leaf { data: TensorData::new(weights[index].clone(), shape.to_vec()), hook: self.hooks[index].clone() }
         })
     }
+}
+
+/// The ranks' hashes of the parameters after step `step`, where they were sent, must be equal.
+fn same_parameters(ballots: &[Ballot], step: u64) -> Result<()> {
+    let hash = |ballot: &Ballot| ballot.parameters.map(|bytes| blake3::Hash::from_bytes(bytes).to_hex().to_string());
+    match ballots.iter().position(|ballot| ballot.parameters != ballots[0].parameters) {
+        Some(rank) => {
+            let hashes = [0, rank].map(|rank| hash(&ballots[rank]).unwrap_or_else(|| "none".into()));
+            Err(Error::Replicas { step, rank, hashes })
+        }
+        None => Ok(()),
+    }
+}
+
+/// Seconds from `exposed`, when the last backward pass returned, to the whole sum; and the part of the gradients' way
+/// that was over by then.
+fn hidden(timing: &Timing, exposed: Instant) -> (f64, Option<f64>) {
+    let Some((first, last)) = timing.span else { return (0.0, None) };
+    let exposed_s = last.saturating_duration_since(exposed).as_secs_f64();
+    let whole_s = last.saturating_duration_since(first).as_secs_f64();
+    (exposed_s, (whole_s > 0.0).then(|| (1.0 - exposed_s / whole_s).max(0.0)))
 }
 
 /// What training passes as `tamper`.

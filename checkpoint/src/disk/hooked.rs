@@ -1,4 +1,4 @@
-//! For tests: a simulated disk with a closure before every sync and every new folder.
+//! For tests: a simulated disk with a closure before every sync, every rename and every new folder.
 
 use std::fmt::{self, Debug};
 use std::io::{self, Read};
@@ -13,6 +13,7 @@ pub enum Call {
     CreateDir,
     Sync,
     SyncDir,
+    Rename,
 }
 
 /// What happens to the call.
@@ -68,7 +69,14 @@ impl Disk for Hooked {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.inner.rename(from, to)
+        match (self.hook)(Call::Rename) {
+            Fate::Pass => self.inner.rename(from, to),
+            Fate::Skip => Ok(()),
+        }
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        self.inner.remove_file(path)
     }
 
     fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
@@ -85,6 +93,10 @@ impl Disk for Hooked {
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
         self.inner.exists(path)
+    }
+
+    fn size(&self, path: &Path) -> io::Result<u64> {
+        self.inner.size(path)
     }
 }
 

@@ -248,6 +248,18 @@ impl Disk for SimulatedDisk {
         Ok(())
     }
 
+    /// The name comes back with a loss of power unless the folder is synced.
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        state.begin()?;
+        let ((folder, name), file) = (state.place(path)?, state.find(path)?);
+        if let Node::Folder { .. } = &state.nodes[file] {
+            return Err(io::ErrorKind::IsADirectory.into());
+        }
+        state.entries(folder)?.remove(&name);
+        Ok(())
+    }
+
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
         let mut state = lock(&self.state);
         state.begin()?;
@@ -272,6 +284,16 @@ impl Disk for SimulatedDisk {
             Ok(_) => Ok(true),
             Err(fault) if fault.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(fault) => Err(fault),
+        }
+    }
+
+    fn size(&self, path: &Path) -> io::Result<u64> {
+        let mut state = lock(&self.state);
+        state.begin()?;
+        let file = state.find(path)?;
+        match &state.nodes[file] {
+            Node::File { written, .. } => Ok(written.len() as u64),
+            Node::Folder { .. } => Err(io::ErrorKind::IsADirectory.into()),
         }
     }
 }

@@ -114,7 +114,7 @@ fn a_manifest_that_lies_about_its_shard_is_refused() {
         let message = verify(&path).unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");
     };
-    let piece = |manifest: &mut Manifest, change: &dyn Fn(&mut crate::manifest::TensorEntry)| {
+    let piece = |manifest: &mut Manifest, change: &dyn Fn(&mut TensorEntry)| {
         change(manifest.tensors.get_mut("w").unwrap());
     };
     check(&|m| piece(m, &|w| w.pieces[0].key = "x".into()), "no tensor \"x\"");

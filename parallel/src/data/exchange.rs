@@ -15,12 +15,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use compression::{BLOCK, Codec, Found, PayloadError, Residual};
 use thiserror::Error;
 
 use super::plan::{Parameter, Plan};
 use super::shard::shard;
-use crate::frame::{FrameError, Header, Phase};
+use crate::frame::{FrameError, HEADER_BYTES, Header, Phase};
 
 /// A frame that is to be sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,7 +29,7 @@ pub struct Outgoing {
     /// The rank that it goes to.
     pub to: usize,
     /// Header and payload. The frames of one sum to all ranks share their bytes.
-    pub frame: Arc<[u8]>,
+    pub frame: Bytes,
 }
 
 /// Who we are in the group, and how tensors are cut.
@@ -117,9 +118,11 @@ pub struct Exchange {
     step: u64,
     tensors: Vec<Tensor>,
     finite: bool,
-    /// Chunks of all tensors whose sum is not here yet.
+    /// Chunks of all tensors whose sum is not here yet, and how many of them are our own.
     missing: usize,
+    own_missing: usize,
     payload: Vec<u8>,
+    feedback: bool,
 }
 
 /// One tensor of the plan.
@@ -134,7 +137,7 @@ struct Tensor {
     own: Vec<f32>,
     given: bool,
     /// For each chunk of our own shard, what the other ranks sent.
-    parts: Vec<Vec<Option<Box<[u8]>>>>,
+    parts: Vec<Vec<Option<Bytes>>>,
     /// The sum, as far as `done` says.
     sum: Vec<f32>,
     /// For each chunk of each shard, whether its sum is here.
@@ -165,7 +168,51 @@ impl Exchange {
             }
         });
         let tensors = tensors.collect();
-        Self { plan, group, step: 0, tensors, finite: true, missing: 0, payload: Vec::new() }
+        let payload = Vec::new();
+        Self { plan, group, step: 0, tensors, finite: true, missing: 0, own_missing: 0, payload, feedback: true }
+    }
+
+    /// A side that forgets what it left out: the control of error feedback's proofs, and of no other use.
+    #[must_use]
+    pub const fn without_feedback(mut self) -> Self {
+        self.feedback = false;
+        self
+    }
+
+    /// Forgets what this rank left out as an owner: the control of a test, and of no other use.
+    pub fn forget_owner(&mut self) {
+        for tensor in &mut self.tensors {
+            tensor.owner = Residual::zeros(tensor.own.len());
+        }
+    }
+
+    /// What it sums.
+    #[must_use]
+    pub const fn plan(&self) -> &Arc<Plan> {
+        &self.plan
+    }
+
+    /// Who this side is.
+    #[must_use]
+    pub const fn group(&self) -> Group {
+        self.group
+    }
+
+    /// Goes on with what a checkpoint kept of one tensor: what this rank left out as a sender, and as an owner.
+    ///
+    /// # Panics
+    /// When the lengths are not those of [`residuals`](Self::residuals).
+    pub fn restore(&mut self, index: usize, sender: Vec<f32>, owner: Vec<f32>) {
+        let tensor = &mut self.tensors[index];
+        assert!(sender.len() == tensor.sum.len() && owner.len() == tensor.own.len(), "the plan's shape");
+        tensor.sender = Residual::restore(sender);
+        tensor.owner = Residual::restore(owner);
+    }
+
+    /// The codec that one tensor travels in.
+    #[must_use]
+    pub fn codec(&self, index: usize) -> Codec {
+        self.tensors[index].codec
     }
 
     /// Starts a step.
@@ -173,27 +220,34 @@ impl Exchange {
         self.step = step;
         self.finite = true;
         self.missing = 0;
+        self.own_missing = 0;
+        let rank = self.group.rank;
         for tensor in &mut self.tensors {
             tensor.given = false;
             tensor.parts.iter_mut().flatten().for_each(|part| *part = None);
             tensor.done.iter_mut().flatten().for_each(|done| *done = false);
             self.missing += tensor.done.iter().map(Vec::len).sum::<usize>();
+            self.own_missing += tensor.done[rank].len();
         }
     }
 
-    /// Gives this rank's gradient of one tensor, and returns the frames that follow from it, first those to the next
-    /// rank (so that every link has one inflow at a time).
+    /// Gives this rank's gradient of one tensor, and hands the frames that follow from it to `out` one by one, first
+    /// those to the next rank (so that every link has one inflow at a time).
     ///
     /// # Errors
     /// A part that another rank sent before cannot be decoded.
     ///
     /// # Panics
     /// When the gradient has not the tensor's length, or was given before.
-    pub fn give(&mut self, index: usize, gradient: &[f32]) -> Result<Vec<Outgoing>, ExchangeError> {
+    pub fn give(
+        &mut self,
+        index: usize,
+        gradient: &[f32],
+        out: &mut dyn FnMut(Outgoing),
+    ) -> Result<(), ExchangeError> {
         let Group { rank, ranks, chunk_blocks, .. } = self.group;
         assert!(!self.tensors[index].given, "one gradient a step");
         assert_eq!(gradient.len(), self.tensors[index].sum.len(), "the plan's shape");
-        let mut out = Vec::new();
         for to in (1..ranks).map(|k| (rank + k) % ranks) {
             for range in chunks(shard(gradient.len(), to, ranks), chunk_blocks) {
                 let tensor = &mut self.tensors[index];
@@ -204,7 +258,7 @@ impl Exchange {
                     // The owner must not wait: it gets zeros, and the vote makes everybody skip.
                     self.payload.fill(0);
                 }
-                out.push(Outgoing { to, frame: self.frame(Phase::Scatter, index, &range) });
+                out(Outgoing { to, frame: self.frame(Phase::Scatter, index, &range) });
             }
         }
         let own = shard(gradient.len(), rank, ranks);
@@ -213,25 +267,29 @@ impl Exchange {
         tensor.own.copy_from_slice(&gradient[own]);
         tensor.given = true;
         for chunk in 0..self.tensors[index].parts.len() {
-            self.reduce(index, chunk, &mut out)?;
+            self.reduce(index, chunk, out)?;
         }
-        Ok(out)
+        Ok(())
     }
 
-    /// Takes a frame that `from` sent, and returns the frames that follow from it.
+    /// Takes a frame that `from` sent, and hands the frames that follow from it to `out`.
     ///
     /// # Errors
     /// A frame that is damaged or has no place here.
-    pub fn receive(&mut self, from: usize, frame: &[u8]) -> Result<Vec<Outgoing>, ExchangeError> {
+    pub fn receive(
+        &mut self,
+        from: usize,
+        frame: &Bytes,
+        out: &mut dyn FnMut(Outgoing),
+    ) -> Result<(), ExchangeError> {
         let wrong = |error| ExchangeError::Frame { from, error };
         let (header, payload) = Header::read(frame).map_err(wrong)?;
         header.check_now(self.group.epoch, self.step).map_err(wrong)?;
         let (index, owner, chunk, range) = self.place(from, &header)?;
-        let mut out = Vec::new();
         match header.phase {
             Phase::Scatter => {
-                self.tensors[index].parts[chunk][from] = Some(payload.into());
-                self.reduce(index, chunk, &mut out)?;
+                self.tensors[index].parts[chunk][from] = Some(frame.slice(HEADER_BYTES..));
+                self.reduce(index, chunk, out)?;
             }
             Phase::Gather => {
                 let (step, tensor) = (self.step, &mut self.tensors[index]);
@@ -246,7 +304,30 @@ impl Exchange {
                 self.missing -= 1;
             }
         }
-        Ok(out)
+        Ok(())
+    }
+
+    /// Whether every sum that this rank owns is reduced and encoded, so that it can vote.
+    #[must_use]
+    pub const fn is_reduced(&self) -> bool {
+        self.own_missing == 0
+    }
+
+    /// The first thing in the order of the backward pass that another rank has not sent yet: the rank, and the
+    /// parameter. `None` when nothing is missing, or what is missing is our own.
+    #[must_use]
+    pub fn first_missing(&self) -> Option<(usize, usize)> {
+        let Group { rank, ranks, .. } = self.group;
+        let others = || (0..ranks).filter(move |&other| other != rank);
+        let of = |index: usize| {
+            let tensor = &self.tensors[index];
+            let part = |other: &usize| tensor.parts.iter().any(|parts| parts[*other].is_none());
+            let sum = |other: &usize| tensor.done[*other].iter().any(|done| !done);
+            // Whoever has not sent its part delays the sum of every other.
+            let late = others().find(|other| !tensor.done[rank].iter().all(|&done| done) && part(other));
+            late.or_else(|| others().find(sum)).map(|other| (other, index))
+        };
+        self.plan.buckets().iter().flat_map(|bucket| &bucket.parameters).find_map(|&index| of(index))
     }
 
     /// Whether the whole sum is here.
@@ -271,7 +352,7 @@ impl Exchange {
         if votes.iter().any(|vote| !vote.finite) {
             return Verdict::Skip;
         }
-        for tensor in &mut self.tensors {
+        for tensor in self.tensors.iter_mut().filter(|_| self.feedback) {
             tensor.sender.commit();
             tensor.owner.commit();
         }
@@ -292,7 +373,7 @@ impl Exchange {
     }
 
     /// Adds a chunk of our own shard as soon as every rank's part is here.
-    fn reduce(&mut self, index: usize, chunk: usize, out: &mut Vec<Outgoing>) -> Result<(), ExchangeError> {
+    fn reduce(&mut self, index: usize, chunk: usize, out: &mut dyn FnMut(Outgoing)) -> Result<(), ExchangeError> {
         let Group { rank, ranks, chunk_blocks, .. } = self.group;
         let tensor = &mut self.tensors[index];
         let whole = shard(tensor.sum.len(), rank, ranks);
@@ -322,15 +403,18 @@ impl Exchange {
         let decoded = second.decode(&self.payload, &mut tensor.sum[range.clone()]);
         assert_eq!(decoded, Ok(()), "an encoder's payload can be decoded");
         tensor.done[rank][chunk] = true;
+        // Their memory goes back as soon as they are added.
+        tensor.parts[chunk].iter_mut().for_each(|part| *part = part.take().map(|_| Bytes::new()));
         self.missing -= 1;
+        self.own_missing -= 1;
         if ranks > 1 {
             let frame = self.frame(Phase::Gather, index, &range);
-            out.extend((1..ranks).map(|k| Outgoing { to: (rank + k) % ranks, frame: frame.clone() }));
+            (1..ranks).for_each(|k| out(Outgoing { to: (rank + k) % ranks, frame: frame.clone() }));
         }
         Ok(())
     }
 
-    fn frame(&self, phase: Phase, index: usize, range: &Range<usize>) -> Arc<[u8]> {
+    fn frame(&self, phase: Phase, index: usize, range: &Range<usize>) -> Bytes {
         let codec = match phase {
             Phase::Scatter => self.tensors[index].codec,
             Phase::Gather => self.tensors[index].codec.second_stage(),

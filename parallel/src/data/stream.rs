@@ -3,15 +3,21 @@
 //! A step is `begin`, then for each micro-batch `begin_micro_batch` and the taps' calls of `add`, then `finish`. Micro-
 //! batches add up in the bucket's buffer in the order in which they ran, starting from zero; a bucket is complete when
 //! the last micro-batch has given all of its parameters. With one rank the sum is the buffer itself: nothing is encoded
-//! and nothing is sent.
+//! and nothing is sent. With several, a complete bucket goes to the [engine](super::engine) at once, and `finish` waits
+//! for the sum over all ranks.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use burn::Tensor;
 use burn::tensor::DType;
 use thiserror::Error;
 
+use super::engine::{Engine, EngineError};
+use super::exchange::{Exchange, Verdict};
 use super::plan::Plan;
+use crate::note::Ballot;
+use crate::transport::Counted;
 
 /// A gradient on its way into a bucket, opaque to everything above: where it lies is its own business.
 pub enum Gradient<'a> {
@@ -21,7 +27,7 @@ pub enum Gradient<'a> {
     Device(Box<Tensor<1>>),
 }
 
-/// Why a step's gradients do not add up. All of them are faults of the program, not of the data.
+/// Why a step's gradients do not add up. All but the last are faults of the program, not of the data.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum StreamError {
     /// The gradient has not the parameter's number of elements.
@@ -58,6 +64,9 @@ pub enum StreamError {
         /// What the backend said.
         why: String,
     },
+    /// The other ranks.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
 }
 
 /// Takes gradients in any order within a micro-batch and hands back their sum by parameter.
@@ -65,12 +74,14 @@ pub enum StreamError {
 pub struct GradientStream {
     plan: Arc<Plan>,
     state: Mutex<State>,
+    /// The way to the other ranks, if there are any.
+    engine: Option<Engine>,
 }
 
 #[derive(Debug)]
 struct State {
     step: u64,
-    /// One buffer a bucket, kept from step to step.
+    /// One buffer a bucket, kept from step to step. The engine has those that are complete.
     buffers: Vec<Vec<f32>>,
     /// For each parameter, one past the last micro-batch that gave a gradient; 0 for none in this step.
     given: Vec<usize>,
@@ -84,17 +95,59 @@ struct State {
     fault: Option<StreamError>,
 }
 
-/// The summed gradient of one step, by parameter. Dropping it gives the buffers back to the stream.
+/// The summed gradient of one step, by parameter. It is to be dropped before the next step begins.
 #[derive(Debug)]
 pub struct Sum<'a> {
     plan: &'a Plan,
-    state: MutexGuard<'a, State>,
+    lies: Lies<'a>,
+}
+
+/// Where a sum lies.
+#[derive(Debug)]
+enum Lies<'a> {
+    Buckets(MutexGuard<'a, State>),
+    Exchange(MutexGuard<'a, Exchange>),
+}
+
+/// How a step's sum ended.
+#[derive(Debug)]
+pub struct Finished<'a> {
+    /// The sum, the same bits on every rank. It means nothing when the verdict is to skip.
+    pub sum: Sum<'a>,
+    /// What every rank does.
+    pub verdict: Verdict,
+    /// Of every rank, in rank order.
+    pub ballots: Vec<Ballot>,
+    /// When what happened.
+    pub timing: Timing,
+}
+
+/// What the way of a step's gradients took. With one rank there is no way.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Timing {
+    /// Seconds of encoding.
+    pub encode_s: f64,
+    /// Seconds that `finish` waited.
+    pub wait_s: f64,
+    /// When the first encoding began, and when the whole sum was here.
+    pub span: Option<(Instant, Instant)>,
 }
 
 impl GradientStream {
     /// A stream with a buffer of 4 bytes for each element of the plan.
     #[must_use]
     pub fn new(plan: Arc<Plan>) -> Self {
+        Self::with(plan, None)
+    }
+
+    /// One rank's stream of several.
+    #[must_use]
+    pub fn across(engine: Engine) -> Self {
+        let plan = engine.exchange().plan().clone();
+        Self::with(plan, Some(engine))
+    }
+
+    fn with(plan: Arc<Plan>, engine: Option<Engine>) -> Self {
         let state = State {
             step: 0,
             buffers: plan.buckets().iter().map(|bucket| vec![0.0; bucket.elements]).collect(),
@@ -105,7 +158,32 @@ impl GradientStream {
             complete: Vec::with_capacity(plan.buckets().len()),
             fault: None,
         };
-        Self { plan, state: Mutex::new(state) }
+        Self { plan, state: Mutex::new(state), engine }
+    }
+
+    /// This rank's own gradient of parameter `index` in the last finished step, micro-batches added.
+    #[must_use]
+    pub fn own(&self, index: usize) -> Vec<f32> {
+        let slot = self.plan.slot(index);
+        self.lock().buffers[slot.bucket][slot.range.clone()].to_vec()
+    }
+
+    /// What is summed.
+    #[must_use]
+    pub const fn plan(&self) -> &Arc<Plan> {
+        &self.plan
+    }
+
+    /// The way to the other ranks; `None` with one.
+    #[must_use]
+    pub const fn engine(&self) -> Option<&Engine> {
+        self.engine.as_ref()
+    }
+
+    /// Bytes at the sockets so far.
+    #[must_use]
+    pub fn counted(&self) -> Counted {
+        self.engine().map_or_else(Counted::default, Engine::counted)
     }
 
     /// Starts a step of `micro_batches` micro-batches: every buffer is zero.
@@ -118,11 +196,17 @@ impl GradientStream {
         state.fault = None;
         state.complete.clear();
         state.given.fill(0);
-        for buffer in &mut state.buffers {
-            buffer.fill(0.0);
+        for (buffer, bucket) in state.buffers.iter_mut().zip(self.plan.buckets()) {
+            // The engine keeps the buffers of a step that failed.
+            buffer.clear();
+            buffer.resize(bucket.elements, 0.0);
         }
         for (missing, bucket) in state.missing.iter_mut().zip(self.plan.buckets()) {
             *missing = bucket.parameters.len();
+        }
+        drop(state);
+        if let Some(engine) = self.engine() {
+            engine.begin(step);
         }
     }
 
@@ -136,10 +220,17 @@ impl GradientStream {
     /// Adds one micro-batch's gradient of parameter `index`. A fault is kept and returned by [`finish`](Self::finish).
     pub fn add(&self, index: usize, gradient: Gradient<'_>) {
         let mut state = self.lock();
-        if state.fault.is_none()
-            && let Err(fault) = state.add(&self.plan, index, gradient)
-        {
+        if state.fault.is_some() {
+            return;
+        }
+        let complete = state.complete.len();
+        if let Err(fault) = state.add(&self.plan, index, gradient) {
             state.fault = Some(fault);
+        } else if state.complete.len() > complete
+            && let Some(engine) = self.engine()
+        {
+            let bucket = self.plan.slot(index).bucket;
+            engine.give(bucket, std::mem::take(&mut state.buffers[bucket]));
         }
     }
 
@@ -149,16 +240,38 @@ impl GradientStream {
         self.lock().complete.clone()
     }
 
-    /// The sum over all micro-batches. A parameter that gave nothing has zeros.
+    /// The sum over all micro-batches and ranks. A parameter that gave nothing has zeros. `ballot` is what this rank
+    /// says of the step.
     ///
     /// # Errors
     /// The first fault of the step.
-    pub fn finish(&self) -> Result<Sum<'_>, StreamError> {
+    pub fn finish(&self, ballot: Ballot) -> Result<Finished<'_>, StreamError> {
+        let start = Instant::now();
         let mut state = self.lock();
-        match state.fault.take() {
-            Some(fault) => Err(fault),
-            None => Ok(Sum { plan: &self.plan, state }),
+        if let Some(fault) = state.fault.take() {
+            return Err(fault);
         }
+        let Some(engine) = &self.engine else {
+            let verdict = if ballot.finite { Verdict::Commit } else { Verdict::Skip };
+            let sum = Sum { plan: &self.plan, lies: Lies::Buckets(state) };
+            return Ok(Finished { sum, verdict, ballots: vec![ballot], timing: Timing::default() });
+        };
+        for bucket in 0..self.plan.buckets().len() {
+            if !state.complete.contains(&bucket) {
+                engine.give(bucket, std::mem::take(&mut state.buffers[bucket]));
+            }
+        }
+        let settled = engine.settle(ballot)?;
+        for (bucket, buffer) in settled.buffers {
+            state.buffers[bucket] = buffer;
+        }
+        let timing = Timing {
+            encode_s: settled.encode_s,
+            wait_s: start.elapsed().as_secs_f64(),
+            span: settled.first_encode.map(|first| (first, settled.last_decode)),
+        };
+        let sum = Sum { plan: &self.plan, lies: Lies::Exchange(engine.exchange()) };
+        Ok(Finished { sum, verdict: settled.verdict, ballots: settled.ballots, timing })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -213,8 +326,13 @@ impl Sum<'_> {
     /// The summed gradient of parameter `index`, row-major.
     #[must_use]
     pub fn parameter(&self, index: usize) -> &[f32] {
-        let slot = self.plan.slot(index);
-        &self.state.buffers[slot.bucket][slot.range.clone()]
+        match &self.lies {
+            Lies::Buckets(state) => {
+                let slot = self.plan.slot(index);
+                &state.buffers[slot.bucket][slot.range.clone()]
+            }
+            Lies::Exchange(exchange) => exchange.sum(index),
+        }
     }
 
     /// All parameters in logical order.
@@ -227,6 +345,10 @@ impl Sum<'_> {
 mod tests {
     use super::*;
     use crate::data::plan::Parameter;
+
+    fn ballot() -> Ballot {
+        Ballot { finite: true, stop: false, busy: false, loss: 0.0, parameters: None }
+    }
 
     fn stream(bucket_bytes_max: usize) -> GradientStream {
         let parameter = |name: &str, n| Parameter { name: name.into(), shape: vec![n] };
@@ -247,7 +369,7 @@ mod tests {
             stream.add(0, Gradient::Host(&[4.0, 5.0, 6.0]));
         }
         assert_eq!(stream.complete(), [0, 1]);
-        let sum = stream.finish().expect("no fault");
+        let sum = stream.finish(ballot()).expect("no fault").sum;
         let found: Vec<Vec<f32>> = sum.parameters().map(<[f32]>::to_vec).collect();
         assert_eq!(found, [vec![8.0, 10.0, 12.0], vec![4.0, 6.0], vec![2.0]]);
     }
@@ -260,7 +382,7 @@ mod tests {
             if step == 0 {
                 stream.add(1, Gradient::Host(&[2.0, 3.0]));
             }
-            let sum = stream.finish().expect("no fault");
+            let sum = stream.finish(ballot()).expect("no fault").sum;
             assert_eq!(sum.parameter(1), if step == 0 { [2.0, 3.0] } else { [0.0, 0.0] });
         }
     }
@@ -270,15 +392,15 @@ mod tests {
         let stream = stream(1 << 20);
         stream.begin(3, 1);
         stream.add(1, Gradient::Host(&[2.0]));
-        let fault = stream.finish().map(|_| ()).expect_err("one element of two");
+        let fault = stream.finish(ballot()).map(|_| ()).expect_err("one element of two");
         assert_eq!(fault, StreamError::Size { step: 3, parameter: "b".into(), expected: 2, found: 1 });
         stream.begin(4, 1);
         stream.add(2, Gradient::Host(&[2.0]));
         stream.add(2, Gradient::Host(&[2.0]));
-        let fault = stream.finish().map(|_| ()).expect_err("twice");
+        let fault = stream.finish(ballot()).map(|_| ()).expect_err("twice");
         assert_eq!(fault, StreamError::Twice { step: 4, parameter: "c".into(), micro_batch: 0 });
         stream.begin(5, 1);
-        assert!(stream.finish().is_ok());
+        assert!(stream.finish(ballot()).is_ok());
     }
 
     #[test]
@@ -287,6 +409,6 @@ mod tests {
         stream.begin(0, 1);
         let tensor = Tensor::<1>::from_floats([2.0, 3.0], &burn::tensor::Device::flex());
         stream.add(1, Gradient::Device(Box::new(tensor)));
-        assert_eq!(stream.finish().expect("no fault").parameter(1), [2.0, 3.0]);
+        assert_eq!(stream.finish(ballot()).expect("no fault").sum.parameter(1), [2.0, 3.0]);
     }
 }

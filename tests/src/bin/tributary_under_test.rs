@@ -6,5 +6,9 @@ use std::process::ExitCode;
 static ALLOCATOR: trainer::allocator::MiMalloc = trainer::allocator::MiMalloc;
 
 fn main() -> ExitCode {
-    trainer::cli::main()
+    let faults = std::env::var("TRIBUTARY_FAULTS").unwrap_or_default();
+    match trainer::tamper::Tamper::parse(&faults) {
+        Ok(tamper) => trainer::cli::main_with(tamper),
+        Err(error) => panic!("TRIBUTARY_FAULTS: {error}"),
+    }
 }

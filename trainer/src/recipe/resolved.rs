@@ -26,8 +26,8 @@ pub struct Recipe {
     pub optimizer: Optimizer,
     /// `[schedule]`.
     pub schedule: Schedule,
-    /// `[parallel]`: bytes of f32 gradient a bucket.
-    pub bucket_bytes_max: usize,
+    /// `[parallel]`.
+    pub parallel: Parallel,
     /// `[compression]`.
     pub codec: Codec,
     /// `[checkpoint]`.
@@ -173,6 +173,23 @@ pub struct Schedule {
     pub min_learning_rate: f64,
 }
 
+/// `[parallel]`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Parallel {
+    /// Data-parallel ranks.
+    pub data: usize,
+    /// Bytes of f32 gradient a bucket.
+    pub bucket_bytes_max: usize,
+    /// Seconds until all have ended when one is lost.
+    pub peer_timeout_s: f64,
+    /// Seconds until all must have joined.
+    pub join_timeout_s: f64,
+    /// Steps between two comparisons of the parameters; 0 for none.
+    pub verify_every: u64,
+    /// Whether local ranks keep to their share of the cores.
+    pub pin: bool,
+}
+
 /// `[checkpoint]`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Checkpoint {
@@ -280,7 +297,14 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
             warmup_steps: keys.count("schedule.warmup_steps")? as u64,
             min_learning_rate: keys.real("schedule.min_learning_rate")?,
         },
-        bucket_bytes_max: keys.count("parallel.bucket_bytes_max")?,
+        parallel: Parallel {
+            data: keys.count("parallel.data")?,
+            bucket_bytes_max: keys.count("parallel.bucket_bytes_max")?,
+            peer_timeout_s: keys.real("parallel.peer_timeout_s")?,
+            join_timeout_s: keys.real("parallel.join_timeout_s")?,
+            verify_every: keys.count("parallel.verify_every")? as u64,
+            pin: keys.flag("parallel.pin")?,
+        },
         codec: Codec::from_name(&keys.text("compression.codec")?)?,
         checkpoint: Checkpoint {
             every: keys.count("checkpoint.every")? as u64,

@@ -1,6 +1,10 @@
 //! The loss on held-out text.
 
 use burn::tensor::Device;
+use parallel::data::StreamError;
+use parallel::data::engine::Engine;
+use parallel::note::VALUES_MAX;
+use parallel::progress::{Progress, Stage};
 
 use super::signals::Stop;
 use crate::data::tokens::Tokens;
@@ -26,10 +30,11 @@ impl Evaluation {
 }
 
 /// Evaluates `windows` windows of `seq_len` tokens, evenly spread over the text; 0 for every token, the last and shorter
-/// window included. Each token is predicted from those before it in its window. `None` when asked to stop.
+/// window included. Each token is predicted from those before it in its window. Ranks take turns with the batches; the
+/// sum is in the order of the batches, the same bits at any number of ranks. `None` when any rank was asked to stop.
 ///
 /// # Errors
-/// The device fails.
+/// The device fails, or another rank.
 pub fn evaluate(at: &Place<'_>, weights: &[Vec<f32>], tokens: &Tokens, windows: usize) -> Result<Option<Evaluation>> {
     let model = plain_model(at.config, at.device, weights);
     let (whole, seq) = (usize::try_from(tokens.windows(at.seq_len)).unwrap_or(usize::MAX), at.seq_len);
@@ -40,15 +45,33 @@ pub fn evaluate(at: &Place<'_>, weights: &[Vec<f32>], tokens: &Tokens, windows: 
     if windows == 0 && rest > 0 {
         batches.push((vec![whole * seq], rest));
     }
+    let (rank, ranks) = at.engine.map_or((0, 1), |engine| (engine.group().rank, engine.group().ranks));
     let mut sum = Evaluation { nats: 0.0, tokens: 0 };
-    for (starts, length) in batches {
-        if at.stop.asked() {
+    for round in batches.chunks(VALUES_MAX * ranks) {
+        let mut own = Vec::new();
+        for (starts, length) in round.iter().skip(rank).step_by(ranks) {
+            at.progress.enter(Stage::Evaluating);
+            if at.stop.asked() {
+                own.clear();
+                break;
+            }
+            let [inputs, targets] = batch(tokens, starts, *length).tensors(at.device);
+            own.push(scalar(model.loss(inputs, targets), at.step)?);
+        }
+        at.progress.enter(Stage::Waiting);
+        let all = match at.engine {
+            Some(engine) => engine.gather(own).map_err(StreamError::from)?,
+            None => vec![own],
+        };
+        // A rank that was asked to stop has sent fewer than its share.
+        let whole = (0..ranks).all(|rank| all[rank].len() == round.iter().skip(rank).step_by(ranks).count());
+        if !whole {
             return Ok(None);
         }
-        let batch = batch(tokens, &starts, length);
-        let [inputs, targets] = batch.tensors(at.device);
-        sum.nats += scalar(model.loss(inputs, targets), at.step)?;
-        sum.tokens += batch.targets.len() as u64;
+        for (index, (starts, length)) in round.iter().enumerate() {
+            sum.nats += all[index % ranks][index / ranks];
+            sum.tokens += (starts.len() * length) as u64;
+        }
     }
     Ok(Some(sum))
 }
@@ -68,6 +91,10 @@ pub struct Place<'a> {
     pub step: u64,
     /// Asked between two batches.
     pub stop: &'a Stop,
+    /// The way to the other ranks, if there are any.
+    pub engine: Option<&'a Engine>,
+    /// How far this rank is.
+    pub progress: &'a Progress,
 }
 
 /// The windows that start at these tokens, with what follows each token.

@@ -11,10 +11,10 @@ use crate::generate::{Sampling, generate, prompt_tokens};
 use crate::step::plain_model;
 
 /// Finishes the run; false when somebody asked to stop before it was done, so that `--resume` finishes it.
-pub(super) fn finish(run: &Run, folder: &Folder) -> Result<bool> {
+pub(super) fn finish(run: &Run, folder: Option<&Folder>) -> Result<bool> {
     let held_out = match &run.data.held_out {
         Some(tokens) => {
-            run.progress.say("evaluating on all held-out text");
+            run.say("evaluating on all held-out text");
             match run.evaluate(0, &run.stop)? {
                 Some(evaluation) => {
                     Some((evaluation.nats / std::f64::consts::LN_2 / tokens.text_bytes() as f64, tokens.text_bytes()))
@@ -24,6 +24,10 @@ pub(super) fn finish(run: &Run, folder: &Folder) -> Result<bool> {
         }
         None => None,
     };
+    if let Some(group) = &run.group {
+        group.say_goodbye();
+    }
+    let (Some(folder), Some(_)) = (folder, &run.metrics) else { return Ok(true) };
     if run.recipe.export.at_end {
         export(run, folder)?;
     }
@@ -86,7 +90,7 @@ fn report(run: &Run, folder: &Folder, summary: &Summary, held_out: Option<(f64, 
         print(format!("a sample, after {prompt:?}:\n---"));
         match sample(run, prompt) {
             Ok(sample) => print(format!("{prompt}{sample}\n---")),
-            Err(error) => run.progress.say(&format!("there is no sample: {error}")),
+            Err(error) => run.say(&format!("there is no sample: {error}")),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal as _;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 use super::metrics::Line;
 use crate::log::say;
@@ -29,21 +29,25 @@ impl Progress {
         Self { bar, steps, log_every }
     }
 
-    /// Shows a step.
-    pub fn step(&self, line: &Line) {
+    /// Shows a step; `f32_bytes` are what a rank would send if everything travelled as f32, where there are several.
+    pub fn step(&self, line: &Line, f32_bytes: Option<u64>) {
         let skipped = line.loss.is_none() || line.grad_norm.is_none();
         let loss = match line.loss {
             Some(loss) if !skipped => format!("{loss:.4}"),
             _ => "or gradient not finite, skipped".to_owned(),
         };
         let rate = line.tokens_per_s;
+        let wire = f32_bytes.map_or_else(String::new, |f32_bytes| {
+            let ratio = f32_bytes as f64 / line.wire_bytes_sent.max(1) as f64;
+            format!("  {} sent, {ratio:.1} x less than f32", HumanBytes(line.wire_bytes_sent))
+        });
         if let Some(bar) = &self.bar {
-            bar.set_message(format!("loss {loss}  {rate:.0} tokens/s"));
+            bar.set_message(format!("loss {loss}  {rate:.0} tokens/s{wire}"));
             bar.set_position(line.step);
         } else if line.step.is_multiple_of(self.log_every) || line.step == self.steps || line.step == 1 || skipped {
             let left = (self.steps - line.step.min(self.steps)) as f64 * line.step_s;
             say(&format!(
-                "step {}/{}  loss {loss}  {rate:.0} tokens/s  {} left",
+                "step {}/{}  loss {loss}  {rate:.0} tokens/s{wire}  {} left",
                 line.step,
                 self.steps,
                 duration(left)

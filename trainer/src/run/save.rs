@@ -5,7 +5,7 @@ use checkpoint::writer::{Offer, Outcome};
 use serde_json::json;
 
 use super::folder::{Folder, Status, Summary};
-use super::{MESH, Run};
+use super::{Run, mesh};
 use crate::data::Data;
 use crate::error::{Error, Result};
 use crate::state::{self, Meta};
@@ -18,7 +18,8 @@ impl Run {
             updates: self.state.updates,
             skips: self.state.skips,
             good_step: self.state.good_step,
-            samples: self.state.step * (self.recipe.train.micro_batch_size * self.recipe.train.micro_batches) as u64,
+            samples: self.state.step
+                * (self.recipe.train.micro_batch_size * self.recipe.train.micro_batches * self.recipe.parallel.data) as u64,
             tokens: self.tokens,
             loss: self.last_loss,
             seed: self.recipe.train.seed,
@@ -28,54 +29,79 @@ impl Run {
             end_of_text: self.data.tokenizer.end_of_text_name().to_owned(),
         };
         let attachments = state::attachments(self.data.tokenizer.json(), &self.recipe_toml);
-        let state = &self.state;
-        match self.writer.offer(meta.step, json!(meta), attachments, |snapshot| state.snapshot(snapshot)) {
+        let (state, step, stepper) = (&self.state, self.state.step, &self.stepper);
+        let offer = match &mut self.group {
+            // Ranks decide alike: one that is busy keeps all from taking it.
+            Some(_) if self.busy => Offer::Busy,
+            Some(group) => {
+                group.saving.insert(step);
+                let share = group.share;
+                self.writer.offer(step, json!(meta), attachments, |snapshot| match stepper.engine() {
+                    Some(engine) => state.snapshot_share(snapshot, &share, &engine.exchange()),
+                    None => state.snapshot(snapshot),
+                })
+            }
+            None => self.writer.offer(step, json!(meta), attachments, |snapshot| state.snapshot(snapshot)),
+        };
+        match offer {
             Offer::Taken { copy_s } => self.stall_s += copy_s,
             Offer::Busy => {
                 let why = "two snapshots are being written";
-                self.metrics.event("snapshot_skipped", self.state.step, json!({ "why": why }));
+                self.event("snapshot_skipped", step, json!({ "why": why }));
             }
         }
     }
 
     /// The checkpoint that a run must not end without.
     pub(super) fn last_checkpoint(&mut self) -> Result<()> {
-        let outcomes = self.writer.flush();
-        self.note(outcomes, "");
+        self.finish_writing()?;
         if self.state.step > 0 && self.committed != Some(self.state.step) {
+            // Everything is settled: nobody is busy.
+            self.busy = false;
             self.checkpoint();
-            let outcomes = self.writer.flush();
-            self.note(outcomes, "");
+            self.finish_writing()?;
         }
         match self.failure.take() {
-            Some(failure) if self.committed != Some(self.state.step) && self.state.step > 0 => Err(failure.into()),
+            Some(failure) if self.committed != Some(self.state.step) && self.state.step > 0 => Err(failure),
             _ => Ok(()),
         }
+    }
+
+    fn finish_writing(&mut self) -> Result<()> {
+        self.settle_all()?;
+        let outcomes = self.writer.flush();
+        self.note(outcomes, "");
+        Ok(())
     }
 
     /// Writes down what became of checkpoints; `then` says what follows from a failure.
     pub(super) fn note(&mut self, outcomes: Vec<Outcome>, then: &str) {
         for outcome in outcomes {
             match outcome {
+                other if self.group.is_some() => self.tell(other),
                 Outcome::Committed { step, path, bytes, seconds, removed } => {
                     self.committed = Some(step);
                     let fields = json!({ "path": path, "bytes": bytes, "seconds": seconds, "removed": removed });
-                    self.metrics.event("checkpoint", step, fields);
+                    self.event("checkpoint", step, fields);
                 }
                 Outcome::Failed { step, error } => {
-                    let kept =
-                        self.committed.map_or("there is none before it".into(), |s| format!("step {s}'s is kept"));
-                    self.metrics.event("checkpoint_failed", step, json!({ "error": error.to_string() }));
-                    self.progress
-                        .say(&format!("the checkpoint of step {step} was not written ({kept}){then}: {error}"));
-                    self.failure = Some(error);
+                    self.not_written(step, &error.to_string(), then);
+                    self.failure = Some(error.into());
                 }
+                Outcome::Written { .. } | Outcome::Retained { .. } => {}
             }
         }
     }
 
+    /// Says that a checkpoint was not written; `then` says what follows.
+    pub(super) fn not_written(&mut self, step: u64, error: &str, then: &str) {
+        let kept = self.committed.map_or("there is none before it".into(), |s| format!("step {s}'s is kept"));
+        self.event("checkpoint_failed", step, json!({ "error": error }));
+        self.say(&format!("the checkpoint of step {step} was not written ({kept}){then}: {error}"));
+    }
+
     pub(super) fn summary(&self, status: Status) -> Summary {
-        let hash = (status != Status::Running).then(|| self.state.parameter_hash(&self.config));
+        let hash = (status != Status::Running).then(|| self.state.parameter_hash(&self.config).to_hex().to_string());
         Summary {
             status,
             step: self.state.step,
@@ -84,7 +110,7 @@ impl Run {
             parameter_hash: hash,
             tokens: self.tokens,
             wall_s: self.wall_before_s + self.started.elapsed().as_secs_f64(),
-            mesh: MESH.into(),
+            mesh: mesh(&self.recipe),
             codec: self.recipe.codec.to_string(),
             version: crate::VERSION.into(),
         }
@@ -113,6 +139,9 @@ pub(super) fn same_text(name: &str, checkpoint: &Checkpoint, data: &Data) -> Res
 }
 
 /// The newest checkpoint of the run, verified whole; `None` when it was killed before the first.
+///
+/// # Errors
+/// It is damaged.
 pub(super) fn newest_good(folder: &Folder) -> Result<Option<Checkpoint>> {
     let Some((_, path)) = reader::list(&folder.checkpoints())?.pop() else { return Ok(None) };
     let open = || {

@@ -1,15 +1,32 @@
 //! Everything before the first step: whatever can be refused is refused here, then the run begins.
 
 use std::panic::AssertUnwindSafe;
-use std::time::Instant;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use checkpoint::reader::Checkpoint;
+use burn::tensor::Device;
+use checkpoint::disk::RealDisk;
+use checkpoint::reader::{self, Checkpoint};
+use checkpoint::writer::{Member, Retention, Writer};
+use compression::Codec;
+use parallel::data::engine::{Engine, Inbox};
+use parallel::data::exchange::{self, Exchange, codec_of};
+use parallel::data::plan::Plan;
+use parallel::data::shard::payload_bytes_sent;
+use parallel::transport::grpc;
+use parallel::wire::control::{Held, Leaving, Property};
+use serde_json::json;
 
 use super::folder::{Folder, Status};
+use super::group::Group;
+use super::join::{Joined, Met, addresses};
+use super::metrics::Metrics;
+use super::progress::Progress;
 use super::save::{newest_good, same_text};
-use super::signals::Stop;
-use super::{Ended, Parts, Request, Run};
-use crate::data;
+use super::signals::{Manner, Stop, TRY_AGAIN};
+use super::{Ended, Left, Request, Run};
+use crate::data::{self, Data};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::generate::prompt_tokens;
@@ -17,72 +34,55 @@ use crate::log::say;
 use crate::model::Config;
 use crate::recipe::Recipe;
 use crate::recipe::resolved::TokenizerSource;
-use crate::state::State;
+use crate::state::{self, Share, State};
+use crate::step::Stepper;
 use crate::weights::Weights;
 
-/// Trains as ordered.
+/// Blocks of a chunk: 256 KiB as `int8`, the size that `docs/benchmarks.md` measured.
+const CHUNK_BLOCKS: usize = 2048;
+
+/// Trains in this process alone.
 ///
 /// # Errors
 /// Everything that can go wrong; the run's folder then says `failed`, and its checkpoints are as they were.
-pub fn train(request: Request) -> Result<Ended> {
+pub fn train(request: Request) -> Result<Left> {
     let started = Instant::now();
-    let recipe = &request.recipe;
-    device::set_threads(recipe.device.threads);
-    let stop =
-        Stop::on_signals(recipe.checkpoint.grace_s).map_err(Error::io("listen for signals in", "this process"))?;
-    let runs = &recipe.metrics.runs_dir;
+    device::set_threads(request.recipe.device.threads);
+    let stop = Stop::default();
+    let manner = Manner { grace_s: request.recipe.checkpoint.grace_s, second_ends: true };
+    stop.listen(manner, || {}).map_err(Error::io("listen for signals in", "this process"))?;
+    let runs = request.recipe.metrics.runs_dir.clone();
     // Whatever can be refused is refused before a new folder is made, and before a text is read if it needs none.
     let existing = match request.resume {
-        true => Folder::resume(runs, &request.name, &request.raw)?,
-        false => Folder::check_free(runs, &request.name).map(|()| None)?,
+        true => Folder::resume(&runs, &request.name, &request.raw)?,
+        false => Folder::check_free(&runs, &request.name).map(|()| None)?,
     };
     if request.resume && existing.is_none() {
         say(&format!("run {}: there is nothing to resume, so it starts from the beginning", request.name));
     }
-    std::fs::create_dir_all(runs).map_err(|source| {
-        let key = "metrics.runs_dir";
-        Error::Folder { key, path: runs.clone(), source }
-    })?;
-    let device = device::open(&recipe.device)?;
+    make_runs(&runs)?;
     let newest = match &existing {
         Some((folder, _)) => newest_good(folder)?,
         None => None,
     };
-    not_behind(&request, newest.as_ref())?;
-    let from = match (&recipe.model.from, &newest) {
-        // What a run started from may be gone by now; its own checkpoints have all that it needs.
-        (Some(_), Some(newest)) => Some(Weights::checkpoint(Checkpoint::open(newest.path())?)?),
-        (Some(from), None) => Some(Weights::open(from, runs)?),
-        (None, _) => None,
-    };
-    if let Some(from) = &from {
-        fits(recipe, from)?;
-    }
-    let given = from.as_ref().map(|from| (from.tokenizer_json.as_slice(), from.end_of_text.as_str()));
-    let data = data::prepare(recipe, given, &request.registry)?;
-    let config = shape(recipe, data.tokenizer.vocab_size(), from.as_ref())?;
-    if let Some(prompt) = &recipe.export.prompt {
-        prompt_tokens(&data.tokenizer, "export.prompt", prompt, config.max_position_embeddings)?;
-    }
-    let (state, tokens, last_loss) = match (&newest, from) {
-        (Some(newest), _) => {
-            same_text(&request.name, newest, &data)?;
-            let (state, meta) = State::load(newest, &config)?;
-            (state, meta.tokens, meta.loss)
-        }
-        (None, Some(from)) => (State::fresh(from.read(&config)?), 0, None),
-        (None, None) => (State::initial(&config, recipe.train.seed), 0, None),
-    };
+    let ready = prepare(&request, newest.as_ref())?;
+    let begun = ready.begin(&request, newest.as_ref())?;
     let resumed = existing.is_some();
     let (folder, changed) = match existing {
         Some(existing) => existing,
-        None => (Folder::create(runs, &request.name)?, Vec::new()),
+        None => (Folder::create(&runs, &request.name)?, Vec::new()),
     };
-    let committed = newest.map(|newest| newest.step());
-    let parts =
-        Parts { request, started, stop, device, data, config, state, tokens, last_loss, committed, resumed, changed };
-    let mut run = match Run::open(&folder, parts) {
-        Ok(run) => run,
+    let open = || {
+        folder.keep_recipe(&request.raw)?;
+        request.log.open(&folder.file("logs/rank-0.log"))?;
+        let stepper = Stepper::new(&ready.config, &ready.device, request.recipe.parallel.bucket_bytes_max)?;
+        let writer =
+            Writer::new(Arc::new(RealDisk), folder.checkpoints(), state::specs(&ready.config), retention(&request.recipe))?;
+        let books = Books::open(&request, &folder, resumed.then_some(begun.state.step), &changed)?;
+        Ok((stepper, writer, books))
+    };
+    let (stepper, writer, books) = match open() {
+        Ok(opened) => opened,
         Err(error) => {
             if !resumed {
                 folder.abandon();
@@ -90,14 +90,407 @@ pub fn train(request: Request) -> Result<Ended> {
             return Err(error);
         }
     };
-    // A backend may panic in the middle of a step; the run's folder should say that it failed all the same.
-    let result = std::panic::catch_unwind(AssertUnwindSafe(|| run.go(&folder)));
-    if !matches!(result, Ok(Ok(_))) {
-        run.progress.finish();
-        // The error that ended the run is the one to report.
-        let _ = folder.write_summary(&run.summary(Status::Failed));
+    let parts = Parts { request, started, stop, ready, begun, stepper, writer, books: Some(books), group: None };
+    let mut run = parts.run();
+    work(&mut run, Some(&folder))
+}
+
+/// Trains as one rank of several.
+///
+/// # Errors
+/// Everything that can go wrong here or at another rank. The coordinator is told what went wrong here.
+pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
+    let started = Instant::now();
+    device::set_threads(request.recipe.device.threads);
+    let runs = request.recipe.metrics.runs_dir.clone();
+    let rank = joined.rank();
+    let mut folder = None;
+    let met = ready_to_meet(&request, &runs).and_then(|ready| {
+        let hold = || hold(&request, &runs, &mut folder);
+        let met = joined.meet(properties(&request, &ready), hold)?;
+        Ok((ready, met))
+    });
+    let (ready, met) = match met {
+        Ok(met) => met,
+        Err(error) => return Err(fail(joined, folder, error)),
+    };
+    let (ender, peer_timeout_s) = (joined.ender.clone(), joined.control.welcome().peer_timeout_s);
+    let mut run = match open_rank(request, joined, ready, &met, folder.as_ref(), started) {
+        Ok(run) => run,
+        Err((joined, error)) => return Err(fail(*joined, folder, error)),
+    };
+    let result = work(&mut run, folder.as_ref().filter(|_| rank == 0).map(|(folder, _)| folder));
+    let Some(group) = run.group.take() else { return result };
+    let result = result.map_err(|error| group.explain(error, peer_timeout_s));
+    match &result {
+        Ok(left) => group.leave(Leaving {
+            step: left.step,
+            parameter_hash: left.parameter_hash.clone(),
+            error: None,
+            code: if left.ended == Ended::Signalled { TRY_AGAIN.into() } else { 0 },
+        }),
+        Err(Error::Verdict(verdict, _)) => {
+            run.writer.abandon();
+            ender.say(verdict);
+        }
+        Err(error) => {
+            run.writer.abandon();
+            let (code, error) = (error.exit_code().into(), Some(error.to_string()));
+            group.leave(Leaving { step: run.state.step, parameter_hash: String::new(), error, code });
+        }
     }
-    result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    result
+}
+
+/// Makes the text of a run ready for the ranks that will follow, so that it is tokenised once.
+///
+/// # Errors
+/// Everything that can be refused before there is a rank.
+pub fn prepare_text(request: &Request) -> Result<()> {
+    let runs = &request.recipe.metrics.runs_dir;
+    if !request.resume {
+        Folder::check_free(runs, &request.name)?;
+    }
+    make_runs(runs)?;
+    read_text(request, peek(request)?.as_ref()).map(|_| ())
+}
+
+/// The loop of a run, whose folder says so when it fails.
+fn work(run: &mut Run, folder: Option<&Folder>) -> Result<Left> {
+    // A backend may panic in the middle of a step; the run's folder should say that it failed all the same.
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| run.go(folder)));
+    if !matches!(result, Ok(Ok(_))) {
+        if let Some(progress) = &run.progress {
+            progress.finish();
+        }
+        // The error that ended the run is the one to report.
+        let _ = run.keep_summary(folder, Status::Failed);
+    }
+    let ended = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let parameter_hash = run.state.parameter_hash(&run.config).to_hex().to_string();
+    Ok(Left { ended, step: run.state.step, parameter_hash })
+}
+
+/// What a run needs before it is known where it starts.
+struct Ready {
+    device: Device,
+    data: Data,
+    config: Config,
+    from: Option<Weights>,
+}
+
+/// Where a run starts.
+struct Begun {
+    state: State,
+    tokens: u64,
+    last_loss: Option<f64>,
+    committed: Option<u64>,
+}
+
+/// What a run writes for people.
+struct Books {
+    metrics: Metrics,
+    progress: Progress,
+    wall_before_s: f64,
+}
+
+struct Parts {
+    request: Request,
+    started: Instant,
+    stop: Stop,
+    ready: Ready,
+    begun: Begun,
+    stepper: Stepper,
+    writer: Writer,
+    books: Option<Books>,
+    group: Option<Group>,
+}
+
+fn make_runs(runs: &Path) -> Result<()> {
+    std::fs::create_dir_all(runs).map_err(|source| {
+        let key = "metrics.runs_dir";
+        Error::Folder { key, path: runs.to_owned(), source }
+    })
+}
+
+const fn retention(recipe: &Recipe) -> Retention {
+    Retention { keep_last: recipe.checkpoint.keep_last }
+}
+
+/// The weights that a run starts from, and its text. `newest` is a checkpoint of the run, if there is one.
+fn read_text(request: &Request, newest: Option<&Checkpoint>) -> Result<(Option<Weights>, Data)> {
+    let recipe = &request.recipe;
+    not_behind(request, newest)?;
+    let from = match (&recipe.model.from, newest) {
+        // What a run started from may be gone by now; its own checkpoints have all that it needs.
+        (Some(_), Some(newest)) => Some(Weights::checkpoint(Checkpoint::open(newest.path())?)?),
+        (Some(from), None) => Some(Weights::open(from, &recipe.metrics.runs_dir)?),
+        (None, _) => None,
+    };
+    if let Some(from) = &from {
+        fits(recipe, from)?;
+    }
+    let given = from.as_ref().map(|from| (from.tokenizer_json.as_slice(), from.end_of_text.as_str()));
+    let data = data::prepare(recipe, given, &request.registry)?;
+    Ok((from, data))
+}
+
+/// Everything that needs no other rank.
+fn prepare(request: &Request, newest: Option<&Checkpoint>) -> Result<Ready> {
+    let recipe = &request.recipe;
+    let device = device::open(&recipe.device)?;
+    let (from, data) = read_text(request, newest)?;
+    let config = shape(recipe, data.tokenizer.vocab_size(), from.as_ref())?;
+    if let Some(prompt) = &recipe.export.prompt {
+        prompt_tokens(&data.tokenizer, "export.prompt", prompt, config.max_position_embeddings)?;
+    }
+    Ok(Ready { device, data, config, from })
+}
+
+/// The newest checkpoint of the run here, not verified yet: only to know its tokenizer.
+fn peek(request: &Request) -> Result<Option<Checkpoint>> {
+    let checkpoints = request.recipe.metrics.runs_dir.join(&request.name).join("checkpoints");
+    if !request.resume {
+        return Ok(None);
+    }
+    Ok(reader::list(&checkpoints)?.pop().and_then(|(_, path)| Checkpoint::open(&path).ok()))
+}
+
+fn ready_to_meet(request: &Request, runs: &Path) -> Result<Ready> {
+    make_runs(runs)?;
+    prepare(request, peek(request)?.as_ref())
+}
+
+/// What must be the same at every rank.
+fn properties(request: &Request, ready: &Ready) -> Vec<Property> {
+    let property = |name: &str, value: String| Property { name: name.into(), value };
+    let tokenizer = blake3::hash(&ready.data.tokenizer.json()).to_hex().to_string();
+    vec![
+        property("the text of [data] and [eval] (BLAKE3)", ready.data.corpus_hash.clone()),
+        property("the tokenizer (BLAKE3)", tokenizer),
+        property("device.backend (a mixture needs the sharded optimiser, which is not there yet)", request.recipe.device.backend.clone()),
+        property("the processor's architecture", std::env::consts::ARCH.into()),
+    ]
+}
+
+/// Opens the run's folder on the lead of it, and says which checkpoints are there and good.
+fn hold(request: &Request, runs: &Path, keep: &mut Option<(Folder, Vec<String>)>) -> Result<Vec<Held>> {
+    let existing = match request.resume {
+        true => Folder::resume(runs, &request.name, &request.raw)?,
+        false => None,
+    };
+    if request.resume && existing.is_none() {
+        say(&format!("run {}: there is nothing to resume here, so it starts from the beginning", request.name));
+    }
+    let is_new = existing.is_none();
+    let (folder, changed) = match existing {
+        Some(existing) => existing,
+        None => (Folder::create(runs, &request.name)?, Vec::new()),
+    };
+    let held = || {
+        folder.keep_recipe(&request.raw)?;
+        newest_good(&folder)?;
+        let open = |(step, path): (u64, std::path::PathBuf)| {
+            let id = Checkpoint::open(&path).ok()?.id().to_owned();
+            Some(Held { step, id })
+        };
+        Ok(reader::list(&folder.checkpoints())?.into_iter().filter_map(open).collect())
+    };
+    let held = held();
+    if held.is_err() && is_new {
+        folder.abandon();
+    }
+    *keep = Some((folder, changed));
+    held
+}
+
+/// A rank that cannot start says so, and takes away a folder that it had just made.
+fn fail(joined: Joined, folder: Option<(Folder, Vec<String>)>, error: Error) -> Error {
+    if let Some((folder, _)) = folder
+        && !folder.file("run.json").exists()
+        && reader::list(&folder.checkpoints()).is_ok_and(|list| list.is_empty())
+    {
+        folder.abandon();
+    }
+    match error {
+        Error::Control(parallel::control::ControlError::Ended(ending)) => {
+            joined.ender.say(&ending.verdict);
+            Error::Verdict(ending.verdict, ending.code)
+        }
+        error => {
+            super::join::leave_with(joined.control, &error);
+            error
+        }
+    }
+}
+
+/// From an agreed start to a run that is ready for its first step. On failure the line to the coordinator comes back.
+fn open_rank(
+    request: Request,
+    mut joined: Joined,
+    ready: Ready,
+    met: &Met,
+    folder: Option<&(Folder, Vec<String>)>,
+    started: Instant,
+) -> std::result::Result<Run, (Box<Joined>, Error)> {
+    let opened = connect(&request, &mut joined, &ready, met, folder);
+    match opened {
+        Ok((begun, stepper, writer, books, group)) => {
+            let Joined { control, ender, stop, .. } = joined;
+            let (share, transport, f32_bytes) = group;
+            let (saving, committing) = Default::default();
+            let group = Group { share, control, transport, ender, f32_bytes, saving, committing };
+            Ok(Parts { request, started, stop, ready, begun, stepper, writer, books, group: Some(group) }.run())
+        }
+        Err(error) => Err((Box::new(joined), error)),
+    }
+}
+
+type Opened = (Begun, Stepper, Writer, Option<Books>, (Share, Arc<grpc::GrpcTransport>, u64));
+
+fn connect(
+    request: &Request,
+    joined: &mut Joined,
+    ready: &Ready,
+    met: &Met,
+    folder: Option<&(Folder, Vec<String>)>,
+) -> Result<Opened> {
+    let (rank, ranks, recipe) = (joined.rank(), met.lead_of.len(), &request.recipe);
+    let path = recipe.metrics.runs_dir.join(&request.name);
+    request.log.open(&path.join(format!("logs/rank-{rank}.log")))?;
+    joined.ender.tidy(path.join("checkpoints"));
+    let newest = match &met.start.from {
+        Some(held) => Some(Checkpoint::open(&path.join("checkpoints").join(checkpoint::layout::committed(held.step)))?),
+        None => None,
+    };
+    let begun = ready.begin(request, newest.as_ref())?;
+
+    let lead = met.lead_of[rank];
+    let mates: Vec<usize> = (0..ranks).filter(|&other| met.lead_of[other] == lead).collect();
+    let index = mates.iter().position(|&mate| mate == rank).unwrap_or(0);
+    let share = Share { rank, ranks, index, of: mates.len() };
+
+    let plan = Plan::new(ready.config.parameters(), recipe.parallel.bucket_bytes_max)
+        .map_err(|error| Error::Usage(error.to_string()))?;
+    let tensors = |codec: Codec| -> Vec<(usize, Codec)> {
+        let of = |p: &parallel::data::Parameter| (p.shape.iter().product(), codec_of(p, codec));
+        plan.parameters().iter().map(of).collect()
+    };
+    let f32_bytes = payload_bytes_sent(&tensors(Codec::Fp32), rank, ranks) as u64;
+    let epoch = met.start.epoch;
+    let mut exchange = Exchange::new(
+        Arc::new(plan.clone()),
+        exchange::Group { rank, ranks, epoch, chunk_blocks: CHUNK_BLOCKS },
+        recipe.codec,
+    );
+    if request.tamper.no_feedback {
+        exchange = exchange.without_feedback();
+    }
+    if let Some(newest) = &newest {
+        state::restore_residuals(newest, &mut exchange)?;
+        if request.tamper.forget_owner {
+            exchange.forget_owner();
+        }
+    }
+    // The lead's writer puts the folder in order before any other rank can write: all wait for each other in `connect`.
+    let member = Member { rank, lead: lead == rank };
+    let pieces = state::pieces(&ready.config, &share, recipe.codec);
+    let writer = Writer::member(Arc::new(RealDisk), path.join("checkpoints"), pieces, member, retention(recipe))?;
+
+    let inbox = Inbox::default();
+    joined.ender.wake(inbox.aborter());
+    let within = Duration::from_secs_f64(recipe.parallel.peer_timeout_s);
+    let group =
+        grpc::Group { rank, addresses: addresses(&met.start)?, epoch, token: met.start.token.clone(), connect_within: within };
+    let listener = joined.listener.take().expect("a rank connects once");
+    let transport = Arc::new(listener.connect(&group, inbox.sink())?);
+    let engine = Engine::start(exchange, transport.clone(), inbox, joined.progress.clone())
+        .map_err(Error::io("start a thread in", "this process"))?;
+    let stepper = Stepper::across(&ready.config, &ready.device, engine);
+    let books = match folder {
+        Some((folder, changed)) if rank == 0 => {
+            let resumed = request.resume && folder.file("run.json").exists();
+            let mut books = Books::open(request, folder, resumed.then_some(begun.state.step), changed)?;
+            let restart = joined.control.welcome().restart;
+            if restart > 0 {
+                books.metrics.event("restart", begun.state.step, json!({ "restart": restart }));
+            }
+            Some(books)
+        }
+        _ => None,
+    };
+    Ok((begun, stepper, writer, books, (share, transport, f32_bytes)))
+}
+
+impl Ready {
+    fn begin(&self, request: &Request, newest: Option<&Checkpoint>) -> Result<Begun> {
+        not_behind(request, newest)?;
+        let (state, tokens, last_loss) = match (newest, &self.from) {
+            (Some(newest), _) => {
+                same_text(&request.name, newest, &self.data)?;
+                let (state, meta) = State::load(newest, &self.config)?;
+                (state, meta.tokens, meta.loss)
+            }
+            (None, Some(from)) => (State::fresh(from.read(&self.config)?), 0, None),
+            (None, None) => (State::initial(&self.config, request.recipe.train.seed), 0, None),
+        };
+        Ok(Begun { state, tokens, last_loss, committed: newest.map(Checkpoint::step) })
+    }
+}
+
+impl Books {
+    fn open(request: &Request, folder: &Folder, resumed_at: Option<u64>, changed: &[String]) -> Result<Self> {
+        let recipe = &request.recipe;
+        let mut metrics = Metrics::open(folder.path(), resumed_at, recipe.metrics.tensorboard)?;
+        let progress = Progress::new(resumed_at.unwrap_or(0), recipe.train.steps, recipe.metrics.log_every);
+        if let Some(step) = resumed_at {
+            metrics.event("resumed", step, json!({ "changed": changed }));
+            progress.say(&format!("run {}: going on after step {step}", folder.name()));
+            for change in changed {
+                progress.say(&format!("changed: {change}"));
+            }
+        }
+        let before = resumed_at.and_then(|_| folder.summary());
+        Ok(Self { metrics, progress, wall_before_s: before.map_or(0.0, |summary| summary.wall_s) })
+    }
+}
+
+impl Parts {
+    fn run(self) -> Run {
+        let Self { request, started, stop, ready, begun, stepper, writer, books, group } = self;
+        let Ready { device, data, config, from: _ } = ready;
+        let Begun { state, tokens, last_loss, committed } = begun;
+        let (metrics, progress, wall_before_s) = match books {
+            Some(books) => (Some(books.metrics), Some(books.progress), books.wall_before_s),
+            None => (None, None, 0.0),
+        };
+        Run {
+            recipe_toml: request.raw.to_toml(),
+            recipe_hash: request.raw.hash(),
+            recipe: request.recipe,
+            config,
+            device,
+            data,
+            stepper,
+            state,
+            tokens,
+            writer,
+            metrics,
+            progress,
+            group,
+            tamper: request.tamper,
+            stopping: false,
+            busy: false,
+            stop,
+            started,
+            wall_before_s,
+            last_loss,
+            stall_s: 0.0,
+            committed,
+            failure: None,
+            first: true,
+        }
+    }
 }
 
 /// A resumed run cannot have taken more steps than it is to take.

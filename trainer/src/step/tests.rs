@@ -62,7 +62,7 @@ fn k_micro_batches_equal_one_batch_of_k() {
         let whole = batch(8, 0);
         let run = |batches: &[Batch]| {
             let mut state = start.clone();
-            let report = stepper.step(&mut state, &recipe(), batches, untouched).expect("finite");
+            let report = stepper.step(&mut state, &recipe(), batches, Word::default(), untouched).expect("finite");
             (report.loss, state)
         };
         let (loss, state) = run(std::slice::from_ref(&whole));
@@ -82,7 +82,7 @@ fn k_micro_batches_equal_one_batch_of_k() {
         assert!(difference(&state, &run(&uneven).1) < 1e-6);
         let mut wrong = start.clone();
         let mean_of_means = |index: usize, loss: Tensor<1>| loss.mul_scalar(if index == 0 { 2.0 } else { 2.0 / 3.0 });
-        stepper.step(&mut wrong, &recipe(), &uneven, mean_of_means).expect("finite");
+        stepper.step(&mut wrong, &recipe(), &uneven, Word::default(), mean_of_means).expect("finite");
         assert!(difference(&state, &wrong) > 1e-3);
     }
 }
@@ -93,14 +93,14 @@ fn a_step_that_is_not_finite_changes_nothing_but_the_step_number() {
     let mut state = start.clone();
     let poison = |index: usize, loss: Tensor<1>| if index == 1 { loss.mul_scalar(f32::NAN) } else { loss };
     let batches = parts(&batch(4, 0), 2);
-    let report = stepper.step(&mut state, &recipe(), &batches, poison).expect("one skip is no error");
+    let report = stepper.step(&mut state, &recipe(), &batches, Word::default(), poison).expect("one skip is no error");
     assert!(report.skipped);
     assert_eq!(state, State { step: 1, skips: 1, ..start.clone() });
 
     // The step after it equals the same step of a run that never saw the batch.
-    stepper.step(&mut state, &recipe(), &batches, untouched).expect("finite");
+    stepper.step(&mut state, &recipe(), &batches, Word::default(), untouched).expect("finite");
     let mut other = State { step: 1, ..start.clone() };
-    stepper.step(&mut other, &recipe(), &batches, untouched).expect("finite");
+    stepper.step(&mut other, &recipe(), &batches, Word::default(), untouched).expect("finite");
     assert_eq!(state, other);
     assert_ne!(state.weights, start.weights, "a step without the fault does change them");
 }
@@ -110,12 +110,12 @@ fn skips_in_a_row_are_counted_until_a_step_is_good_again() {
     let (stepper, mut state) = setup(true);
     let batches = [batch(2, 0)];
     let poison = |_: usize, loss: Tensor<1>| loss.mul_scalar(f32::INFINITY);
-    stepper.step(&mut state, &recipe(), &batches, untouched).expect("finite");
+    stepper.step(&mut state, &recipe(), &batches, Word::default(), untouched).expect("finite");
     for skips in 1..4 {
-        stepper.step(&mut state, &recipe(), &batches, poison).expect("a skip is no error");
+        stepper.step(&mut state, &recipe(), &batches, Word::default(), poison).expect("a skip is no error");
         assert_eq!((state.skips, state.good_step, state.updates), (skips, 1, 1));
     }
-    stepper.step(&mut state, &recipe(), &batches, untouched).expect("finite");
+    stepper.step(&mut state, &recipe(), &batches, Word::default(), untouched).expect("finite");
     assert_eq!((state.skips, state.good_step, state.updates), (0, 5, 2));
 }
 
@@ -131,7 +131,7 @@ fn the_loss_falls() {
     let (stepper, mut state) = setup(true);
     let mut losses = Vec::new();
     for _ in 0..50 {
-        losses.push(stepper.step(&mut state, &recipe(), &[batch(4, 0)], untouched).expect("finite").loss);
+        losses.push(stepper.step(&mut state, &recipe(), &[batch(4, 0)], Word::default(), untouched).expect("finite").loss);
     }
     assert!(losses[49] < 0.3 * losses[0], "{losses:?}");
 }

@@ -38,6 +38,18 @@ fn what_a_removal_took_does_not_come_back() {
 }
 
 #[test]
+fn a_removed_file_comes_back_until_its_folder_is_synced() {
+    let disk = SimulatedDisk::new();
+    write(&disk, "/file", true);
+    disk.sync_dir(Path::new("/")).unwrap();
+    disk.remove_file(Path::new("/file")).unwrap();
+    assert!(disk.list(Path::new("/")).unwrap().is_empty());
+    assert_eq!(disk.after_crash().read(Path::new("/file")).unwrap(), b"abcd");
+    disk.sync_dir(Path::new("/")).unwrap();
+    assert!(disk.after_crash().list(Path::new("/")).unwrap().is_empty());
+}
+
+#[test]
 fn planned_faults_hit_their_operation_and_a_crash_all_that_follow() {
     let disk = SimulatedDisk::new();
     disk.fail_at(1, io::ErrorKind::StorageFull);

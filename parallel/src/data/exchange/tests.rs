@@ -45,15 +45,13 @@ fn step(
     }
     for tensor in (0..plan().parameters().len()).rev() {
         for (rank, side) in sides.iter_mut().enumerate() {
-            let frames = side.give(tensor, &gradient(rank, tensor)).expect("good frames");
-            waiting.extend(frames.into_iter().map(|out| (rank, out)));
+            side.give(tensor, &gradient(rank, tensor), &mut |out| waiting.push((rank, out))).expect("good frames");
         }
     }
     while !waiting.is_empty() {
         let (from, out) = waiting.swap_remove(pick(waiting.len()));
         sent[from] += out.frame.len();
-        let frames = sides[out.to].receive(from, &out.frame).expect("good frames");
-        waiting.extend(frames.into_iter().map(|next| (out.to, next)));
+        sides[out.to].receive(from, &out.frame, &mut |next| waiting.push((out.to, next))).expect("good frames");
     }
     let votes: Vec<Vote> = sides.iter().map(Exchange::vote).collect();
     let verdicts: Vec<Verdict> = sides.iter_mut().map(|side| side.close(&votes)).collect();
@@ -270,20 +268,24 @@ fn frames_without_a_place_are_refused_by_name_and_change_nothing() {
     for side in sides.iter_mut().chain(&mut other) {
         side.begin(1);
     }
-    let frames = sides[1].give(0, &gradient(1, 1, 0)).expect("no frame came");
-    let foreign = other[1].give(0, &gradient(1, 1, 0)).expect("no frame came");
+    let frames = |side: &mut Exchange| {
+        let mut frames = Vec::new();
+        side.give(0, &gradient(1, 1, 0), &mut |out| frames.push(out.frame)).expect("no frame came");
+        frames
+    };
+    let (frames, foreign) = (frames(&mut sides[1]), frames(&mut other[1]));
     let to_zero = &mut sides[0];
-    to_zero.receive(1, &frames[0].frame).expect("the first");
-    let said = |error: ExchangeError| error.to_string();
-    assert!(said(to_zero.receive(1, &frames[0].frame).expect_err("again")).contains("a second frame for one chunk"));
-    assert!(said(to_zero.receive(1, &foreign[1].frame).expect_err("bf16")).contains("expected int8, found bf16"));
-    assert!(said(to_zero.receive(7, &frames[1].frame).expect_err("no rank")).contains("expected another rank of 2"));
-    let mut damaged = frames[1].frame.to_vec();
+    let mut take = |from: usize, frame: &Bytes| to_zero.receive(from, frame, &mut |_| {}).map_err(|e| e.to_string());
+    take(1, &frames[0]).expect("the first");
+    assert!(take(1, &frames[0]).expect_err("again").contains("a second frame for one chunk"));
+    assert!(take(1, &foreign[1]).expect_err("bf16").contains("expected int8, found bf16"));
+    assert!(take(7, &frames[1]).expect_err("no rank").contains("expected another rank of 2"));
+    let mut damaged = frames[1].to_vec();
     damaged[100] ^= 1;
-    assert!(said(to_zero.receive(1, &damaged).expect_err("damaged")).contains("checksum"));
-    to_zero.receive(1, &frames[1].frame).expect("nothing was taken from the bad ones");
+    assert!(take(1, &damaged.into()).expect_err("damaged").contains("checksum"));
+    take(1, &frames[1]).expect("nothing was taken from the bad ones");
     to_zero.begin(2);
-    let stale = said(to_zero.receive(1, &frames[1].frame).expect_err("of step 1"));
+    let stale = to_zero.receive(1, &frames[1], &mut |_| {}).expect_err("of step 1").to_string();
     assert!(stale.contains("expected epoch 1, step 2; a frame of epoch 1, step 1 came"), "{stale}");
 }
 

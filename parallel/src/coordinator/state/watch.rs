@@ -1,0 +1,153 @@
+//! Who is lost, and whose fault it is.
+
+use std::time::Duration;
+
+use super::worker::Worker;
+use super::{ERROR_CHARS_MAX, Output, Phase, State, TRY_AGAIN, interval, silence, text};
+use crate::wire::control::to_worker::What as To;
+use crate::wire::control::{Beat, Lost};
+
+/// How long a closed connection may wait for the system's word on how its process ended, and an ended process for its
+/// last words.
+const CLOSED_FOR: Duration = Duration::from_millis(200);
+/// A gap of so many intervals between two looks means that this process slept.
+const SLEPT: u32 = 5;
+
+impl State {
+    pub(super) fn tick(&mut self, now: Duration, out: &mut Vec<Output>) {
+        let gap = now.saturating_sub(self.last_tick);
+        if gap > interval(self.options.peer_timeout) * SLEPT {
+            self.slept(now, gap);
+        }
+        self.last_tick = now;
+        if self.ended.is_some() {
+            return;
+        }
+        self.to_all(&To::Beat(Beat {}), out);
+        if self.phase < Phase::Running && now.saturating_sub(self.began) > self.options.join_within {
+            return self.end(self.who_is_missing(), TRY_AGAIN, out);
+        }
+        if let Some((rank, how)) = self.closed(now).or_else(|| self.silent(now)) {
+            return self.lost(now, rank, &how, out);
+        }
+        if let Some(verdict) = self.parted(now) {
+            return self.end(verdict, TRY_AGAIN, out);
+        }
+        self.stalled(now, out);
+    }
+
+    /// It was this process that slept: nobody was silent, and what others had to say still waits to be read.
+    fn slept(&mut self, now: Duration, gap: Duration) {
+        self.began += gap;
+        for worker in self.workers.values_mut() {
+            worker.heard = now;
+            worker.advanced = now;
+            if let Some((at, _)) = &mut worker.closed {
+                *at = now;
+            }
+        }
+        self.losses.values_mut().for_each(|(at, _)| *at = now);
+    }
+
+    /// A rank whose connection or process ended a while ago, and that said nothing.
+    fn closed(&self, now: Duration) -> Option<(usize, String)> {
+        let mut open = self.workers.iter().filter(|(_, worker)| worker.left.is_none());
+        open.find_map(|(&rank, worker)| {
+            let (at, how) = worker.closed.as_ref()?;
+            (now.saturating_sub(*at) > CLOSED_FOR).then(|| (rank, how.clone()))
+        })
+    }
+
+    /// The rank that has been silent for longest, if that is too long.
+    fn silent(&self, now: Duration) -> Option<(usize, String)> {
+        let open = self.workers.iter().filter(|(_, worker)| worker.left.is_none());
+        let (&rank, worker) = open.min_by_key(|(_, worker)| worker.heard)?;
+        let quiet = now.saturating_sub(worker.heard);
+        let how = format!("has been silent for {:.1} s", quiet.as_secs_f64());
+        (quiet > silence(self.options.peer_timeout)).then_some((rank, how))
+    }
+
+    pub(super) fn note_loss(&mut self, now: Duration, by: usize, lost: &Lost) {
+        let about = lost.rank as usize;
+        if about >= self.options.ranks || about == by {
+            tracing::warn!(rank = by, about, "a report about a rank that cannot be lost to it is ignored");
+            return;
+        }
+        self.losses.entry((by, about)).or_insert_with(|| (now, text(&lost.why, ERROR_CHARS_MAX)));
+    }
+
+    /// Two ranks that have lost each other a while ago, though both have been heard since. A dead one of them is found
+    /// out by its silence, and one that has left needs nobody.
+    fn parted(&self, now: Duration) -> Option<String> {
+        let patience = self.options.peer_timeout / 4;
+        let alive = |rank: &usize, since: Duration| {
+            self.workers.get(rank).is_some_and(|worker| worker.left.is_none() && worker.heard > since)
+        };
+        let ripe = self
+            .losses
+            .iter()
+            .filter(|((by, about), (at, _))| now.saturating_sub(*at) > patience && alive(by, *at) && alive(about, *at));
+        let ((by, about), (_, why)) = ripe.min_by_key(|(_, (at, _))| *at)?;
+        let (by, about) = (self.name(*by), self.name(*about));
+        Some(format!("{by} lost {about}, though both are alive: {why}{}", self.marks(now, None)))
+    }
+
+    /// A local process ended.
+    pub(super) fn exited(&mut self, now: Duration, pid: u32, how: &str, code: Option<i32>, out: &mut Vec<Output>) {
+        if self.ended.is_some() {
+            return;
+        }
+        let found = self.workers.iter_mut().find(|(_, worker)| worker.pid == pid);
+        match (found, code) {
+            (None, code) => {
+                let code = code.and_then(|code| u8::try_from(code).ok()).filter(|&code| code > 0).unwrap_or(TRY_AGAIN);
+                self.end(format!("process {pid} {how} before it had joined"), code, out);
+            }
+            (Some((_, worker)), _) if worker.left.is_some() => {}
+            // Its last words may still be on their way.
+            (Some((_, worker)), Some(_)) => worker.closed = Some((now, how.to_owned())),
+            (Some((&rank, _)), None) => self.lost(now, rank, how, out),
+        }
+    }
+
+    /// Ends a run in which somebody who does not wait for others makes no progress.
+    fn stalled(&mut self, now: Duration, out: &mut Vec<Output>) {
+        let stuck = |worker: &Worker| {
+            // Before the first step is complete nobody knows how long one may take.
+            let limit = worker.median_step().map(|median| self.options.peer_timeout.max(median * 10));
+            limit.is_some_and(|limit| now.saturating_sub(worker.advanced) > limit)
+        };
+        let here: Vec<_> = self.workers.iter().filter(|(_, worker)| worker.left.is_none()).collect();
+        let late: Vec<_> = here.iter().filter(|(_, worker)| stuck(worker)).collect();
+        match late.iter().find(|(_, worker)| !worker.mark.waits) {
+            Some(&&(&rank, worker)) => {
+                let since = now.saturating_sub(worker.advanced).as_secs_f64();
+                self.lost(now, rank, &format!("is alive but has made no progress for {since:.1} s"), out);
+            }
+            None if late.len() == here.len() && !late.is_empty() => {
+                let marks = self.marks(now, None);
+                self.end(format!("no rank makes progress and all wait for each other{marks}"), TRY_AGAIN, out);
+            }
+            None => {}
+        }
+    }
+
+    /// Ends the run because of one rank.
+    fn lost(&mut self, now: Duration, rank: usize, how: &str, out: &mut Vec<Output>) {
+        let at = self.workers.get(&rank).map_or("", |worker| &worker.mark.text);
+        let at = if at.is_empty() { String::new() } else { format!("; it was last seen at {at}") };
+        let verdict = format!("{} {how}{at}{}", self.name(rank), self.marks(now, Some(rank)));
+        self.end(verdict, TRY_AGAIN, out);
+    }
+
+    /// Where everybody is, but for one.
+    fn marks(&self, now: Duration, but: Option<usize>) -> String {
+        let others = self.workers.iter().filter(|&(&rank, _)| Some(rank) != but);
+        let quiet = |worker: &Worker| {
+            let quiet = now.saturating_sub(worker.heard);
+            let long = worker.left.is_none() && quiet > interval(self.options.peer_timeout) * SLEPT;
+            if long { format!(", silent for {:.1} s", quiet.as_secs_f64()) } else { String::new() }
+        };
+        others.map(|(&rank, worker)| format!("\n  {}: {}{}", self.name(rank), worker.place(), quiet(worker))).collect()
+    }
+}

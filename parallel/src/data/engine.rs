@@ -1,0 +1,265 @@
+//! The thread that moves gradients between ranks while the backward pass computes.
+//!
+//! It owns one rank's [`Exchange`]: full buckets come from the backward pass, frames from the other ranks; it encodes,
+//! hands frames to the transport, decodes, adds, votes. The thread that trains meets it three times a step:
+//! [`Engine::begin`], [`Engine::give`] for each full bucket, and [`Engine::settle`], which waits.
+//!
+//! A rank can be ahead of another by one step at the most, because every step ends with the votes of all: what comes for
+//! the next step is kept until it begins. So everything that waits here is bounded by what a step sends.
+
+mod work;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use thiserror::Error;
+
+use super::exchange::{Exchange, ExchangeError, Group, Verdict};
+use crate::note::{Ballot, NoteError};
+use crate::progress::Progress;
+use crate::transport::{Counted, Incoming, Sink, Transport};
+
+/// Why a step cannot be completed. Every later request fails with the same.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum EngineError {
+    /// A rank is gone.
+    #[error("step {step}: rank {rank} is lost: {why}{}", .waited.as_ref().map_or_else(String::new, |what| format!("; this rank waited for {what}")))]
+    Lost {
+        /// Which rank.
+        rank: usize,
+        /// The step that was running here.
+        step: u64,
+        /// What was seen.
+        why: String,
+        /// What this rank waited for, if it did.
+        waited: Option<String>,
+    },
+    /// What a rank sent cannot be used.
+    #[error(transparent)]
+    Exchange(#[from] ExchangeError),
+    /// What a rank sent cannot be used.
+    #[error("rank {from}, step {step}: {error}")]
+    Note {
+        /// Who sent it.
+        from: usize,
+        /// The step that was running here.
+        step: u64,
+        /// What is wrong.
+        error: NoteError,
+    },
+    /// A rank sent what nobody waits for.
+    #[error("rank {from}, step {step}: {what}; do all ranks run the same recipe and build?")]
+    OutOfTurn {
+        /// Who sent it.
+        from: usize,
+        /// The step that was running here.
+        step: u64,
+        /// Expected, found.
+        what: String,
+    },
+    /// Somebody ended the run.
+    #[error("{0}")]
+    Aborted(String),
+    /// The thread is no more, which is a fault of the program.
+    #[error("the thread that exchanges gradients has died; please report this")]
+    Gone,
+}
+
+/// How a step ended.
+#[derive(Clone, Debug)]
+pub struct Settled {
+    /// What every rank does with it.
+    pub verdict: Verdict,
+    /// Of every rank, in rank order.
+    pub ballots: Vec<Ballot>,
+    /// Seconds of encoding.
+    pub encode_s: f64,
+    /// When the first encoding began.
+    pub first_encode: Option<Instant>,
+    /// When the whole sum was here.
+    pub last_decode: Instant,
+    /// The buffers that were given, to be filled again, with their buckets.
+    pub(super) buffers: Vec<(usize, Vec<f32>)>,
+}
+
+#[derive(Debug)]
+enum Event {
+    Begin(u64),
+    Bucket(usize, Vec<f32>),
+    Settle(Ballot),
+    Gather(Vec<f64>),
+    Incoming(Incoming),
+    Abort(String),
+    Quit,
+}
+
+#[derive(Debug)]
+enum Reply {
+    Settled(Box<Settled>),
+    Gathered(Vec<Vec<f64>>),
+}
+
+/// Where events wait for the thread. It exists before the transport does, whose messages go to it.
+#[derive(Debug)]
+pub struct Inbox {
+    events: Sender<Event>,
+    incoming: Receiver<Event>,
+}
+
+/// Ends whatever the engine is waiting for.
+#[derive(Clone, Debug)]
+pub struct Aborter(Sender<Event>);
+
+/// The training thread's end.
+#[derive(Debug)]
+pub struct Engine {
+    events: Sender<Event>,
+    /// Behind a lock only so that a stream can be shared with the taps.
+    replies: Mutex<Receiver<Result<Reply, EngineError>>>,
+    exchange: Arc<Mutex<Exchange>>,
+    transport: Arc<dyn Transport>,
+    handed: Arc<AtomicU64>,
+    progress: Arc<Progress>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Default for Inbox {
+    fn default() -> Self {
+        let (events, incoming) = channel();
+        Self { events, incoming }
+    }
+}
+
+impl Inbox {
+    /// What a transport calls.
+    #[must_use]
+    pub fn sink(&self) -> Sink {
+        let events = self.events.clone();
+        // When the engine is gone nobody wants the message.
+        Arc::new(move |incoming| _ = events.send(Event::Incoming(incoming)))
+    }
+
+    /// Ends whatever the engine waits for, once it exists.
+    #[must_use]
+    pub fn aborter(&self) -> Aborter {
+        Aborter(self.events.clone())
+    }
+}
+
+impl Aborter {
+    /// The run ends, for this reason.
+    pub fn abort(&self, why: &str) {
+        // When the engine is gone there is nothing to end.
+        let _ = self.0.send(Event::Abort(why.to_owned()));
+    }
+}
+
+impl Engine {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// The system refuses a thread.
+    pub fn start(
+        exchange: Exchange,
+        transport: Arc<dyn Transport>,
+        inbox: Inbox,
+        progress: Arc<Progress>,
+    ) -> std::io::Result<Self> {
+        let Inbox { events, incoming } = inbox;
+        let exchange = Arc::new(Mutex::new(exchange));
+        let handed = Arc::new(AtomicU64::new(0));
+        let (answer, replies) = channel();
+        let work = work::Work::new(exchange.clone(), transport.clone(), progress.clone(), handed.clone(), answer);
+        let thread = std::thread::Builder::new().name("gradients".into()).spawn(move || work.run(&incoming))?;
+        Ok(Self { events, replies: Mutex::new(replies), exchange, transport, handed, progress, thread: Some(thread) })
+    }
+
+    /// Starts a step.
+    pub fn begin(&self, step: u64) {
+        self.event(Event::Begin(step));
+    }
+
+    /// Gives a full bucket; [`settle`](Self::settle) hands the buffer back.
+    pub fn give(&self, bucket: usize, values: Vec<f32>) {
+        self.progress.bucket();
+        self.event(Event::Bucket(bucket, values));
+    }
+
+    /// Votes, and waits until the whole sum and all votes are here. Every bucket has been given.
+    ///
+    /// # Errors
+    /// A rank is lost or sends what makes no sense, or the run was aborted.
+    pub fn settle(&self, ballot: Ballot) -> Result<Settled, EngineError> {
+        self.event(Event::Settle(ballot));
+        match self.reply()? {
+            Reply::Settled(settled) => Ok(*settled),
+            Reply::Gathered(_) => Err(EngineError::Gone),
+        }
+    }
+
+    /// Gathers numbers from every rank, in rank order; all ranks call it at the same place. To be called between steps.
+    ///
+    /// # Errors
+    /// As [`settle`](Self::settle).
+    pub fn gather(&self, values: Vec<f64>) -> Result<Vec<Vec<f64>>, EngineError> {
+        self.event(Event::Gather(values));
+        match self.reply()? {
+            Reply::Gathered(values) => Ok(values),
+            Reply::Settled(_) => Err(EngineError::Gone),
+        }
+    }
+
+    /// The sums of the last settled step, and the residuals. Not to be held while a step is under way.
+    pub fn exchange(&self) -> MutexGuard<'_, Exchange> {
+        self.exchange.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes at the sockets so far.
+    #[must_use]
+    pub fn counted(&self) -> Counted {
+        self.transport.counted()
+    }
+
+    /// Frames of gradients that were handed to the transport so far.
+    #[must_use]
+    pub fn handed(&self) -> u64 {
+        self.handed.load(Ordering::SeqCst)
+    }
+
+    /// Who this rank is.
+    pub fn group(&self) -> Group {
+        self.exchange().group()
+    }
+
+    /// How far this rank is.
+    #[must_use]
+    pub const fn progress(&self) -> &Arc<Progress> {
+        &self.progress
+    }
+
+    fn reply(&self) -> Result<Reply, EngineError> {
+        self.replies.lock().unwrap_or_else(PoisonError::into_inner).recv().map_err(|_| EngineError::Gone)?
+    }
+
+    fn event(&self, event: Event) {
+        // If the thread is gone, the next reply says so.
+        let _ = self.events.send(event);
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.event(Event::Quit);
+        if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
+            tracing::error!("the thread that exchanges gradients had died");
+            // Whatever was thrown may panic again when it is dropped.
+            std::mem::forget(panic);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,313 @@
+//! What the engine's thread does: one event after the other.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::{EngineError, Event, Reply, Settled};
+use crate::data::exchange::{Exchange, Group, Outgoing, Vote};
+use crate::frame::{HEADER_BYTES, PAYLOAD_BYTES_MAX};
+use crate::note::{Ballot, Note, is_note};
+use crate::progress::Progress;
+use crate::transport::{Incoming, Transport};
+
+/// How often a waiting rank looks what it waits for.
+const LOOK: Duration = Duration::from_millis(200);
+/// Gathered messages that a rank may be ahead.
+const VALUES_AHEAD_MAX: usize = 4;
+
+pub(super) struct Work {
+    exchange: Arc<Mutex<Exchange>>,
+    transport: Arc<dyn Transport>,
+    progress: Arc<Progress>,
+    handed: Arc<AtomicU64>,
+    replies: Sender<Result<Reply, EngineError>>,
+    group: Group,
+    /// The step under way, or the last one.
+    step: u64,
+    open: bool,
+    /// Our ballot, and whether it was sent.
+    own: Option<(Ballot, bool)>,
+    ballots: Vec<Option<Ballot>>,
+    /// What came before its step began, and how many bytes of it from each rank.
+    early: Vec<(usize, Bytes)>,
+    early_bytes: Vec<usize>,
+    early_bytes_max: usize,
+    /// Gathered numbers of each rank that were not asked for yet, and which round comes next.
+    values: Vec<VecDeque<(u64, Vec<f64>)>>,
+    gathering: bool,
+    round: u64,
+    buffers: Vec<(usize, Vec<f32>)>,
+    encode_s: f64,
+    first_encode: Option<Instant>,
+    fault: Option<EngineError>,
+}
+
+impl Work {
+    pub(super) fn new(
+        exchange: Arc<Mutex<Exchange>>,
+        transport: Arc<dyn Transport>,
+        progress: Arc<Progress>,
+        handed: Arc<AtomicU64>,
+        replies: Sender<Result<Reply, EngineError>>,
+    ) -> Self {
+        let (group, elements) = {
+            let exchange = lock(&exchange);
+            (exchange.group(), exchange.plan().elements())
+        };
+        Self {
+            early_bytes_max: 2 * size_of::<f32>() * elements + PAYLOAD_BYTES_MAX,
+            ballots: vec![None; group.ranks],
+            early_bytes: vec![0; group.ranks],
+            values: vec![VecDeque::new(); group.ranks],
+            exchange,
+            transport,
+            progress,
+            handed,
+            replies,
+            group,
+            step: 0,
+            open: false,
+            own: None,
+            early: Vec::new(),
+            gathering: false,
+            round: 0,
+            buffers: Vec::new(),
+            encode_s: 0.0,
+            first_encode: None,
+            fault: None,
+        }
+    }
+
+    pub(super) fn run(mut self, incoming: &Receiver<Event>) {
+        loop {
+            let event = match incoming.recv_timeout(LOOK) {
+                Ok(Event::Quit) | Err(RecvTimeoutError::Disconnected) => return,
+                Ok(event) => event,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.look();
+                    continue;
+                }
+            };
+            let asks = matches!(event, Event::Settle(_) | Event::Gather(_));
+            let waited = self.waits();
+            if self.fault.is_none() {
+                self.fault = self.event(event).and_then(|()| self.answer()).err();
+                if self.fault.is_some() && (asks || waited) {
+                    self.reply_fault();
+                }
+            } else if asks {
+                self.reply_fault();
+            }
+        }
+    }
+
+    fn waits(&self) -> bool {
+        self.own.is_some() || self.gathering
+    }
+
+    fn reply_fault(&mut self) {
+        if let Some(fault) = &self.fault {
+            // Nobody listens once the engine's other end is dropped.
+            let _ = self.replies.send(Err(fault.clone()));
+        }
+    }
+
+    fn event(&mut self, event: Event) -> Result<(), EngineError> {
+        match event {
+            Event::Begin(step) => self.begin(step),
+            Event::Bucket(bucket, values) => self.bucket(bucket, values),
+            Event::Settle(ballot) => {
+                self.own = Some((ballot, false));
+                Ok(())
+            }
+            Event::Gather(values) => {
+                let note = Note::Values(values.clone()).write(self.group.epoch, self.round);
+                self.to_all(&note);
+                self.values[self.group.rank].push_back((self.round, values));
+                self.gathering = true;
+                Ok(())
+            }
+            Event::Incoming(Incoming::Message { from, bytes }) => self.message(from, bytes),
+            Event::Incoming(Incoming::Lost { rank, why }) => {
+                let waited = self.waits().then(|| self.missing()).flatten();
+                Err(EngineError::Lost { rank, step: self.step, why, waited })
+            }
+            Event::Abort(why) => Err(EngineError::Aborted(why)),
+            Event::Quit => Ok(()),
+        }
+    }
+
+    fn begin(&mut self, step: u64) -> Result<(), EngineError> {
+        lock(&self.exchange).begin(step);
+        self.step = step;
+        self.open = true;
+        self.ballots.fill(None);
+        self.encode_s = 0.0;
+        self.first_encode = None;
+        self.early_bytes.fill(0);
+        for (from, bytes) in std::mem::take(&mut self.early) {
+            self.message(from, bytes)?;
+        }
+        Ok(())
+    }
+
+    fn bucket(&mut self, bucket: usize, values: Vec<f32>) -> Result<(), EngineError> {
+        let start = Instant::now();
+        self.first_encode.get_or_insert(start);
+        let (transport, handed) = (&*self.transport, &*self.handed);
+        let mut exchange = lock(&self.exchange);
+        let plan = exchange.plan().clone();
+        for &index in &plan.buckets()[bucket].parameters {
+            let gradient = &values[plan.slot(index).range.clone()];
+            exchange.give(index, gradient, &mut |out| hand(transport, handed, out))?;
+        }
+        drop(exchange);
+        self.encode_s += start.elapsed().as_secs_f64();
+        self.progress.advance();
+        self.buffers.push((bucket, values));
+        Ok(())
+    }
+
+    fn message(&mut self, from: usize, bytes: Bytes) -> Result<(), EngineError> {
+        let step = self.step;
+        if is_note(&bytes) {
+            return self.note(from, bytes);
+        }
+        if !self.open || frame_step(&bytes) == step + 1 {
+            return self.keep(from, bytes);
+        }
+        let (transport, handed) = (&*self.transport, &*self.handed);
+        lock(&self.exchange).receive(from, &bytes, &mut |out| hand(transport, handed, out))?;
+        self.progress.advance();
+        Ok(())
+    }
+
+    fn note(&mut self, from: usize, bytes: Bytes) -> Result<(), EngineError> {
+        let (note, epoch, number) =
+            Note::read(&bytes).map_err(|error| EngineError::Note { from, step: self.step, error })?;
+        let out_of_turn = |what: String| Err(EngineError::OutOfTurn { from, step: self.step, what });
+        if epoch != self.group.epoch || from >= self.group.ranks || from == self.group.rank {
+            return out_of_turn(format!("a message of epoch {epoch}, expected epoch {}", self.group.epoch));
+        }
+        match note {
+            Note::Values(values) => {
+                let queue = &mut self.values[from];
+                if number != queue.back().map_or(self.round, |(last, _)| last + 1) || queue.len() >= VALUES_AHEAD_MAX {
+                    return out_of_turn(format!("numbers of round {number}, this rank is at round {}", self.round));
+                }
+                queue.push_back((number, values));
+                Ok(())
+            }
+            Note::Ballot(_) if !self.open || number == self.step + 1 => self.keep(from, bytes),
+            Note::Ballot(ballot) if number == self.step && self.ballots[from].is_none() => {
+                self.ballots[from] = Some(ballot);
+                Ok(())
+            }
+            Note::Ballot(_) => out_of_turn(format!("a ballot of step {number}")),
+        }
+    }
+
+    /// Keeps what came for the next step.
+    fn keep(&mut self, from: usize, bytes: Bytes) -> Result<(), EngineError> {
+        let sum = self.early_bytes.get_mut(from).map(|sum| {
+            *sum += bytes.len();
+            *sum
+        });
+        if sum.is_none_or(|sum| sum > self.early_bytes_max) {
+            let what = format!("more than the {} bytes that a step may send", self.early_bytes_max);
+            return Err(EngineError::OutOfTurn { from, step: self.step, what });
+        }
+        self.early.push((from, bytes));
+        Ok(())
+    }
+
+    /// Votes when everything that the vote is about is known, and answers when everything is here.
+    fn answer(&mut self) -> Result<(), EngineError> {
+        if let Some((ballot, sent)) = self.own {
+            let mut exchange = lock(&self.exchange);
+            if !sent && exchange.is_reduced() {
+                let ballot = Ballot { finite: ballot.finite && exchange.vote().finite, ..ballot };
+                self.own = Some((ballot, true));
+                self.ballots[self.group.rank] = Some(ballot);
+                drop(exchange);
+                self.to_all(&Note::Ballot(ballot).write(self.group.epoch, self.step));
+                exchange = lock(&self.exchange);
+            }
+            if exchange.is_complete() && self.ballots.iter().all(Option::is_some) {
+                let last_decode = Instant::now();
+                let ballots: Vec<Ballot> = self.ballots.iter().copied().flatten().collect();
+                let votes: Vec<Vote> =
+                    ballots.iter().map(|ballot| Vote { step: self.step, finite: ballot.finite }).collect();
+                let verdict = exchange.close(&votes);
+                drop(exchange);
+                self.own = None;
+                self.open = false;
+                let (encode_s, first_encode) = (self.encode_s, self.first_encode);
+                let buffers = std::mem::take(&mut self.buffers);
+                let settled = Settled { verdict, ballots, encode_s, first_encode, last_decode, buffers };
+                self.progress.waits_for(None);
+                return self.reply(Reply::Settled(Box::new(settled)));
+            }
+        }
+        let round = |queue: &VecDeque<(u64, Vec<f64>)>| queue.front().is_some_and(|&(round, _)| round == self.round);
+        if self.gathering && self.values.iter().all(round) {
+            self.gathering = false;
+            self.round += 1;
+            let values = self.values.iter_mut().filter_map(VecDeque::pop_front).map(|(_, values)| values).collect();
+            return self.reply(Reply::Gathered(values));
+        }
+        Ok(())
+    }
+
+    fn reply(&self, reply: Reply) -> Result<(), EngineError> {
+        self.replies.send(Ok(reply)).map_err(|_| EngineError::Gone)
+    }
+
+    fn to_all(&self, message: &Bytes) {
+        let Group { rank, ranks, .. } = self.group;
+        (1..ranks).for_each(|k| self.transport.send((rank + k) % ranks, message.clone()));
+    }
+
+    /// Writes down what this rank waits for, for the heartbeat.
+    fn look(&self) {
+        if self.waits() && self.fault.is_none() {
+            self.progress.waits_for(self.missing());
+        }
+    }
+
+    /// What another rank has not sent yet.
+    fn missing(&self) -> Option<String> {
+        if self.gathering {
+            let late = self.values.iter().position(VecDeque::is_empty)?;
+            return Some(format!("rank {late}'s numbers"));
+        }
+        let exchange = lock(&self.exchange);
+        if let Some((rank, index)) = exchange.first_missing() {
+            let plan = exchange.plan();
+            let (bucket, name) = (plan.slot(index).bucket, &plan.parameters()[index].name);
+            return Some(format!("rank {rank}'s part of bucket {bucket}, parameter {name}"));
+        }
+        let late = self.ballots.iter().position(Option::is_none)?;
+        Some(format!("rank {late}'s vote"))
+    }
+}
+
+fn hand(transport: &dyn Transport, handed: &AtomicU64, out: Outgoing) {
+    transport.send(out.to, out.frame);
+    handed.fetch_add(1, Ordering::SeqCst);
+}
+
+/// The step that a frame claims to be of; whoever takes it checks the rest.
+fn frame_step(bytes: &[u8]) -> u64 {
+    let field = bytes.get(16..24).filter(|_| bytes.len() >= HEADER_BYTES);
+    field.and_then(|field| field.try_into().ok()).map_or(0, u64::from_le_bytes)
+}
+
+fn lock(exchange: &Mutex<Exchange>) -> MutexGuard<'_, Exchange> {
+    exchange.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,164 @@
+//! Small messages that every rank sends to all others, beside the frames of gradients.
+//!
+//! ```text
+//!  0  magic    4 bytes  "TRIN"
+//!  4  version  u16      1
+//!  6  kind     u8       0 ballot, 1 values
+//!  7  flags    u8       of a ballot: bit 0 finite, bit 1 stop, bit 2 busy, bit 3 the hash counts
+//!  8  epoch    u32
+//! 12  length   u32      bytes of the payload
+//! 16  step     u64
+//! 24  crc32c   u32      of bytes 0..24 and of the payload
+//! 28  payload  a ballot: the loss (f64) and a BLAKE3 hash (32 bytes); values: f64 each
+//! ```
+//!
+//! All little-endian.
+
+use bytes::Bytes;
+use thiserror::Error;
+
+const MAGIC: [u8; 4] = *b"TRIN";
+const VERSION: u16 = 1;
+const HEADER_BYTES: usize = 28;
+const BALLOT_BYTES: usize = 40;
+/// The most values that one message carries.
+pub const VALUES_MAX: usize = 1 << 18;
+
+/// What a rank says at the end of a step; all of them together decide what every rank does with it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ballot {
+    /// Whether everything was finite: the loss, gradients, sums and encodes.
+    pub finite: bool,
+    /// Whether somebody asked this rank to stop.
+    pub stop: bool,
+    /// Whether this rank cannot take a snapshot now.
+    pub busy: bool,
+    /// This rank's part of the loss.
+    pub loss: f64,
+    /// BLAKE3 of the parameters before this step, where they are compared.
+    pub parameters: Option<[u8; 32]>,
+}
+
+/// A message.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Note {
+    /// The end of a step.
+    Ballot(Ballot),
+    /// Numbers that all ranks gather.
+    Values(Vec<f64>),
+}
+
+/// Why bytes are not a message. Nothing is taken from such bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("a message between ranks is damaged or of another build: {what}; run the same build on every rank")]
+pub struct NoteError {
+    what: String,
+}
+
+/// Whether these bytes claim to be a message of this kind.
+#[must_use]
+pub fn is_note(bytes: &[u8]) -> bool {
+    bytes.starts_with(&MAGIC)
+}
+
+impl Note {
+    /// The bytes.
+    ///
+    /// # Panics
+    /// More than [`VALUES_MAX`] values.
+    #[must_use]
+    pub fn write(&self, epoch: u32, step: u64) -> Bytes {
+        let (kind, flags, payload) = match self {
+            Self::Ballot(ballot) => {
+                let flags = u8::from(ballot.finite)
+                    | u8::from(ballot.stop) << 1
+                    | u8::from(ballot.busy) << 2
+                    | u8::from(ballot.parameters.is_some()) << 3;
+                (0, flags, [&ballot.loss.to_le_bytes()[..], &ballot.parameters.unwrap_or_default()].concat())
+            }
+            Self::Values(values) => {
+                assert!(values.len() <= VALUES_MAX, "{} values in one message", values.len());
+                (1, 0, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+            }
+        };
+        let mut out = Vec::with_capacity(HEADER_BYTES + payload.len());
+        out.extend(MAGIC);
+        out.extend(VERSION.to_le_bytes());
+        out.extend([kind, flags]);
+        out.extend(epoch.to_le_bytes());
+        out.extend((payload.len() as u32).to_le_bytes());
+        out.extend(step.to_le_bytes());
+        let checksum = crc32c::crc32c_append(crc32c::crc32c(&out), &payload);
+        out.extend(checksum.to_le_bytes());
+        out.extend(payload);
+        out.into()
+    }
+
+    /// Reads a message that is all of `bytes`, with its epoch and step.
+    ///
+    /// # Errors
+    /// The first thing that is not as it should be.
+    pub fn read(bytes: &[u8]) -> Result<(Self, u32, u64), NoteError> {
+        let fault = |what: String| Err(NoteError { what });
+        if bytes.len() < HEADER_BYTES || !is_note(bytes) {
+            return fault(format!("expected at least {HEADER_BYTES} bytes and \"TRIN\", {} bytes came", bytes.len()));
+        }
+        let (header, payload) = bytes.split_at(HEADER_BYTES);
+        let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let version = u16::from_le_bytes([header[4], header[5]]);
+        if version != VERSION {
+            return fault(format!("expected version {VERSION}, version {version} came"));
+        }
+        if word(12) as usize != payload.len() {
+            return fault(format!("expected a payload of {} bytes, {} came", word(12), payload.len()));
+        }
+        if crc32c::crc32c_append(crc32c::crc32c(&header[..24]), payload) != word(24) {
+            return fault("the checksum does not fit".into());
+        }
+        let step = u64::from(word(16)) | u64::from(word(20)) << 32;
+        let double = |bytes: &[u8]| f64::from_le_bytes(bytes.try_into().expect("eight bytes"));
+        let note = match (header[6], payload.len()) {
+            (0, BALLOT_BYTES) if header[7] < 16 => {
+                let flag = |bit: u8| header[7] >> bit & 1 == 1;
+                let hash = payload[8..].try_into().expect("32 bytes");
+                Self::Ballot(Ballot {
+                    finite: flag(0),
+                    stop: flag(1),
+                    busy: flag(2),
+                    loss: double(&payload[..8]),
+                    parameters: flag(3).then_some(hash),
+                })
+            }
+            (1, length) if length % 8 == 0 && length / 8 <= VALUES_MAX && header[7] == 0 => {
+                Self::Values(payload.chunks_exact(8).map(double).collect())
+            }
+            (kind, length) => return fault(format!("kind {kind} with flags {} and {length} bytes", header[7])),
+        };
+        Ok((note, word(8), step))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn notes() -> [Note; 3] {
+        let ballot = Ballot { finite: true, stop: false, busy: true, loss: 0.1, parameters: Some([7; 32]) };
+        [Note::Ballot(ballot), Note::Values(vec![1.5, -0.0, f64::INFINITY]), Note::Values(Vec::new())]
+    }
+
+    #[test]
+    fn messages_come_back_as_they_were_and_every_flipped_bit_is_noticed() {
+        for note in notes() {
+            let bytes = note.write(3, 1 << 40);
+            assert_eq!(Note::read(&bytes), Ok((note, 3, 1 << 40)));
+            for at in 0..8 * bytes.len() {
+                let mut bytes = bytes.to_vec();
+                bytes[at / 8] ^= 1 << (at % 8);
+                assert!(Note::read(&bytes).is_err(), "bit {at}");
+            }
+            assert!(Note::read(&bytes[..bytes.len() - 1]).is_err());
+            assert!(Note::read(&[&bytes[..], &[0]].concat()).is_err());
+        }
+    }
+}

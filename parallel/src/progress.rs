@@ -1,0 +1,111 @@
+//! How far a rank is, for heartbeats and for the message that names a culprit. Writing it costs an atomic or two.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// What a rank is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// Before the first step.
+    Starting,
+    /// A forward pass.
+    Forward,
+    /// A backward pass.
+    Backward,
+    /// It waits for other ranks.
+    Waiting,
+    /// The optimiser.
+    Updating,
+    /// Held-out text.
+    Evaluating,
+    /// A checkpoint.
+    Checkpointing,
+    /// After the last step.
+    Ending,
+}
+
+const STAGES: [(Stage, &str); 8] = [
+    (Stage::Starting, "starting"),
+    (Stage::Forward, "in the forward pass"),
+    (Stage::Backward, "in the backward pass"),
+    (Stage::Waiting, "waiting for the other ranks"),
+    (Stage::Updating, "applying the gradient"),
+    (Stage::Evaluating, "evaluating"),
+    (Stage::Checkpointing, "writing a checkpoint"),
+    (Stage::Ending, "ending"),
+];
+
+/// How far a rank is.
+#[derive(Debug, Default)]
+pub struct Progress {
+    step: AtomicU64,
+    count: AtomicU64,
+    stage: AtomicU8,
+    bucket: AtomicUsize,
+    waits_for: Mutex<Option<String>>,
+}
+
+/// A [`Progress`] at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// The step that is running; 0 before the first.
+    pub step: u64,
+    /// Grows with everything that gets done.
+    pub count: u64,
+    /// For people.
+    pub text: String,
+    /// Whether it waits for other ranks.
+    pub waits: bool,
+}
+
+impl Progress {
+    /// A step begins.
+    pub fn begin(&self, step: u64) {
+        self.step.store(step, Ordering::Relaxed);
+        self.bucket.store(0, Ordering::Relaxed);
+        self.enter(Stage::Forward);
+    }
+
+    /// The rank does something else now.
+    pub fn enter(&self, stage: Stage) {
+        self.stage.store(stage as u8, Ordering::Relaxed);
+        self.waits_for(None);
+        self.advance();
+    }
+
+    /// Something got done.
+    pub fn advance(&self) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A bucket is full.
+    pub fn bucket(&self) {
+        self.bucket.fetch_add(1, Ordering::Relaxed);
+        self.advance();
+    }
+
+    /// What it waits for, as far as that is known.
+    pub fn waits_for(&self, what: Option<String>) {
+        *self.waits_for.lock().unwrap_or_else(PoisonError::into_inner) = what;
+    }
+
+    /// Now.
+    #[must_use]
+    pub fn mark(&self) -> Mark {
+        let (step, count) = (self.step.load(Ordering::Relaxed), self.count.load(Ordering::Relaxed));
+        let stage = STAGES.get(usize::from(self.stage.load(Ordering::Relaxed))).map_or(Stage::Starting, |&(s, _)| s);
+        let mut text = STAGES[stage as usize].1.to_owned();
+        if step > 0 {
+            text = format!("step {step}, {text}");
+        }
+        let buckets = self.bucket.load(Ordering::Relaxed);
+        if stage == Stage::Backward {
+            text += &format!(", {buckets} buckets full");
+        }
+        if let Some(what) = &*self.waits_for.lock().unwrap_or_else(PoisonError::into_inner) {
+            text += &format!(": {what}");
+        }
+        Mark { step, count, text, waits: stage == Stage::Waiting }
+    }
+}

@@ -1,0 +1,61 @@
+//! The way to the other ranks.
+//!
+//! - [`channel`]: ranks in one process, for tests.
+//! - [`grpc`]: ranks in other processes, over gRPC streams.
+//! - [`raw`]: gRPC messages that are plain bytes; [`socket`]: sockets that count.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+pub mod channel;
+pub mod grpc;
+pub mod raw;
+pub mod socket;
+
+/// What comes in from another rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Incoming {
+    /// A message, as it was sent. Messages of one rank come in the order in which it sent them.
+    Message {
+        /// Who sent it.
+        from: usize,
+        /// All of it.
+        bytes: Bytes,
+    },
+    /// Nothing more will come from this rank, or nothing more can be sent to it. Told once a rank.
+    Lost {
+        /// Which rank.
+        rank: usize,
+        /// What was seen of it.
+        why: String,
+    },
+}
+
+/// Where incoming messages go. It must not block.
+pub type Sink = Arc<dyn Fn(Incoming) + Send + Sync>;
+
+/// Bytes at the sockets since the transport began, everything that the network's protocols add included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// Written.
+    pub sent: u64,
+    /// Read.
+    pub received: u64,
+}
+
+/// The way to the other ranks.
+pub trait Transport: Send + Sync + Debug {
+    /// Queues a message for rank `to` and returns at once. What waits is bounded by what a rank has to send in a step.
+    /// A message to a rank that is lost is dropped: its loss was told.
+    fn send(&self, to: usize, message: Bytes);
+
+    /// Bytes so far.
+    fn counted(&self) -> Counted;
+
+    /// Waits until everything queued has left, at most so long, and ends all connections in good order: the peers see
+    /// an end, not a loss, if they have closed too.
+    fn close(&self, within: Duration);
+}

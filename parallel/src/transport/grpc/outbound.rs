@@ -1,0 +1,149 @@
+//! Our calls to the other ranks.
+
+use std::error::Error;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper_util::rt::TokioIo;
+use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
+use tokio::time::{Instant, sleep, timeout_at};
+use tokio_stream::Stream;
+use tonic::metadata::MetadataValue;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Status};
+
+use super::watch::Event;
+use super::{CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, Group, STREAM_WINDOW_BYTES};
+use crate::transport::raw::service::data_client::DataClient;
+use crate::transport::socket::{Counters, Line, Socket, words};
+
+/// Who calls: the rank, in decimal.
+pub(super) const RANK: &str = "tributary-rank";
+/// The epoch of its group, in decimal.
+pub(super) const EPOCH: &str = "tributary-epoch";
+/// The BLAKE3 hash of the run's token.
+pub(super) const TOKEN: &str = "tributary-token-bin";
+/// The version of this crate.
+pub(super) const VERSION: &str = "tributary-version";
+
+/// Between two tries to reach a rank.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// The side that calls.
+#[derive(Clone)]
+pub(super) struct Caller {
+    rank: usize,
+    epoch: u32,
+    token: blake3::Hash,
+    counters: Counters,
+    events: UnboundedSender<Event>,
+}
+
+impl Caller {
+    pub(super) fn new(group: &Group, counters: Counters, events: UnboundedSender<Event>) -> Self {
+        let token = blake3::hash(group.token.as_bytes());
+        Self { rank: group.rank, epoch: group.epoch, token, counters, events }
+    }
+
+    /// Reaches rank `to`, trying until `deadline`, and then pushes what is put in the queue that it reports until the
+    /// goodbye. Reports how it went; `_alive` is held until all is over.
+    pub(super) async fn call(self, to: usize, address: SocketAddr, deadline: Instant, _alive: mpsc::Sender<()>) {
+        let line = Arc::<Line>::default();
+        let Some(channel) = self.reach(to, address, deadline, &line).await else { return };
+        let (queue, outbox) = outbox();
+        let _ = self.events.send(Event::Reached { rank: to, queue });
+        let mut request = Request::new(outbox);
+        let metadata = request.metadata_mut();
+        metadata.insert(RANK, self.rank.into());
+        metadata.insert(EPOCH, self.epoch.into());
+        metadata.insert(VERSION, MetadataValue::from_static(env!("CARGO_PKG_VERSION")));
+        metadata.insert_bin(TOKEN, MetadataValue::from_bytes(self.token.as_bytes()));
+        if let Err(status) = DataClient::new(channel).stream(request).await {
+            // The codes with which `inbound` refuses, and with which another service does.
+            use Code::{AlreadyExists, FailedPrecondition, InvalidArgument, Unauthenticated, Unimplemented};
+            let refusals = [AlreadyExists, FailedPrecondition, InvalidArgument, Unauthenticated, Unimplemented];
+            let refused = refusals.contains(&status.code());
+            let why = explain(&status, &line);
+            let _ = self.events.send(Event::CallFailed { rank: to, why, refused });
+        }
+    }
+
+    async fn reach(&self, to: usize, address: SocketAddr, deadline: Instant, line: &Arc<Line>) -> Option<Channel> {
+        loop {
+            let (counters, line) = (self.counters.clone(), line.clone());
+            let connector = tower::service_fn(move |_| {
+                let (counters, line) = (counters.clone(), line.clone());
+                async move { Socket::connect(address, counters, line).await.map(TokioIo::new) }
+            });
+            // The name is only what the call's header says; the connector knows the address.
+            let endpoint = Endpoint::from_static("http://tributary")
+                .initial_stream_window_size(STREAM_WINDOW_BYTES)
+                .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+                .max_frame_size(FRAME_BYTES_MAX);
+            match timeout_at(deadline, endpoint.connect_with_connector(connector)).await {
+                Err(_) => return None,
+                Ok(Ok(channel)) => return Some(channel),
+                Ok(Err(error)) => {
+                    let _ = self.events.send(Event::Trouble { rank: to, why: root(&error) });
+                    sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+/// A queue for one rank, and what empties it.
+pub(super) fn outbox() -> (UnboundedSender<Bytes>, Outbox) {
+    let (queue, waiting) = mpsc::unbounded_channel();
+    (queue, Outbox { waiting, ended: false })
+}
+
+/// What waits for one rank, as the body of the call to it. It ends behind the goodbye.
+pub(super) struct Outbox {
+    waiting: UnboundedReceiver<Bytes>,
+    ended: bool,
+}
+
+impl Stream for Outbox {
+    type Item = Bytes;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        let message = ready!(self.waiting.poll_recv(context));
+        self.ended = message.as_ref().is_none_or(Bytes::is_empty);
+        if self.ended {
+            // What is sent after the goodbye fails at once and does not pile up.
+            self.waiting.close();
+        }
+        Poll::Ready(message)
+    }
+}
+
+/// What ended a call, in plain words: what the peer said, or else what the socket saw.
+pub(super) fn explain(status: &Status, line: &Line) -> String {
+    match status.code() {
+        // Here tonic puts into words what HTTP/2 says of a connection that broke; the socket knows better.
+        Code::Unknown | Code::Internal | Code::Unavailable | Code::Cancelled => match (line.ended(), status.source()) {
+            (Some(why), _) => why.to_owned(),
+            (None, Some(source)) => root(source),
+            (None, None) => status.message().to_owned(),
+        },
+        _ => status.message().to_owned(),
+    }
+}
+
+/// The innermost cause.
+fn root(error: &(dyn Error + 'static)) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.downcast_ref::<io::Error>().map_or_else(|| error.to_string(), words)
+}

@@ -1,0 +1,296 @@
+//! The process that starts the ranks of this machine, hosts the coordinator where that is its task, and watches over
+//! both. It never trains.
+//!
+//! - [`children`]: worker processes: how they start, how they end, and that none is left.
+
+pub mod children;
+
+use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs as _};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parallel::coordinator::state::{Ending, Input, Options, silence};
+use parallel::coordinator::{Compare, Coordinator};
+
+use crate::error::{Error, Result};
+use crate::log::say;
+use crate::recipe::{Raw, Tag, raw};
+use crate::run::join::{random, remove_nonces, remove_partial, trusted};
+use crate::run::signals::{Manner, Stop, TRY_AGAIN};
+use crate::run::{Request, start};
+
+use children::{Children, Worker};
+
+/// Where the ranks of a run are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum World {
+    /// All on this machine.
+    Local,
+    /// One a process like this one, as torchrun, Slurm or `hosts.sh` start them.
+    Ranks(Ranks),
+    /// Elsewhere: this process only hosts the coordinator, here.
+    Elsewhere {
+        /// Where it listens.
+        listen: SocketAddr,
+    },
+}
+
+/// What the environment says of the ranks: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, TRIBUTARY_PORT.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ranks {
+    /// This process's rank.
+    pub rank: usize,
+    /// How many there are.
+    pub ranks: usize,
+    /// The machine of rank 0.
+    pub master: String,
+    /// Ports for the coordinator; where the first is taken, the next is used.
+    pub ports: Vec<u16>,
+}
+
+/// What a launcher was asked for.
+#[derive(Debug)]
+pub struct Orders {
+    /// The run.
+    pub request: Request,
+    /// How often it is started again after it lost a peer.
+    pub restarts: u32,
+    /// Where its ranks are.
+    pub world: World,
+    /// Whether connections beyond loopback may be neither encrypted nor authenticated.
+    pub trusted_network: bool,
+}
+
+/// How long children have to end by themselves when nobody was lost.
+const END_WITHIN: Duration = Duration::from_secs(10);
+/// How often the launcher looks after its children.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Runs the ranks to their end, again after a lost peer if that is wanted, and returns the exit code.
+///
+/// # Errors
+/// What can be refused before there is a rank.
+pub fn launch(mut orders: Orders) -> Result<u8> {
+    let recipe = &orders.request.recipe;
+    if let World::Ranks(ranks) = &orders.world
+        && ranks.ranks != recipe.parallel.data
+    {
+        return Err(Error::Usage(format!(
+            "WORLD_SIZE is {}, the recipe's parallel.data is {}: make them equal, for example by --set parallel.data={0}",
+            ranks.ranks, recipe.parallel.data
+        )));
+    }
+    let family = Children::default();
+    // The workers' own grace comes first.
+    let (manner, kill) = (Manner { grace_s: recipe.checkpoint.grace_s + 2.0, second_ends: true }, family.clone());
+    let stop = Stop::default();
+    stop.listen(manner, move || kill.kill_all()).map_err(Error::io("listen for signals in", "this process"))?;
+    if !matches!(orders.world, World::Elsewhere { .. }) {
+        start::prepare_text(&orders.request)?;
+    }
+    for restart in 0..=orders.restarts {
+        let ending = attempt(&orders, restart, &family, &stop)?;
+        if !ending.verdict.is_empty() {
+            say(&format!("error: {}", ending.verdict));
+        }
+        if ending.code != TRY_AGAIN || stop.asked() || restart == orders.restarts {
+            return Ok(ending.code);
+        }
+        say(&format!("starting again from the newest checkpoint, restart {} of {}", restart + 1, orders.restarts));
+        orders.request.resume = true;
+    }
+    Ok(TRY_AGAIN)
+}
+
+/// One life of the group.
+fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Result<Ending> {
+    let request = &orders.request;
+    let recipe = &request.recipe;
+    let (coordinator, join) = match &orders.world {
+        World::Local => {
+            let listener = listen(([127, 0, 0, 1], 0).into())?;
+            let coordinator = coordinate(orders, restart, listener)?;
+            let address = coordinator.address().to_string();
+            (Some(coordinator), vec![address])
+        }
+        World::Ranks(ranks) => {
+            let coordinator = match ranks.rank {
+                0 => Some(coordinate(orders, restart, master_listener(ranks, orders.trusted_network)?)?),
+                _ => None,
+            };
+            let at = |port: &u16| format!("{}:{port}", ranks.master);
+            let join = match &coordinator {
+                Some(coordinator) => vec![at(&coordinator.address().port())],
+                None => ranks.ports.iter().map(at).collect(),
+            };
+            (coordinator, join)
+        }
+        World::Elsewhere { listen: at } => {
+            trusted(at.ip(), orders.trusted_network)?;
+            let coordinator = coordinate(orders, restart, listen(*at)?)?;
+            let address = coordinator.address();
+            say(&format!("coordinating {} ranks at {address}: start them with `tributary worker --join {address}`", recipe.parallel.data));
+            (Some(coordinator), Vec::new())
+        }
+    };
+    let ranks: Vec<usize> = match &orders.world {
+        World::Local => (0..recipe.parallel.data).collect(),
+        World::Ranks(ranks) => vec![ranks.rank],
+        World::Elsewhere { .. } => Vec::new(),
+    };
+    let worker = Worker {
+        join,
+        recipe: request.raw.to_toml(),
+        quiet: coordinator.is_some(),
+        trusted_network: orders.trusted_network,
+        within_s: recipe.parallel.join_timeout_s,
+    };
+    for (index, &rank) in ranks.iter().enumerate() {
+        let cores = (recipe.parallel.pin && ranks.len() > 1).then_some((index, ranks.len()));
+        if let Err(error) = family.start(&worker, rank, cores) {
+            family.kill_all();
+            return Err(error);
+        }
+    }
+    let ending = watch(coordinator.as_ref(), family, stop, recipe.parallel.peer_timeout_s);
+    let pids = family.end(if ending.code == 0 { END_WITHIN } else { quarter(recipe.parallel.peer_timeout_s) });
+    drop(coordinator);
+    tidy(&recipe.metrics.runs_dir, &request.name, &pids, ending.code);
+    Ok(ending)
+}
+
+/// What is left of the peer timeout once somebody is lost.
+fn quarter(peer_timeout_s: f64) -> Duration {
+    let all = Duration::from_secs_f64(peer_timeout_s);
+    all - silence(all)
+}
+
+/// Waits for the run's end: the coordinator's word, or without one the end of the only child.
+fn watch(coordinator: Option<&Coordinator>, family: &Children, stop: &Stop, peer_timeout_s: f64) -> Ending {
+    let mut told = false;
+    let stopped_max = Duration::from_secs_f64(peer_timeout_s);
+    loop {
+        let ends = family.look();
+        match coordinator {
+            Some(coordinator) => {
+                for end in ends {
+                    coordinator.tell(Input::Exited { pid: end.pid, how: end.how, code: end.code });
+                }
+                if stop.asked() && !told {
+                    told = true;
+                    coordinator.tell(Input::Stop);
+                }
+                if let Some(ending) = coordinator.ending(LOOK) {
+                    return ending;
+                }
+            }
+            None => {
+                if let Some(end) = ends.into_iter().next() {
+                    // What the worker has to say it has said itself.
+                    let verdict = if end.code.is_some() { String::new() } else { format!("the worker (process {}) {}", end.pid, end.how) };
+                    let code = end.code.and_then(|code| u8::try_from(code).ok()).unwrap_or(TRY_AGAIN);
+                    return Ending { verdict, code };
+                }
+                if let Some(pid) = family.stopped_for(stopped_max) {
+                    let verdict = format!("the worker (process {pid}) was stopped for {peer_timeout_s} s and is killed");
+                    return Ending { verdict, code: TRY_AGAIN };
+                }
+                if stop.asked() && !told {
+                    told = true;
+                    family.terminate();
+                }
+                std::thread::sleep(LOOK);
+            }
+        }
+    }
+}
+
+/// Starts the coordinator of this life.
+fn coordinate(orders: &Orders, restart: u32, listener: TcpListener) -> Result<Coordinator> {
+    let (request, parallel) = (&orders.request, &orders.request.recipe.parallel);
+    let options = Options {
+        ranks: parallel.data,
+        version: crate::VERSION.into(),
+        recipe: request.raw.to_toml(),
+        name: request.name.clone(),
+        resume: request.resume,
+        restart,
+        peer_timeout: Duration::from_secs_f64(parallel.peer_timeout_s),
+        join_within: Duration::from_secs_f64(parallel.join_timeout_s),
+        epoch: restart + 1,
+        token: random(),
+    };
+    let ours = request.raw.clone();
+    Coordinator::start(listener, options, compare(ours)).map_err(Error::io("start the coordinator in", "this process"))
+}
+
+/// Names every key but the local ones in which a worker's recipe differs.
+fn compare(ours: Raw) -> Compare {
+    Arc::new(move |theirs: &str| {
+        let (theirs, faults) = raw::read(theirs, &[]);
+        let broken = faults.iter().map(|fault| format!("{}: {}", fault.key, fault.what));
+        let tags = [Tag::Fixed, Tag::Resumable, Tag::Free];
+        let show = |key: &str, ours: Option<&raw::Value>, theirs: Option<&raw::Value>| {
+            let text = |value: Option<&raw::Value>| value.map_or_else(|| "nothing".to_owned(), raw::Value::to_toml);
+            format!("{key}: the coordinator has {}, the worker {}", text(ours), text(theirs))
+        };
+        let keys = crate::recipe::keys::KEYS.iter().filter(|key| tags.contains(&key.tag));
+        let differ = keys.filter(|key| ours.get(key.name) != theirs.get(key.name));
+        broken.chain(differ.map(|key| show(key.name, ours.get(key.name), theirs.get(key.name)))).collect()
+    })
+}
+
+fn listen(address: SocketAddr) -> Result<TcpListener> {
+    TcpListener::bind(address).map_err(|error| {
+        let why = match error.kind() {
+            std::io::ErrorKind::AddrInUse => "the port is in use: stop who has it, or choose another".to_owned(),
+            _ => error.to_string(),
+        };
+        Error::Usage(format!("the coordinator cannot listen at {address}: {why}"))
+    })
+}
+
+/// Listens where rank 0 is to listen: at the first of the ports that is free.
+fn master_listener(ranks: &Ranks, trusted_network: bool) -> Result<TcpListener> {
+    let ip = resolve(&ranks.master)?;
+    trusted(ip, trusted_network)?;
+    let mut last = Err(Error::Usage("MASTER_PORT: expected a port".into()));
+    for &port in &ranks.ports {
+        last = listen((ip, port).into());
+        if last.is_ok() {
+            break;
+        }
+    }
+    last
+}
+
+/// The address behind a name.
+///
+/// # Errors
+/// There is none.
+pub fn resolve(host: &str) -> Result<IpAddr> {
+    let wrong = |why: String| Error::Usage(format!("MASTER_ADDR: expected a host, found {host:?}: {why}"));
+    let mut addresses = (host, 0).to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
+    addresses.next().map(|address| address.ip()).ok_or_else(|| wrong("it has no address".into()))
+}
+
+/// Takes away what killed workers could not.
+fn tidy(runs: &Path, name: &str, pids: &[u32], code: u8) {
+    pids.iter().for_each(|&pid| remove_nonces(runs, pid));
+    if code != 0 {
+        let until = Instant::now() + Duration::from_secs(1);
+        let checkpoints = runs.join(name).join("checkpoints");
+        remove_partial(&checkpoints);
+        // A rank of another machine that shares the folder may have been at it.
+        while checkpoints.is_dir() && left_over(&checkpoints) && Instant::now() < until {
+            std::thread::sleep(LOOK);
+            remove_partial(&checkpoints);
+        }
+    }
+}
+
+fn left_over(checkpoints: &Path) -> bool {
+    let entries = std::fs::read_dir(checkpoints).into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| checkpoint::layout::is_left_over(&entry.file_name().to_string_lossy()))
+}

@@ -1,0 +1,187 @@
+//! Worker processes: how they start, how they end, and that none is left.
+
+use std::io::Write as _;
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+use crate::error::{Error, Result};
+
+/// What every worker of this launcher is told.
+#[derive(Clone, Debug)]
+pub struct Worker {
+    /// Where the coordinator may be.
+    pub join: Vec<String>,
+    /// The launcher's recipe.
+    pub recipe: String,
+    /// Whether the launcher says how the run ended.
+    pub quiet: bool,
+    /// Whether connections beyond loopback may be neither encrypted nor authenticated.
+    pub trusted_network: bool,
+    /// Seconds in which the coordinator must answer.
+    pub within_s: f64,
+}
+
+/// How a child ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct End {
+    /// Its process id.
+    pub pid: u32,
+    /// As in "was killed by SIGKILL".
+    pub how: String,
+    /// Its exit code, if it had one.
+    pub code: Option<i32>,
+}
+
+/// The worker processes of this launcher. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Children(Arc<Mutex<Vec<Running>>>);
+
+#[derive(Debug)]
+struct Running {
+    child: Child,
+    /// Since when it is stopped (SIGSTOP), as far as the system tells.
+    stopped: Option<Instant>,
+}
+
+impl Children {
+    /// Starts the worker of a rank, on its share of this process's cores: `(index, of)`.
+    ///
+    /// # Errors
+    /// The system refuses the process.
+    pub fn start(&self, worker: &Worker, rank: usize, cores: Option<(usize, usize)>) -> Result<()> {
+        let program = std::env::current_exe().map_err(Error::io("find", "this program"))?;
+        let mut command = Command::new(&program);
+        command.args(["worker", "--supervised", "--rank", &rank.to_string()]);
+        command.args(["--join-timeout-s", &worker.within_s.to_string()]);
+        worker.join.iter().for_each(|address| _ = command.args(["--join", address]));
+        command.args(worker.quiet.then_some("--quiet"));
+        command.args(worker.trusted_network.then_some("--trusted-network"));
+        // A terminal's Ctrl-C is the launcher's matter; the worker's end of the pipe tells it that the launcher lives.
+        command.process_group(0).stdin(Stdio::piped());
+        if rank > 0 {
+            command.stdout(Stdio::null());
+        }
+        let spawn = move || {
+            if let Some(cores) = cores {
+                pin(cores);
+            }
+            command.spawn()
+        };
+        // A child inherits the cores of the thread that starts it, so that is a thread of its own.
+        let spawned = std::thread::spawn(spawn).join().unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into()));
+        let mut child = spawned.map_err(Error::io("start", program))?;
+        if let Some(pipe) = &mut child.stdin {
+            // A child that is gone already is noticed when it is looked after.
+            let length = worker.recipe.len() as u64;
+            let _ = pipe.write_all(&length.to_le_bytes()).and_then(|()| pipe.write_all(worker.recipe.as_bytes()));
+        }
+        self.lock().push(Running { child, stopped: None });
+        Ok(())
+    }
+
+    /// The children that have ended since the last look.
+    pub fn look(&self) -> Vec<End> {
+        let mut ends = Vec::new();
+        self.lock().retain_mut(|running| match running.child.try_wait() {
+            Ok(Some(status)) => {
+                let (how, code) = how(status);
+                ends.push(End { pid: running.child.id(), how, code });
+                false
+            }
+            _ => {
+                match is_stopped(running.child.id()) {
+                    true => _ = running.stopped.get_or_insert_with(Instant::now),
+                    false => running.stopped = None,
+                }
+                true
+            }
+        });
+        ends
+    }
+
+    /// A child that has been stopped for longer than `limit`.
+    #[must_use]
+    pub fn stopped_for(&self, limit: Duration) -> Option<u32> {
+        let list = self.lock();
+        let long = |running: &&Running| running.stopped.is_some_and(|since| since.elapsed() > limit);
+        list.iter().find(long).map(|running| running.child.id())
+    }
+
+    /// Asks all to stop in good order.
+    pub fn terminate(&self) {
+        for running in &*self.lock() {
+            // It may have ended just now.
+            let _ = kill_process(Pid::from_child(&running.child), Signal::TERM);
+        }
+    }
+
+    /// Waits for all to end, at most so long, and kills the rest. Returns the process ids.
+    pub fn end(&self, within: Duration) -> Vec<u32> {
+        let until = Instant::now() + within;
+        let mut pids: Vec<u32> = self.lock().iter().map(|running| running.child.id()).collect();
+        while !self.lock().is_empty() && Instant::now() < until {
+            pids.extend(self.look().into_iter().map(|end| end.pid));
+            // Whoever is stopped will not end by itself.
+            if self.lock().iter().all(|running| running.stopped.is_some()) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.kill_all();
+        pids
+    }
+
+    /// Kills all and waits until they are gone.
+    pub fn kill_all(&self) {
+        for mut running in self.lock().drain(..) {
+            // It fails when the child has ended already.
+            let _ = running.child.kill();
+            let _ = running.child.wait();
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Running>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How a process ended, for people.
+fn how(status: ExitStatus) -> (String, Option<i32>) {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => (format!("ended with exit code {code}"), Some(code)),
+        (None, Some(signal)) => (format!("was killed by {}", signal_name(signal)), None),
+        (None, None) => ("ended".into(), None),
+    }
+}
+
+fn signal_name(signal: i32) -> String {
+    signal_hook::low_level::signal_name(signal).map_or_else(|| format!("signal {signal}"), str::to_owned)
+}
+
+/// Whether the system has stopped the process, where it tells.
+fn is_stopped(pid: u32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    // The state follows the name, which is in parentheses and may hold any character.
+    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+}
+
+/// Keeps this thread, and what it starts, to one part of the cores that it has.
+fn pin((index, of): (usize, usize)) {
+    let Ok(have) = sched_getaffinity(None) else { return };
+    let cores: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|&core| have.is_set(core)).collect();
+    let share = if cores.len() < of {
+        cores.get(index % cores.len().max(1)..).map_or(&[][..], |rest| &rest[..1])
+    } else {
+        &cores[index * cores.len() / of..(index + 1) * cores.len() / of]
+    };
+    let mut set = CpuSet::new();
+    share.iter().for_each(|&core| set.set(core));
+    if let Err(error) = sched_setaffinity(None, &set) {
+        tracing::warn!("rank {index} could not be kept to its cores: {error}");
+    }
+}

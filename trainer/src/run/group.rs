@@ -1,0 +1,175 @@
+//! A run's tie to the other ranks: who they are, the line to the coordinator, and checkpoints that all write together.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use checkpoint::writer::{Outcome, Part};
+use parallel::control::{Control, ControlError};
+use parallel::coordinator::FromCoordinator as To;
+use parallel::data::StreamError;
+use parallel::data::engine::EngineError;
+use parallel::progress::Stage;
+use parallel::transport::Transport;
+use parallel::transport::grpc::GrpcTransport;
+use parallel::wire::control::from_worker::What as From;
+use parallel::wire::control::{Committed, Leaving, Lost, Part as PartMessage, Settled};
+use serde_json::json;
+
+use super::Run;
+use super::join::Ender;
+use crate::error::{Error, Result};
+use crate::state::Share;
+
+/// One rank's tie to the others.
+#[derive(Debug)]
+pub struct Group {
+    /// Who this rank is, and what it writes.
+    pub share: Share,
+    /// The line to the coordinator.
+    pub control: Control,
+    /// The connections to the other ranks.
+    pub transport: Arc<GrpcTransport>,
+    /// What happens when the run ends for everybody.
+    pub ender: Ender,
+    /// Bytes that this rank would send a step if everything travelled as f32.
+    pub f32_bytes: u64,
+    /// Steps whose checkpoint all ranks write, and those among them that this rank commits.
+    pub saving: BTreeSet<u64>,
+    /// Those of them that this rank, as the lead of its folder, is giving their name.
+    pub committing: BTreeSet<u64>,
+}
+
+/// How long a rank waits for the others' goodbye at the end. They have all voted on the last step by then.
+const GOODBYE_WITHIN: Duration = Duration::from_secs(5);
+
+impl Group {
+    /// What an error means for this rank's run: when another rank is behind it, the coordinator's verdict.
+    #[must_use]
+    pub fn explain(&self, error: Error, peer_timeout_s: f64) -> Error {
+        let within = Duration::from_secs_f64(peer_timeout_s);
+        match error {
+            Error::Stream(StreamError::Engine(engine)) => match engine {
+                EngineError::Lost { rank, .. } => {
+                    let lost = Lost { rank: rank as u32, why: engine.to_string() };
+                    self.control.say(From::Lost(lost));
+                    let ending = self.control.ending(within);
+                    Error::Verdict(format!("{}\nhere: {engine}", ending.verdict), ending.code)
+                }
+                EngineError::Aborted(_) => {
+                    let ending = self.control.ending(within);
+                    Error::Verdict(ending.verdict, ending.code)
+                }
+                other => StreamError::Engine(other).into(),
+            },
+            Error::Control(ControlError::Ended(ending)) => Error::Verdict(ending.verdict, ending.code),
+            other => other,
+        }
+    }
+
+    /// Ends the connections to the other ranks in good order. Nothing is to be exchanged after it.
+    pub fn say_goodbye(&self) {
+        self.transport.close(GOODBYE_WITHIN);
+    }
+
+    /// Says how this rank ended.
+    pub fn leave(self, leaving: Leaving) {
+        self.control.leave(leaving);
+    }
+}
+
+impl Run {
+    /// Takes what the coordinator says between two steps, waiting for it at most so long.
+    ///
+    /// # Errors
+    /// The run has ended for everybody.
+    pub(super) fn listen(&mut self, within: Duration) -> Result<()> {
+        let mut within = within;
+        loop {
+            let Some(group) = &mut self.group else { return Ok(()) };
+            let Some(message) = group.control.poll(within)? else { return Ok(()) };
+            within = Duration::ZERO;
+            match message {
+                To::Commit(commit) => {
+                    let parse = |text: &String| serde_json::from_str::<Part>(text);
+                    let parts: std::result::Result<Vec<Part>, _> = commit.parts.iter().map(parse).collect();
+                    match parts {
+                        Ok(parts) => {
+                            group.committing.insert(commit.step);
+                            self.writer.commit(commit.step, commit.id, parts);
+                        }
+                        Err(error) => {
+                            let error = Some(format!("a part of the checkpoint makes no sense: {error}"));
+                            group.control.say(From::Committed(Committed { step: commit.step, error }));
+                        }
+                    }
+                }
+                To::Settled(settled) => self.settled(settled),
+                other => return Err(group.control.out_of_turn(&other).into()),
+            }
+        }
+    }
+
+    /// All folders have the checkpoint, or it is given up.
+    fn settled(&mut self, settled: Settled) {
+        let Settled { step, id, error } = settled;
+        self.writer.settle(step, error.is_none());
+        if let Some(group) = &mut self.group {
+            group.saving.remove(&step);
+            group.committing.remove(&step);
+        }
+        match error {
+            None => {
+                self.committed = Some(step);
+                self.event("checkpoint", step, json!({ "id": id }));
+            }
+            Some(error) => {
+                self.not_written(step, &error, ", training goes on");
+                self.failure = Some(Error::Checkpoint(checkpoint::CheckpointError::Peer { step, why: error }));
+            }
+        }
+    }
+
+    /// Tells the coordinator what this rank's writer has done.
+    pub(super) fn tell(&mut self, outcome: Outcome) {
+        let Some(group) = &mut self.group else { return };
+        match outcome {
+            Outcome::Written { step, part, .. } => {
+                let (json, error) = match serde_json::to_string(&part) {
+                    Ok(json) => (json, None),
+                    Err(error) => (String::new(), Some(error.to_string())),
+                };
+                group.control.say(From::Part(PartMessage { step, json, error }));
+            }
+            Outcome::Committed { step, bytes, seconds, path, .. } => {
+                tracing::info!(step, bytes, seconds, path = %path.display(), "a checkpoint has its name");
+                group.control.say(From::Committed(Committed { step, error: None }));
+            }
+            Outcome::Failed { step, error } => {
+                let error = Some(error.to_string());
+                if group.committing.contains(&step) {
+                    group.control.say(From::Committed(Committed { step, error }));
+                } else {
+                    group.control.say(From::Part(PartMessage { step, json: String::new(), error }));
+                }
+            }
+            Outcome::Retained { step, removed } => {
+                self.event("checkpoints_removed", step, json!({ "removed": removed }));
+            }
+        }
+    }
+
+    /// Waits until no checkpoint is under way. Everybody's heartbeat bounds it.
+    ///
+    /// # Errors
+    /// The run has ended for everybody.
+    pub(super) fn settle_all(&mut self) -> Result<()> {
+        while self.group.as_ref().is_some_and(|group| !group.saving.is_empty()) {
+            self.stepper.progress().enter(Stage::Checkpointing);
+            let outcomes = self.writer.outcomes();
+            self.note(outcomes, "");
+            self.listen(Duration::from_millis(20))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,352 @@
+//! A rank's way into a run over several processes: from an address to connections with all other ranks.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use parallel::control::{Control, ControlError, Join, local_address};
+use parallel::coordinator::FromCoordinator as To;
+use parallel::coordinator::state::Ending;
+use parallel::data::engine::Aborter;
+use parallel::progress::Progress;
+use parallel::transport::grpc::Listener;
+use parallel::wire::control::from_worker::What as From;
+use parallel::wire::control::{Held, Hello, Holds, Prepared, Property, Seen, Start};
+
+use super::signals::Stop;
+use crate::error::{Error, Result};
+use crate::log::say;
+use crate::recipe::{self, Raw, Recipe, Tag, keys};
+
+/// How a worker finds its run.
+#[derive(Debug)]
+pub struct Ticket {
+    /// Where the coordinator may be, `HOST:PORT` each; they are tried in turn.
+    pub addresses: Vec<String>,
+    /// The rank that it wants.
+    pub rank: Option<usize>,
+    /// Seconds in which the coordinator must answer.
+    pub within: Duration,
+    /// Its own recipe, if it has one: everything but the local keys must be the coordinator's.
+    pub recipe: Option<Raw>,
+    /// `--set` of local keys.
+    pub sets: Vec<String>,
+    /// Where the other ranks reach it, if that is not the local address of the way to the coordinator.
+    pub host_address: Option<IpAddr>,
+    /// Whether connections beyond loopback may be neither encrypted nor authenticated.
+    pub trusted_network: bool,
+    /// Whether the process that started it says how the run ended.
+    pub quiet: bool,
+}
+
+/// A worker with a rank.
+#[derive(Debug)]
+pub struct Joined {
+    /// The line to the coordinator.
+    pub control: Control,
+    /// The recipe as written, with this machine's local keys.
+    pub raw: Raw,
+    /// The recipe as validated.
+    pub recipe: Recipe,
+    /// Where the other ranks will connect.
+    pub listener: Option<Listener>,
+    /// What happens when the run ends for everybody.
+    pub ender: Ender,
+    /// Whether the coordinator or a signal asked to stop.
+    pub stop: Stop,
+    /// Read by the heartbeat.
+    pub progress: Arc<Progress>,
+}
+
+/// Joins a run.
+///
+/// # Errors
+/// Nobody is there, the coordinator refuses, or the addresses are beyond loopback and the network is not trusted.
+pub fn join(ticket: Ticket, stop: &Stop) -> Result<Joined> {
+    for set in &ticket.sets {
+        let name = set.split('=').next().unwrap_or_default().trim();
+        if keys::find(name).is_some_and(|key| key.tag != Tag::Local) {
+            return Err(Error::Usage(format!(
+                "--set {name}: a worker takes the coordinator's recipe and may change only keys tagged local, which this \
+                 is not; change it where the coordinator runs"
+            )));
+        }
+    }
+    let (ender, progress) = (Ender::new(ticket.quiet), Arc::<Progress>::default());
+    let until = Instant::now() + ticket.within;
+    let mut turn = ticket.addresses.iter().cycle();
+    let (control, listener) = loop {
+        let address = turn.next().ok_or_else(|| Error::Usage("--join: expected HOST:PORT".into()))?;
+        let left = until.saturating_duration_since(Instant::now());
+        let several = ticket.addresses.len() > 1;
+        let within = if several { left.min(Duration::from_secs(2)) } else { left };
+        match greet(&ticket, address, within, &ender, stop, &progress) {
+            Err(Error::Control(ControlError::NotThere { why, .. })) => {
+                if Instant::now() + Duration::from_millis(50) > until {
+                    let (address, within_s) = (ticket.addresses.join(" and "), ticket.within.as_secs_f64());
+                    return Err(ControlError::NotThere { address, within_s, why }.into());
+                }
+            }
+            other => break other?,
+        }
+    };
+    ender.set_grace(control.welcome().peer_timeout_s / 8.0);
+    let read = local_recipe(&control.welcome().recipe, &ticket);
+    let (raw, recipe) = match read {
+        Ok(read) => read,
+        Err(error) => {
+            leave_with(control, &error);
+            return Err(error);
+        }
+    };
+    let listener = Some(listener);
+    Ok(Joined { control, raw, recipe, listener, ender, stop: stop.clone(), progress })
+}
+
+fn greet(
+    ticket: &Ticket,
+    address: &str,
+    within: Duration,
+    ender: &Ender,
+    stop: &Stop,
+    progress: &Arc<Progress>,
+) -> Result<(Control, Listener)> {
+    let ip = match ticket.host_address {
+        Some(ip) => ip,
+        None => local_address(address)
+            .map_err(|error| Error::Usage(format!("--join {address}: expected HOST:PORT of a coordinator: {error}")))?,
+    };
+    trusted(ip, ticket.trusted_network)?;
+    let listener = Listener::bind(ip, 0)?;
+    let hello = Hello {
+        version: crate::VERSION.into(),
+        rank: ticket.rank.and_then(|rank| u32::try_from(rank).ok()),
+        host: gethostname::gethostname().to_string_lossy().into_owned(),
+        pid: std::process::id(),
+        recipe: ticket.recipe.as_ref().map(Raw::to_toml),
+    };
+    let (on_end, on_stop) = (ender.clone(), stop.clone());
+    let control = Control::join(Join {
+        address: address.to_owned(),
+        within,
+        hello,
+        progress: progress.clone(),
+        on_end: Box::new(move |ending| on_end.end(ending)),
+        on_stop: Box::new(move || on_stop.ask()),
+    })?;
+    Ok((control, listener))
+}
+
+/// Refuses an address beyond loopback unless the network is trusted.
+///
+/// # Errors
+/// The address is beyond loopback and the network is not trusted.
+pub fn trusted(ip: IpAddr, trusted_network: bool) -> Result<()> {
+    if ip.is_loopback() || trusted_network {
+        return Ok(());
+    }
+    Err(Error::Usage(format!(
+        "{ip} is beyond loopback, and connections are neither encrypted nor authenticated yet: give --trusted-network if \
+         nobody else is on this network"
+    )))
+}
+
+/// The coordinator's recipe with the local keys of this worker.
+fn local_recipe(text: &str, ticket: &Ticket) -> Result<(Raw, Recipe)> {
+    let mut sets = Vec::new();
+    if let Some(own) = &ticket.recipe {
+        let local = keys::KEYS.iter().filter(|key| key.tag == Tag::Local);
+        sets.extend(local.filter_map(|key| Some(format!("{}={}", key.name, own.get(key.name)?.to_toml()))));
+    }
+    sets.extend(ticket.sets.iter().cloned());
+    Ok(recipe::read("the coordinator's recipe", text, &sets)?)
+}
+
+/// Where this rank stands, and with whom.
+#[derive(Debug)]
+pub struct Met {
+    /// Epoch, token, peers and checkpoint.
+    pub start: Start,
+    /// For each rank the lead of its folder.
+    pub lead_of: Vec<usize>,
+}
+
+impl Joined {
+    /// This rank.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        self.control.welcome().rank as usize
+    }
+
+    /// Tells the coordinator that this rank is ready, and meets the others. `hold` is called on the lead of a run folder;
+    /// it opens the folder and returns its checkpoints.
+    ///
+    /// # Errors
+    /// Somebody failed, or differs; the folder cannot be used.
+    pub fn meet(&self, properties: Vec<Property>, hold: impl FnOnce() -> Result<Vec<Held>>) -> Result<Met> {
+        let nonce = Nonce::create(&self.recipe.metrics.runs_dir)?;
+        let data_address = self.listener.as_ref().map_or_else(String::new, |at| at.local_address().to_string());
+        self.control.say(From::Prepared(Prepared { data_address, properties, nonce: nonce.name.clone() }));
+        let look = match self.control.next()? {
+            To::Look(look) => look,
+            other => return Err(self.control.out_of_turn(&other).into()),
+        };
+        let runs = &self.recipe.metrics.runs_dir;
+        let seen = |name: &String| Nonce::is_name(name) && std::fs::File::open(runs.join(name)).is_ok();
+        let nonces = look.nonces.into_iter().filter(seen).collect();
+        self.control.say(From::Seen(Seen { nonces }));
+        let places = match self.control.next()? {
+            To::Places(places) => places,
+            other => return Err(self.control.out_of_turn(&other).into()),
+        };
+        drop(nonce);
+        let lead_of: Vec<usize> = places.lead_of.into_iter().map(|rank| rank as usize).collect();
+        let checkpoints = if lead_of.get(self.rank()) == Some(&self.rank()) { hold()? } else { Vec::new() };
+        self.control.say(From::Holds(Holds { checkpoints }));
+        match self.control.next()? {
+            To::Start(start) => Ok(Met { start, lead_of }),
+            other => Err(self.control.out_of_turn(&other).into()),
+        }
+    }
+}
+
+/// Where all ranks listen.
+///
+/// # Errors
+/// What is no address, which a coordinator of this version does not send.
+pub fn addresses(start: &Start) -> Result<Vec<SocketAddr>> {
+    let parse = |text: &String| text.parse().map_err(|_| Error::Usage(format!("a rank's address is {text:?}")));
+    start.peers.iter().map(|peer| parse(&peer.data_address)).collect()
+}
+
+/// Tells the coordinator that this worker cannot go on.
+pub fn leave_with(control: Control, error: &Error) {
+    let (code, error) = (error.exit_code().into(), Some(error.to_string()));
+    control.leave(parallel::wire::control::Leaving { step: 0, parameter_hash: String::new(), error, code });
+}
+
+/// A small file by which machines find out whether they share a folder.
+struct Nonce {
+    path: PathBuf,
+    name: String,
+}
+
+const NONCE: &str = ".nonce-";
+
+impl Nonce {
+    fn create(runs: &Path) -> Result<Self> {
+        let name = format!("{NONCE}{}-{}", std::process::id(), random());
+        let path = runs.join(&name);
+        std::fs::write(&path, &name).map_err(Error::io("write", &path))?;
+        Ok(Self { path, name })
+    }
+
+    fn is_name(name: &str) -> bool {
+        name.starts_with(NONCE) && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-".contains(&byte))
+    }
+}
+
+impl Drop for Nonce {
+    fn drop(&mut self) {
+        // The folder may have gone with the machine's network; then there is nothing to remove.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Removes what a killed process of this id left in the folder of runs.
+pub fn remove_nonces(runs: &Path, pid: u32) {
+    let mine = format!("{NONCE}{pid}-");
+    for entry in std::fs::read_dir(runs).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(&mine) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Thirty-two hexadecimal digits that nobody had before. Not for secrets.
+#[must_use]
+pub fn random() -> String {
+    use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+    // Each state has a key of its own from the system's random numbers.
+    let half = || RandomState::new().build_hasher().finish();
+    format!("{:016x}{:016x}", half(), half())
+}
+
+/// What happens to this process when the run ends for everybody: the training thread is woken, and if it cannot end in
+/// time, because it computes, the process ends without it.
+#[derive(Clone, Debug)]
+pub struct Ender(Arc<Ends>);
+
+#[derive(Debug)]
+struct Ends {
+    aborter: Mutex<Option<Aborter>>,
+    /// Where half-written checkpoints would lie.
+    checkpoints: Mutex<Option<PathBuf>>,
+    grace_ms: AtomicU64,
+    quiet: bool,
+    said: AtomicBool,
+}
+
+impl Ender {
+    fn new(quiet: bool) -> Self {
+        let (aborter, checkpoints) = (Mutex::new(None), Mutex::new(None));
+        let (grace_ms, said) = (AtomicU64::new(125), AtomicBool::new(false));
+        Self(Arc::new(Ends { aborter, checkpoints, grace_ms, quiet, said }))
+    }
+
+    fn set_grace(&self, seconds: f64) {
+        self.0.grace_ms.store((seconds.clamp(0.05, 2.0) * 1e3) as u64, Ordering::Relaxed);
+    }
+
+    /// What to wake.
+    pub fn wake(&self, aborter: Aborter) {
+        *lock(&self.0.aborter) = Some(aborter);
+    }
+
+    /// Where half-written checkpoints would lie.
+    pub fn tidy(&self, checkpoints: PathBuf) {
+        *lock(&self.0.checkpoints) = Some(checkpoints);
+    }
+
+    /// The run has ended.
+    pub fn end(&self, ending: &Ending) {
+        if let Some(aborter) = &*lock(&self.0.aborter) {
+            aborter.abort(&ending.verdict);
+        }
+        let (ender, ending) = (self.clone(), ending.clone());
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(ender.0.grace_ms.load(Ordering::Relaxed)));
+            if let Some(checkpoints) = &*lock(&ender.0.checkpoints) {
+                remove_partial(checkpoints);
+            }
+            ender.say(&ending.verdict);
+            std::process::exit(i32::from(ending.code));
+        });
+    }
+
+    /// Says how the run ended, once, unless the process that started this one does.
+    pub fn say(&self, verdict: &str) {
+        if !self.0.said.swap(true, Ordering::Relaxed) {
+            tracing::error!("{verdict}");
+            if !self.0.quiet {
+                say(&format!("error: {verdict}"));
+            }
+        }
+    }
+}
+
+/// Removes checkpoints that nobody will complete.
+pub fn remove_partial(checkpoints: &Path) {
+    for entry in std::fs::read_dir(checkpoints).into_iter().flatten().flatten() {
+        if checkpoint::layout::is_left_over(&entry.file_name().to_string_lossy()) {
+            // Another rank may be removing it too.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,107 @@
+//! Faults that tests put into a run, to see that it notices. The binary `tributary` has none; the one that tests run
+//! reads them from its environment.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use burn::Tensor;
+
+use crate::error::{Error, Result};
+use crate::step::Stepper;
+
+/// What is to go wrong.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tamper {
+    /// The loss of (rank, step) is multiplied with NaN.
+    nan: Vec<(usize, u64)>,
+    /// The loss of (rank, step) is multiplied with 100.
+    pulse: Vec<(usize, u64)>,
+    /// This (rank, step) dies by its own hand, in the middle of its step.
+    die: Vec<(usize, u64)>,
+    /// Error feedback forgets what was left out.
+    pub no_feedback: bool,
+    /// A resume forgets what owners left out.
+    pub forget_owner: bool,
+    /// Gradients and sums of every step are written below this folder.
+    record: Option<PathBuf>,
+}
+
+impl Tamper {
+    /// Reads a list such as `nan:1:5,pulse:0:3,die:1:4,no-feedback,forget-owner,record:DIR`. What it does not know it
+    /// refuses.
+    ///
+    /// # Errors
+    /// The first item that is none.
+    pub fn parse(list: &str) -> std::result::Result<Self, String> {
+        let mut tamper = Self::default();
+        for item in list.split(',').filter(|item| !item.is_empty()) {
+            let (kind, rest) = item.split_once(':').unwrap_or((item, ""));
+            let place = || {
+                let (rank, step) = rest.split_once(':')?;
+                Some((rank.parse().ok()?, step.parse().ok()?))
+            };
+            match (kind, place()) {
+                ("nan", Some(place)) => tamper.nan.push(place),
+                ("pulse", Some(place)) => tamper.pulse.push(place),
+                ("die", Some(place)) => tamper.die.push(place),
+                ("no-feedback", None) => tamper.no_feedback = true,
+                ("forget-owner", None) => tamper.forget_owner = true,
+                ("record", None) => tamper.record = Some(rest.into()),
+                _ => return Err(format!("no such fault: {item}")),
+            }
+        }
+        Ok(tamper)
+    }
+
+    /// The loss of one rank's micro-batch, with what is to go wrong in it.
+    #[must_use]
+    pub fn loss(&self, rank: usize, step: u64, loss: Tensor<1>) -> Tensor<1> {
+        if self.die.contains(&(rank, step)) {
+            std::process::abort();
+        }
+        if self.nan.contains(&(rank, step)) {
+            return loss.mul_scalar(f32::NAN);
+        }
+        if self.pulse.contains(&(rank, step)) {
+            return loss.mul_scalar(100.0);
+        }
+        loss
+    }
+
+    /// Writes this rank's gradients and the sums of the step that just ended, if that is wanted: f32, little-endian,
+    /// each parameter's gradient and then its sum, in logical order.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn record(&self, stepper: &Stepper, rank: usize, step: u64, skipped: bool) -> Result<()> {
+        let (Some(folder), Some(engine)) = (&self.record, stepper.engine()) else { return Ok(()) };
+        let path = folder.join(format!("rank-{rank}-step-{step}{}.bin", if skipped { "-skipped" } else { "" }));
+        let mut bytes = Vec::new();
+        for index in 0..stepper.plan().parameters().len() {
+            let own = stepper.own_gradient(index);
+            let exchange = engine.exchange();
+            for value in own.iter().chain(exchange.sum(index)) {
+                bytes.extend(value.to_le_bytes());
+            }
+        }
+        write(&path, &bytes).map_err(Error::io("write", path))
+    }
+}
+
+fn write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    std::fs::File::create(path)?.write_all(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_is_read_and_what_is_no_fault_is_refused() {
+        let tamper = Tamper::parse("nan:1:5,no-feedback,record:/tmp/x").expect("known faults");
+        assert_eq!(tamper.nan, [(1, 5)]);
+        assert!(tamper.no_feedback && !tamper.forget_owner && tamper.record.is_some());
+        assert!(Tamper::parse("nan:1").is_err() && Tamper::parse("nna:1:5").is_err());
+        assert_eq!(Tamper::parse(""), Ok(Tamper::default()));
+    }
+}
