@@ -1,26 +1,27 @@
 //! A worker's side of the control plane: it joins, sends heartbeats from a thread of its own, and is told when the run
 //! ends.
+//!
+//! - this file: what the training thread sees of it.
+//! - `thread`: the control thread, from the first try to reach the coordinator to the end of the line.
+
+mod thread;
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
-use tokio::sync::mpsc::{UnboundedSender, WeakUnboundedSender, unbounded_channel};
-use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::transport::Endpoint;
+use tokio::sync::mpsc::UnboundedSender;
 
-use crate::coordinator::MESSAGE_BYTES_MAX;
-use crate::coordinator::state::{Ending, TRY_AGAIN, interval, silence};
+use crate::coordinator::state::{Ending, TRY_AGAIN};
 use crate::progress::Progress;
-use crate::transport::socket::words;
-use crate::wire::control::coordinator_client::CoordinatorClient;
 use crate::wire::control::from_worker::What as From;
 use crate::wire::control::to_worker::What as To;
-use crate::wire::control::{FromWorker, Hello, Leaving, Mark, ToWorker, Welcome};
+use crate::wire::control::{FromWorker, Hello, Leaving, Welcome};
+use thread::{not_there, run};
 
 /// How a worker joins.
 pub struct Join {
@@ -33,9 +34,18 @@ pub struct Join {
     /// Read by the heartbeat.
     pub progress: Arc<Progress>,
     /// Called once, from the control thread, when the run ends for everybody. The process should be gone soon after.
-    pub on_end: Box<dyn Fn(&Ending) + Send>,
+    pub on_end: Box<dyn Fn(&Ending, By) + Send>,
     /// Called, from the control thread, when the coordinator asks for a stop in good order.
     pub on_stop: Box<dyn Fn() + Send>,
+}
+
+/// Who says how the run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// The coordinator.
+    Coordinator,
+    /// This worker, which has lost the coordinator.
+    Worker,
 }
 
 /// Why a worker is not part of a run, or is no more.
@@ -209,179 +219,6 @@ impl Drop for Control {
 }
 
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
-/// Between two tries to reach a coordinator.
-const RETRY: Duration = Duration::from_millis(100);
-/// One try to reach it.
-const TRY_WITHIN: Duration = Duration::from_secs(5);
-
-type Told = Result<(Welcome, UnboundedSender<FromWorker>), ControlError>;
-
-async fn run(join: &Join, tell: &Sender<Told>, to_main: &Sender<To>, end: &End) {
-    let until = Instant::now() + join.within;
-    let Greeted { welcome, out, mut messages } = loop {
-        let why = match greet(join, until.max(Instant::now() + RETRY)).await {
-            Ok(greeted) => break greeted,
-            Err(Unwelcome::Never(why)) => {
-                let address = join.address.clone();
-                let _ = tell.send(Err(ControlError::Refused { address, why }));
-                return;
-            }
-            Err(Unwelcome::Later(why)) => why,
-        };
-        if Instant::now() + RETRY > until {
-            let _ = tell.send(Err(not_there(join, why)));
-            return;
-        }
-        tokio::time::sleep(RETRY).await;
-    };
-    let peer_timeout = Duration::try_from_secs_f64(welcome.peer_timeout_s).unwrap_or(Duration::from_secs(30));
-    let theirs = out.downgrade();
-    if tell.send(Ok((welcome, out))).is_err() {
-        return;
-    }
-    let ending = follow(join, peer_timeout, &theirs, &mut messages, to_main).await;
-    if let Some(ending) = ending
-        && !end.left.load(Ordering::SeqCst)
-    {
-        *end.ending.lock().unwrap_or_else(PoisonError::into_inner) = Some(ending.clone());
-        end.changed.notify_all();
-        (join.on_end)(&ending);
-    }
-}
-
-/// Carries messages and heartbeats until the line ends. `None` when this worker has let go of it.
-async fn follow(
-    join: &Join,
-    peer_timeout: Duration,
-    out: &WeakUnboundedSender<FromWorker>,
-    messages: &mut tonic::Streaming<ToWorker>,
-    to_main: &Sender<To>,
-) -> Option<Ending> {
-    let beat = interval(peer_timeout);
-    let mut ticks = tokio::time::interval(beat);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let (mut heard, mut ticked) = (Instant::now(), Instant::now());
-    let mut let_go = None;
-    let gone = |how: String| {
-        let mark = join.progress.mark().text;
-        let verdict = format!("the coordinator at {} {how}; this worker was at {mark}", join.address);
-        Some(Ending { verdict, code: TRY_AGAIN })
-    };
-    loop {
-        let message = tokio::select! {
-            biased;
-            message = messages.message() => message,
-            _ = ticks.tick() => {
-                let now = Instant::now();
-                if now.duration_since(ticked) > beat * 5 {
-                    // It was this process that slept: the coordinator's heartbeats wait in the socket.
-                    heard = now;
-                }
-                ticked = now;
-                let quiet = now.duration_since(heard);
-                if quiet > silence(peer_timeout) {
-                    return gone(format!("has been silent for {:.1} s", quiet.as_secs_f64()));
-                }
-                let mark = join.progress.mark();
-                let mark = Mark { step: mark.step, progress: mark.count, text: mark.text, waits: mark.waits };
-                match out.upgrade() {
-                    Some(out) => _ = out.send(FromWorker { what: Some(From::Beat(mark)) }),
-                    None if now.duration_since(*let_go.get_or_insert(now)) > LEAVE_WITHIN => return None,
-                    None => {}
-                }
-                continue;
-            }
-        };
-        heard = Instant::now();
-        match message {
-            Ok(Some(ToWorker { what: Some(To::Beat(_)) })) => {}
-            Ok(Some(ToWorker { what: Some(To::Abort(abort)) })) => {
-                let code = u8::try_from(abort.code).unwrap_or(TRY_AGAIN);
-                return Some(Ending { verdict: abort.verdict, code });
-            }
-            Ok(Some(ToWorker { what: Some(To::Stop(_)) })) => (join.on_stop)(),
-            // The training thread takes it; when it has ended, nobody needs it.
-            Ok(Some(ToWorker { what: Some(what) })) => _ = to_main.send(what),
-            Ok(Some(ToWorker { what: None })) => {
-                return gone("sent a message that this version does not know: run the same build everywhere".into());
-            }
-            Ok(None) => return gone("closed the connection".into()),
-            Err(status) => return gone(format!("is gone ({})", cause(&status))),
-        }
-    }
-}
-
-/// A worker that the coordinator has given a rank.
-struct Greeted {
-    welcome: Welcome,
-    out: UnboundedSender<FromWorker>,
-    messages: tonic::Streaming<ToWorker>,
-}
-
-/// Why one try was in vain.
-enum Unwelcome {
-    /// Another try may do better.
-    Later(String),
-    /// The coordinator does not want this worker.
-    Never(String),
-}
-
-/// One try: connects, says hello, and waits for the answer, all of it until then. A connection has [`TRY_WITHIN`]; a
-/// coordinator that has been reached is not called a second time while it thinks, for it would see two workers.
-async fn greet(join: &Join, until: Instant) -> Result<Greeted, Unwelcome> {
-    let until = tokio::time::Instant::from_std(until);
-    let later = Unwelcome::Later;
-    if join.address.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
-        return Err(later("that is not HOST:PORT".into()));
-    }
-    let endpoint = Endpoint::from_shared(format!("http://{}", join.address)).map_err(|error| later(cause(&error)))?;
-    let endpoint = endpoint.tcp_nodelay(true).connect_timeout(TRY_WITHIN);
-    let connected = tokio::time::timeout_at(until, endpoint.connect()).await;
-    let connected = connected.map_err(|_| later("it could not be reached in time".into()))?;
-    let channel = connected.map_err(|error| later(cause(&error)))?;
-    let mut client = CoordinatorClient::new(channel)
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let (out, outgoing) = unbounded_channel();
-    let _ = out.send(FromWorker { what: Some(From::Hello(join.hello.clone())) });
-    let answer = async {
-        let answer = client.join(UnboundedReceiverStream::new(outgoing)).await.map_err(|status| cause(&status))?;
-        let mut messages = answer.into_inner();
-        let first = messages.message().await.map_err(|status| cause(&status))?;
-        Ok((first.ok_or("it closed the connection")?.what, messages))
-    };
-    let answer = tokio::time::timeout_at(until, answer).await.map_err(|_| later("it did not answer".into()))?;
-    let (what, messages) = answer.map_err(later)?;
-    match what {
-        Some(To::Welcome(welcome)) => Ok(Greeted { welcome, out, messages }),
-        Some(To::Refused(refused)) if refused.again => Err(later(format!("it says: {}", refused.why))),
-        Some(To::Refused(refused)) => Err(Unwelcome::Never(refused.why)),
-        _ => Err(later(
-            "it greeted in a way that this version does not know: run the same build on every machine".into(),
-        )),
-    }
-}
-
-fn not_there(join: &Join, why: String) -> ControlError {
-    ControlError::NotThere { address: join.address.clone(), within_s: join.within.as_secs_f64(), why }
-}
-
-/// The innermost cause, which is what the system said, or the other side.
-fn cause(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut innermost = error;
-    while let Some(source) = innermost.source() {
-        innermost = source;
-    }
-    if let Some(error) = innermost.downcast_ref::<std::io::Error>() {
-        return words(error);
-    }
-    match innermost.downcast_ref::<tonic::Status>() {
-        Some(status) if status.message().is_empty() => status.code().description().to_owned(),
-        Some(status) => status.message().to_owned(),
-        None => innermost.to_string(),
-    }
-}
-
 /// The address of this machine on the way to `towards`; nothing is sent.
 ///
 /// # Errors

@@ -142,7 +142,7 @@ async fn serve(listener: TcpListener, options: Options, compare: Compare, channe
         .max_concurrent_streams(1)
         .add_service(service)
         .serve_with_incoming_shutdown(Accepted::new(listener, limits, Counters::default()), async {
-            _ = closing.await
+            _ = closing.await;
         });
     let mut server = tokio::spawn(server);
     let start = Instant::now();
@@ -170,3 +170,6 @@ async fn serve(listener: TcpListener, options: Options, compare: Compare, channe
 
 /// What the coordinator says.
 pub type FromCoordinator = To;
+
+#[cfg(test)]
+mod tests;

@@ -57,6 +57,8 @@ pub struct Mark {
     pub text: String,
     /// Whether it waits for other ranks.
     pub waits: bool,
+    /// Whether it does something whose length no step tells.
+    pub slow: bool,
 }
 
 impl Progress {
@@ -106,6 +108,46 @@ impl Progress {
         if let Some(what) = &*self.waits_for.lock().unwrap_or_else(PoisonError::into_inner) {
             text += &format!(": {what}");
         }
-        Mark { step, count, text, waits: stage == Stage::Waiting }
+        let slow = matches!(stage, Stage::Checkpointing | Stage::Ending);
+        Mark { step, count, text, waits: stage == Stage::Waiting, slow }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_stages_is_in_their_order() {
+        for (index, (stage, _)) in STAGES.iter().enumerate() {
+            assert_eq!(*stage as usize, index);
+        }
+    }
+
+    #[test]
+    fn a_mark_says_where_a_rank_is() {
+        let progress = Progress::default();
+        let check = |step, text: &str, waits| {
+            let mark = progress.mark();
+            assert_eq!((mark.step, &*mark.text, mark.waits), (step, text, waits));
+            mark.count
+        };
+        let before = check(0, "starting", false);
+        progress.begin(3);
+        check(3, "step 3, in the forward pass", false);
+        progress.enter(Stage::Backward);
+        progress.bucket();
+        progress.bucket();
+        check(3, "step 3, in the backward pass, 2 buckets full", false);
+        progress.enter(Stage::Waiting);
+        let entered = check(3, "step 3, waiting for the other ranks", true);
+        // To know whom it waits for is no progress.
+        progress.waits_for(Some("rank 1's bucket 4".into()));
+        assert_eq!(check(3, "step 3, waiting for the other ranks: rank 1's bucket 4", true), entered);
+        assert_eq!(entered, before + 5);
+        progress.begin(4);
+        check(4, "step 4, in the forward pass", false);
+        progress.enter(Stage::Backward);
+        check(4, "step 4, in the backward pass, 0 buckets full", false);
     }
 }

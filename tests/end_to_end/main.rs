@@ -2,7 +2,12 @@
 
 mod bad_input;
 mod documents;
+mod dying;
 mod export;
+mod joining;
+mod ledger;
+mod processes;
+mod ranks;
 mod recipes;
 mod resume;
 mod support;

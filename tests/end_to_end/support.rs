@@ -97,6 +97,12 @@ impl Place {
         self.run(&[&["train", "small.toml", "--name", name], more].concat())
     }
 
+    /// Trains with faults put into the run, as `trainer/src/tamper.rs` reads them.
+    pub fn train_with(&self, faults: &str, name: &str, more: &[&str]) -> Ran {
+        let args = [&["train", "small.toml", "--name", name], more].concat();
+        Ran::from(self.command(&args).env("TRIBUTARY_FAULTS", faults).output().expect("it starts"))
+    }
+
     /// Starts and does not wait.
     pub fn start(&self, name: &str, more: &[&str]) -> Child {
         let args = [&["train", "small.toml", "--name", name], more].concat();
@@ -134,6 +140,13 @@ impl Place {
         let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
         names.sort();
         names
+    }
+}
+
+impl Drop for Place {
+    /// A test that failed leaves no process behind either.
+    fn drop(&mut self) {
+        crate::processes::processes(self.folder.path()).iter().for_each(|left| crate::processes::send(left.pid, Signal::KILL));
     }
 }
 

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use checkpoint::export::Dtype;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use parallel::control::By;
+use parallel::coordinator::state::Ending as RunEnding;
 
 use crate::allocator;
 use crate::bench;
@@ -18,7 +20,7 @@ use crate::launch::{self, Orders, Ranks, World};
 use crate::log::{self, RunLog};
 use crate::recipe::resolved::DeviceKeys;
 use crate::recipe::{self, Raw, keys};
-use crate::run::join::{self, Ticket};
+use crate::run::join::{self, Ender, Ticket};
 use crate::run::signals::{Manner, Stop};
 use crate::run::{self, Ended, signals};
 use crate::step::plain_model;
@@ -238,7 +240,9 @@ fn request(args: &Train, log: RunLog, tamper: Tamper) -> Result<run::Request> {
 
 fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     let stop = Stop::default();
-    let recipe = if args.supervised { Some(supervised()?) } else { None };
+    let launcher = std::os::unix::process::parent_id();
+    let ender = Ender::new(args.quiet.then_some(launcher));
+    let recipe = if args.supervised { Some(supervised(launcher, ender.clone())?) } else { None };
     let host = std::env::var("HOST_ADDR").ok();
     let host_address = host
         .map(|host| host.parse().map_err(|_| Error::Usage(format!("HOST_ADDR: expected an IP address, found {host:?}"))))
@@ -258,7 +262,7 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         sets: args.sets,
         host_address,
         trusted_network: args.trusted_network,
-        quiet: args.quiet,
+        ender: ender.clone(),
     };
     let joined = join::join(ticket, &stop)?;
     let manner = Manner { grace_s: joined.recipe.checkpoint.grace_s, second_ends: !args.supervised };
@@ -273,7 +277,6 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         log,
         tamper,
     };
-    let ender = joined.ender.clone();
     match run::start::train_rank(request, joined) {
         Ok(left) => Ok(code(left.ended)),
         // It was said already, or the launcher says it.
@@ -290,7 +293,7 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
 }
 
 /// Reads the launcher's recipe from standard input; when the launcher is gone, this process ends.
-fn supervised() -> Result<Raw> {
+fn supervised(launcher: u32, ender: Ender) -> Result<Raw> {
     let mut input = std::io::stdin().lock();
     let mut read = || {
         let mut length = [0; 8];
@@ -303,14 +306,13 @@ fn supervised() -> Result<Raw> {
     let text = read().map_err(Error::io("read the recipe from", "standard input"))?;
     let text = String::from_utf8(text).map_err(|error| Error::Usage(format!("the launcher's recipe: {error}")))?;
     let (raw, _) = recipe::raw::read(&text, &[]);
-    let launcher = std::os::unix::process::parent_id();
     std::thread::spawn(move || {
         // Nothing more ever comes: the read ends with the launcher.
         let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
         // Where the launcher hosts the coordinator, the control plane notices too, and has more to say.
         std::thread::sleep(Duration::from_millis(300));
-        log::say(&format!("error: the launcher (process {launcher}) is gone: this worker ends"));
-        std::process::exit(i32::from(signals::TRY_AGAIN));
+        let verdict = format!("the launcher (process {launcher}) is gone");
+        ender.end(&RunEnding { verdict, code: signals::TRY_AGAIN }, By::Worker);
     });
     Ok(raw)
 }
@@ -327,11 +329,17 @@ fn ranks(get: impl Fn(&str) -> Option<String>) -> Result<Option<Ranks>> {
         };
         value.map(parse).transpose()
     };
-    let (Some(rank), Some(ranks)) = (number("RANK")?, number("WORLD_SIZE")?) else { return Ok(None) };
+    let beside = |name: &str, other: &str| Error::Usage(format!("{name}: expected it beside {other}, it is not set"));
+    let (rank, ranks) = match (number("RANK")?, number("WORLD_SIZE")?) {
+        (Some(rank), Some(ranks)) => (rank, ranks),
+        (None, None) => return Ok(None),
+        (Some(_), None) => return Err(beside("WORLD_SIZE", "RANK")),
+        (None, Some(_)) => return Err(beside("RANK", "WORLD_SIZE")),
+    };
     if rank >= ranks {
         return Err(Error::Usage(format!("RANK: expected less than WORLD_SIZE = {ranks}, found {rank}")));
     }
-    let needed = |name: &str| Error::Usage(format!("{name}: expected it beside RANK and WORLD_SIZE, it is not set"));
+    let needed = |name: &str| beside(name, "RANK and WORLD_SIZE");
     let master = get("MASTER_ADDR").ok_or_else(|| needed("MASTER_ADDR"))?;
     let port = number("MASTER_PORT")?.ok_or_else(|| needed("MASTER_PORT"))?;
     // torchrun keeps MASTER_PORT for itself.

@@ -115,8 +115,8 @@ pub enum Error {
     Stream(#[from] parallel::data::StreamError),
     /// The replicas are not equal.
     #[error(
-        "after step {step} the parameters of rank {rank} are not those of rank 0: BLAKE3 {} there, {} here; do all \
-         ranks run the same build on the same kind of device? go on with --resume from the checkpoint before", .hashes[1], .hashes[0]
+        "after step {step} the parameters of rank {rank} are not those of rank 0: BLAKE3 {} and {}; do all ranks \
+         run the same build on the same kind of device? go on with --resume from the checkpoint before", .hashes[1], .hashes[0]
     )]
     Replicas {
         /// The step after which they differ.

@@ -16,7 +16,7 @@ use parallel::coordinator::{Compare, Coordinator};
 use crate::error::{Error, Result};
 use crate::log::say;
 use crate::recipe::{Raw, Tag, raw};
-use crate::run::join::{random, remove_nonces, remove_partial, trusted};
+use crate::run::join::{host, random, remove_nonces, remove_partial, trusted};
 use crate::run::signals::{Manner, Stop, TRY_AGAIN};
 use crate::run::{Request, start};
 
@@ -220,6 +220,8 @@ fn coordinate(orders: &Orders, restart: u32, listener: TcpListener) -> Result<Co
         join_within: Duration::from_secs_f64(parallel.join_timeout_s),
         epoch: restart + 1,
         token: random(),
+        host: host(),
+        pid: std::process::id(),
     };
     let ours = request.raw.clone();
     Coordinator::start(listener, options, compare(ours)).map_err(Error::io("start the coordinator in", "this process"))
@@ -281,11 +283,11 @@ fn tidy(runs: &Path, name: &str, pids: &[u32], code: u8) {
     if code != 0 {
         let until = Instant::now() + Duration::from_secs(1);
         let checkpoints = runs.join(name).join("checkpoints");
-        remove_partial(&checkpoints);
+        remove_partial(&checkpoints, std::process::id() as usize);
         // A rank of another machine that shares the folder may have been at it.
         while checkpoints.is_dir() && left_over(&checkpoints) && Instant::now() < until {
             std::thread::sleep(LOOK);
-            remove_partial(&checkpoints);
+            remove_partial(&checkpoints, std::process::id() as usize);
         }
     }
 }

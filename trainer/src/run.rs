@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
 use checkpoint::writer::Writer;
+use parallel::transport::Counted;
 use serde_json::json;
 
 use crate::data::{Data, order};
@@ -111,6 +112,8 @@ struct Run {
     started: Instant,
     wall_before_s: f64,
     last_loss: Option<f64>,
+    /// Bytes at the sockets as of the last line of metrics.
+    counted: Counted,
     /// Seconds of the snapshots since the last line of metrics.
     stall_s: f64,
     /// The newest checkpoint that was committed, and what went wrong with those after it.
@@ -142,7 +145,7 @@ impl Run {
             line.checkpoint_stall_s = std::mem::take(&mut self.stall_s);
             let due = due(step, self.recipe.checkpoint.every) && step < last;
             // The line comes first: a checkpoint never knows of a step that the metrics do not.
-            if let (Some(metrics), Some(progress)) = (&mut self.metrics, &self.progress) {
+            if let (Some(metrics), Some(progress)) = (&mut self.metrics, &mut self.progress) {
                 metrics.step(&line)?;
                 progress.step(&line, self.group.as_ref().map(|group| group.f32_bytes));
             }
@@ -157,6 +160,7 @@ impl Run {
         if let Some(progress) = &self.progress {
             progress.finish();
         }
+        self.compare()?;
         self.last_checkpoint()?;
         if let Some(metrics) = &mut self.metrics {
             metrics.flush()?;
@@ -254,9 +258,11 @@ impl Run {
         let word = self.word();
         let step = self.state.step + 1;
         let tamper = &self.tamper;
+        tamper.before(rank, step)?;
         let spoil = |_: usize, loss| tamper.loss(rank, step, loss);
         let report = self.stepper.step(&mut self.state, &self.recipe, &batches, word, spoil)?;
         self.tamper.record(&self.stepper, rank, step, report.skipped)?;
+        self.tamper.after(rank, step, &mut self.state, &self.config)?;
         self.tokens += report.tokens;
         (self.stopping, self.busy) = (report.stop, report.busy);
         let finite = |x: f64| x.is_finite().then_some(x);
@@ -282,7 +288,8 @@ impl Run {
         }
     }
 
-    fn line(&self, report: &Report) -> Line {
+    fn line(&mut self, report: &Report) -> Line {
+        let before = std::mem::replace(&mut self.counted, report.wire);
         let finite = |x: f64| x.is_finite().then_some(x);
         Line {
             step: self.state.step,
@@ -299,8 +306,8 @@ impl Run {
             wait_s: report.wait_s,
             exposed_s: report.exposed_s,
             overlap: report.overlap,
-            wire_bytes_sent: report.wire.sent,
-            wire_bytes_received: report.wire.received,
+            wire_bytes_sent: report.wire.sent - before.sent,
+            wire_bytes_received: report.wire.received - before.received,
             checkpoint_stall_s: 0.0,
             memory_bytes: metrics::memory_bytes(),
         }

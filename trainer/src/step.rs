@@ -70,7 +70,7 @@ pub struct Report {
     pub wait_s: f64,
     /// The part of the way of the gradients that was over when the last backward pass returned; `None` with one rank.
     pub overlap: Option<f64>,
-    /// Bytes at the sockets during this step.
+    /// Bytes at the sockets so far. Some of a step's bytes leave after it, and some of the next one's come before it.
     pub wire: Counted,
     /// Seconds of the whole step.
     pub step_s: f64,
@@ -161,7 +161,6 @@ impl Stepper {
         let ranks = self.engine().map_or(1, |engine| engine.group().ranks);
         let tokens = ranks * batches.iter().map(|batch| batch.targets.len()).sum::<usize>();
         let (mut loss, mut forward_s, mut backward_s) = (0.0, 0.0, 0.0);
-        let before = self.stream.counted();
         self.progress.begin(step);
 
         let model = self.model(&state.weights);
@@ -188,7 +187,8 @@ impl Stepper {
         drop(model);
 
         let (sum, ballots) = (&finished.sum, &finished.ballots);
-        same_parameters(ballots, state.step)?;
+        let hashes: Vec<_> = ballots.iter().map(|ballot| ballot.parameters).collect();
+        same_parameters(&hashes, state.step)?;
         let loss: f64 = ballots.iter().fold(0.0, |sum, ballot| sum + ballot.loss);
         let grad_norm = global_norm(sum);
         let learning_rate = optimizer::learning_rate(&recipe.schedule, step, recipe.train.steps);
@@ -204,7 +204,6 @@ impl Stepper {
             self.apply(state, recipe, sum, learning_rate, clip_factor(grad_norm, recipe.train.clip_norm));
         }
         let (exposed_s, overlap) = hidden(&finished.timing, exposed);
-        let after = self.stream.counted();
         Ok(Report {
             loss,
             grad_norm: if skipped { f64::NAN } else { grad_norm },
@@ -219,7 +218,7 @@ impl Stepper {
             encode_s: finished.timing.encode_s,
             wait_s: finished.timing.wait_s,
             overlap,
-            wire: Counted { sent: after.sent - before.sent, received: after.received - before.received },
+            wire: self.stream.counted(),
             step_s: start.elapsed().as_secs_f64(),
         })
     }
@@ -248,12 +247,15 @@ impl Stepper {
     }
 }
 
-/// The ranks' hashes of the parameters after step `step`, where they were sent, must be equal.
-fn same_parameters(ballots: &[Ballot], step: u64) -> Result<()> {
-    let hash = |ballot: &Ballot| ballot.parameters.map(|bytes| blake3::Hash::from_bytes(bytes).to_hex().to_string());
-    match ballots.iter().position(|ballot| ballot.parameters != ballots[0].parameters) {
+/// Compares the ranks' hashes of the parameters after step `step`, where they were sent.
+///
+/// # Errors
+/// They differ.
+pub fn same_parameters(hashes: &[Option<[u8; 32]>], step: u64) -> Result<()> {
+    let text = |hash: [u8; 32]| blake3::Hash::from_bytes(hash).to_hex().to_string();
+    match hashes.iter().position(|hash| *hash != hashes[0]) {
         Some(rank) => {
-            let hashes = [0, rank].map(|rank| hash(&ballots[rank]).unwrap_or_else(|| "none".into()));
+            let hashes = [0, rank].map(|rank| hashes[rank].map_or_else(|| "none".into(), text));
             Err(Error::Replicas { step, rank, hashes })
         }
         None => Ok(()),
@@ -334,5 +336,7 @@ fn clip_factor(norm: f64, limit: Option<f64>) -> f32 {
     }
 }
 
+#[cfg(test)]
+mod overlap_tests;
 #[cfg(test)]
 mod tests;

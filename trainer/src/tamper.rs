@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use burn::Tensor;
 
 use crate::error::{Error, Result};
+use crate::model::Config;
+use crate::state::State;
 use crate::step::Stepper;
 
 /// What is to go wrong.
@@ -16,19 +18,25 @@ pub struct Tamper {
     nan: Vec<(usize, u64)>,
     /// The loss of (rank, step) is multiplied with 100.
     pulse: Vec<(usize, u64)>,
+    /// One parameter of (rank, after step) changes by 1e-3.
+    drift: Vec<(usize, u64)>,
     /// This (rank, step) dies by its own hand, in the middle of its step.
     die: Vec<(usize, u64)>,
+    /// This (rank, step) ends with an error.
+    fail: Vec<(usize, u64)>,
     /// Error feedback forgets what was left out.
     pub no_feedback: bool,
     /// A resume forgets what owners left out.
     pub forget_owner: bool,
     /// Gradients and sums of every step are written below this folder.
     record: Option<PathBuf>,
+    /// The hash of the parameters after every step is written below this folder.
+    hashes: Option<PathBuf>,
 }
 
 impl Tamper {
-    /// Reads a list such as `nan:1:5,pulse:0:3,die:1:4,no-feedback,forget-owner,record:DIR`. What it does not know it
-    /// refuses.
+    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,fail:1:4,no-feedback,forget-owner,record:DIR,hashes:DIR`. What it
+    /// does not know it refuses.
     ///
     /// # Errors
     /// The first item that is none.
@@ -43,14 +51,28 @@ impl Tamper {
             match (kind, place()) {
                 ("nan", Some(place)) => tamper.nan.push(place),
                 ("pulse", Some(place)) => tamper.pulse.push(place),
+                ("drift", Some(place)) => tamper.drift.push(place),
                 ("die", Some(place)) => tamper.die.push(place),
+                ("fail", Some(place)) => tamper.fail.push(place),
                 ("no-feedback", None) => tamper.no_feedback = true,
                 ("forget-owner", None) => tamper.forget_owner = true,
                 ("record", None) => tamper.record = Some(rest.into()),
+                ("hashes", None) => tamper.hashes = Some(rest.into()),
                 _ => return Err(format!("no such fault: {item}")),
             }
         }
         Ok(tamper)
+    }
+
+    /// Fails before a rank's step, if that is wanted.
+    ///
+    /// # Errors
+    /// It is wanted.
+    pub fn before(&self, rank: usize, step: u64) -> Result<()> {
+        match self.fail.contains(&(rank, step)) {
+            true => Err(Error::Device { step, what: "it was told to fail".into() }),
+            false => Ok(()),
+        }
     }
 
     /// The loss of one rank's micro-batch, with what is to go wrong in it.
@@ -85,6 +107,21 @@ impl Tamper {
             }
         }
         write(&path, &bytes).map_err(Error::io("write", path))
+    }
+
+    /// Changes a parameter after a step, and appends the hash of all of them to `rank-RANK` in the folder of hashes.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn after(&self, rank: usize, step: u64, state: &mut State, config: &Config) -> Result<()> {
+        if self.drift.contains(&(rank, step)) {
+            state.weights[0][0] += 1e-3;
+        }
+        let Some(folder) = &self.hashes else { return Ok(()) };
+        let path = folder.join(format!("rank-{rank}"));
+        let line = format!("{step} {}\n", state.parameter_hash(config));
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
+        file.and_then(|mut file| file.write_all(line.as_bytes())).map_err(Error::io("write", path))
     }
 }
 

@@ -167,3 +167,29 @@ fn broken(status: &Status, caller: Option<&Caller>) -> String {
     let how = caller.and_then(|caller| caller.line.ended()).unwrap_or_else(|| status.message());
     format!("its connection broke ({how})")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::control::{Beat, Stop};
+
+    #[test]
+    fn a_worker_that_takes_nothing_fills_nothing() {
+        let lines = Lines::default();
+        let (out, mut outgoing) = mpsc::channel(LINE_MAX);
+        let (open, mut closed) = oneshot::channel();
+        lines.lock().insert(1, Line { out, caller: None, _open: open });
+        for _ in 0..10 * LINE_MAX {
+            lines.send(1, To::Beat(Beat {}));
+        }
+        assert_eq!((outgoing.len(), closed.try_recv()), (LINE_MAX, Err(oneshot::error::TryRecvError::Empty)));
+        // There is room again: heartbeats that were left out are no loss.
+        outgoing.try_recv().expect("full").expect("no status");
+        lines.send(1, To::Stop(Stop {}));
+        assert_eq!(closed.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+        // It may not miss this one: its connection ends.
+        lines.send(1, To::Stop(Stop {}));
+        assert_eq!(closed.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+        lines.send(1, To::Beat(Beat {}));
+    }
+}

@@ -23,6 +23,10 @@ use worker::{Left, Worker};
 pub struct Options {
     /// Ranks of the mesh.
     pub ranks: usize,
+    /// The host that the coordinator runs on, and its process id.
+    pub host: String,
+    /// See `host`.
+    pub pid: u32,
     /// The version that every worker must have.
     pub version: String,
     /// The recipe that workers get.
@@ -193,7 +197,7 @@ impl State {
         let mut out = Vec::new();
         match input {
             Input::Hello { connection, hello, differences } => {
-                self.hello(now, connection, &hello, &differences, &mut out)
+                self.hello(now, connection, &hello, &differences, &mut out);
             }
             Input::Message { connection, what } => {
                 if let Some(rank) = self.rank_of(connection) {
@@ -228,6 +232,8 @@ impl State {
                     resume: self.options.resume,
                     peer_timeout_s: self.options.peer_timeout.as_secs_f64(),
                     restart: self.options.restart,
+                    host: self.options.host.clone(),
+                    pid: self.options.pid,
                 };
                 out.push(Output::Send { connection, what: To::Welcome(welcome) });
                 self.workers.insert(rank, Worker::new(now, connection, line(&hello.host, NAME_CHARS_MAX), hello.pid));

@@ -28,7 +28,7 @@ impl Hook {
     }
 
     #[cfg(test)]
-    pub(super) const fn without_anchor(emit: Emit) -> Self {
+    pub(crate) const fn without_anchor(emit: Emit) -> Self {
         Self { emit: Some(emit), without_anchor: true }
     }
 

@@ -2,6 +2,8 @@
 
 use std::io::Write as _;
 
+use parallel::progress::Stage;
+
 use super::Run;
 use super::folder::{Folder, Status, Summary};
 use super::progress::duration;
@@ -24,6 +26,7 @@ pub(super) fn finish(run: &Run, folder: Option<&Folder>) -> Result<bool> {
         }
         None => None,
     };
+    run.stepper.progress().enter(Stage::Ending);
     if let Some(group) = &run.group {
         group.say_goodbye();
     }

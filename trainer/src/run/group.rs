@@ -10,7 +10,7 @@ use parallel::coordinator::FromCoordinator as To;
 use parallel::data::StreamError;
 use parallel::data::engine::EngineError;
 use parallel::progress::Stage;
-use parallel::transport::Transport;
+use parallel::transport::{Counted, Transport};
 use parallel::transport::grpc::GrpcTransport;
 use parallel::wire::control::from_worker::What as From;
 use parallel::wire::control::{Committed, Leaving, Lost, Part as PartMessage, Settled};
@@ -20,6 +20,7 @@ use super::Run;
 use super::join::Ender;
 use crate::error::{Error, Result};
 use crate::state::Share;
+use crate::step::same_parameters;
 
 /// One rank's tie to the others.
 #[derive(Debug)]
@@ -70,6 +71,8 @@ impl Group {
     /// Ends the connections to the other ranks in good order. Nothing is to be exchanged after it.
     pub fn say_goodbye(&self) {
         self.transport.close(GOODBYE_WITHIN);
+        let Counted { sent, received } = self.transport.counted();
+        tracing::info!(sent, received, "bytes at the sockets in all");
     }
 
     /// Says how this rank ended.
@@ -159,13 +162,30 @@ impl Run {
         }
     }
 
+    /// Compares all ranks' parameters after the last step, before anything is made of them that stays.
+    ///
+    /// # Errors
+    /// They differ, or a rank is lost.
+    pub(super) fn compare(&self) -> Result<()> {
+        let Some(engine) = self.stepper.engine() else { return Ok(()) };
+        self.stepper.progress().enter(Stage::Waiting);
+        let own = self.state.parameter_hash(&self.config).as_bytes().map(f64::from);
+        let all = engine.gather(own.to_vec()).map_err(StreamError::from)?;
+        let hash = |values: &Vec<f64>| -> Option<[u8; 32]> {
+            let bytes: Vec<u8> = values.iter().map(|value| *value as u8).collect();
+            bytes.try_into().ok()
+        };
+        let hashes: Vec<_> = all.iter().map(hash).collect();
+        same_parameters(&hashes, self.state.step)
+    }
+
     /// Waits until no checkpoint is under way. Everybody's heartbeat bounds it.
     ///
     /// # Errors
     /// The run has ended for everybody.
     pub(super) fn settle_all(&mut self) -> Result<()> {
+        self.stepper.progress().enter(Stage::Checkpointing);
         while self.group.as_ref().is_some_and(|group| !group.saving.is_empty()) {
-            self.stepper.progress().enter(Stage::Checkpointing);
             let outcomes = self.writer.outcomes();
             self.note(outcomes, "");
             self.listen(Duration::from_millis(20))?;

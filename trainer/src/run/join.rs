@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use parallel::control::{Control, ControlError, Join, local_address};
+use parallel::control::{By, Control, ControlError, Join, local_address};
 use parallel::coordinator::FromCoordinator as To;
 use parallel::coordinator::state::Ending;
 use parallel::data::engine::Aborter;
@@ -18,7 +18,8 @@ use parallel::wire::control::{Held, Hello, Holds, Prepared, Property, Seen, Star
 use super::signals::Stop;
 use crate::error::{Error, Result};
 use crate::log::say;
-use crate::recipe::{self, Raw, Recipe, Tag, keys};
+use crate::recipe::fault::Origin;
+use crate::recipe::{self, Faults, Raw, Recipe, Tag, keys};
 
 /// How a worker finds its run.
 #[derive(Debug)]
@@ -37,8 +38,8 @@ pub struct Ticket {
     pub host_address: Option<IpAddr>,
     /// Whether connections beyond loopback may be neither encrypted nor authenticated.
     pub trusted_network: bool,
-    /// Whether the process that started it says how the run ended.
-    pub quiet: bool,
+    /// What happens when the run ends for everybody.
+    pub ender: Ender,
 }
 
 /// A worker with a rank.
@@ -74,7 +75,13 @@ pub fn join(ticket: Ticket, stop: &Stop) -> Result<Joined> {
             )));
         }
     }
-    let (ender, progress) = (Ender::new(ticket.quiet), Arc::<Progress>::default());
+    // What is wrong with them would otherwise end the run that this worker is about to join.
+    let (_, faults) = recipe::raw::read("", &ticket.sets);
+    let faults: Vec<_> = faults.into_iter().filter(|fault| fault.origin != Origin::Absent).collect();
+    if !faults.is_empty() {
+        return Err(Faults::new("--set", faults).into());
+    }
+    let (ender, progress) = (ticket.ender.clone(), Arc::<Progress>::default());
     let until = Instant::now() + ticket.within;
     let mut turn = ticket.addresses.iter().cycle();
     let (control, listener) = loop {
@@ -92,7 +99,7 @@ pub fn join(ticket: Ticket, stop: &Stop) -> Result<Joined> {
             other => break other?,
         }
     };
-    ender.set_grace(control.welcome().peer_timeout_s / 8.0);
+    ender.joined(control.welcome().peer_timeout_s);
     let read = local_recipe(&control.welcome().recipe, &ticket);
     let (raw, recipe) = match read {
         Ok(read) => read,
@@ -101,6 +108,8 @@ pub fn join(ticket: Ticket, stop: &Stop) -> Result<Joined> {
             return Err(error);
         }
     };
+    let runs = &recipe.metrics.runs_dir;
+    ender.tidy(runs.clone(), runs.join(&control.welcome().name).join("checkpoints"));
     let listener = Some(listener);
     Ok(Joined { control, raw, recipe, listener, ender, stop: stop.clone(), progress })
 }
@@ -123,7 +132,7 @@ fn greet(
     let hello = Hello {
         version: crate::VERSION.into(),
         rank: ticket.rank.and_then(|rank| u32::try_from(rank).ok()),
-        host: gethostname::gethostname().to_string_lossy().into_owned(),
+        host: host(),
         pid: std::process::id(),
         recipe: ticket.recipe.as_ref().map(Raw::to_toml),
     };
@@ -133,7 +142,7 @@ fn greet(
         within,
         hello,
         progress: progress.clone(),
-        on_end: Box::new(move |ending| on_end.end(ending)),
+        on_end: Box::new(move |ending, by| on_end.end(ending, by)),
         on_stop: Box::new(move || on_stop.ask()),
     })?;
     Ok((control, listener))
@@ -265,6 +274,12 @@ pub fn remove_nonces(runs: &Path, pid: u32) {
     }
 }
 
+/// The name of this machine.
+#[must_use]
+pub fn host() -> String {
+    gethostname::gethostname().to_string_lossy().into_owned()
+}
+
 /// Thirty-two hexadecimal digits that nobody had before. Not for secrets.
 #[must_use]
 pub fn random() -> String {
@@ -282,22 +297,26 @@ pub struct Ender(Arc<Ends>);
 #[derive(Debug)]
 struct Ends {
     aborter: Mutex<Option<Aborter>>,
-    /// Where half-written checkpoints would lie.
-    checkpoints: Mutex<Option<PathBuf>>,
+    /// Where nonces, and half-written checkpoints, would lie.
+    left_over: Mutex<Option<(PathBuf, PathBuf)>>,
     grace_ms: AtomicU64,
-    quiet: bool,
+    launcher: Option<u32>,
+    /// Whether the launcher cannot say how the run ended.
+    alone: AtomicBool,
     said: AtomicBool,
 }
 
 impl Ender {
-    fn new(quiet: bool) -> Self {
-        let (aborter, checkpoints) = (Mutex::new(None), Mutex::new(None));
-        let (grace_ms, said) = (AtomicU64::new(125), AtomicBool::new(false));
-        Self(Arc::new(Ends { aborter, checkpoints, grace_ms, quiet, said }))
+    /// `launcher` is the process that hosts the coordinator and, while it can, says how the run ended.
+    #[must_use]
+    pub fn new(launcher: Option<u32>) -> Self {
+        let (aborter, left_over) = (Mutex::new(None), Mutex::new(None));
+        let (grace_ms, alone, said) = (AtomicU64::new(125), AtomicBool::new(false), AtomicBool::new(false));
+        Self(Arc::new(Ends { aborter, left_over, grace_ms, launcher, alone, said }))
     }
 
-    fn set_grace(&self, seconds: f64) {
-        self.0.grace_ms.store((seconds.clamp(0.05, 2.0) * 1e3) as u64, Ordering::Relaxed);
+    fn joined(&self, peer_timeout_s: f64) {
+        self.0.grace_ms.store(((peer_timeout_s / 8.0).clamp(0.05, 2.0) * 1e3) as u64, Ordering::Relaxed);
     }
 
     /// What to wake.
@@ -305,21 +324,23 @@ impl Ender {
         *lock(&self.0.aborter) = Some(aborter);
     }
 
-    /// Where half-written checkpoints would lie.
-    pub fn tidy(&self, checkpoints: PathBuf) {
-        *lock(&self.0.checkpoints) = Some(checkpoints);
+    /// Where to tidy up: the folder of runs, and the run's checkpoints.
+    pub fn tidy(&self, runs: PathBuf, checkpoints: PathBuf) {
+        *lock(&self.0.left_over) = Some((runs, checkpoints));
     }
 
     /// The run has ended.
-    pub fn end(&self, ending: &Ending) {
+    pub fn end(&self, ending: &Ending, by: By) {
+        self.0.alone.fetch_or(by == By::Worker, Ordering::Relaxed);
         if let Some(aborter) = &*lock(&self.0.aborter) {
             aborter.abort(&ending.verdict);
         }
         let (ender, ending) = (self.clone(), ending.clone());
         std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(ender.0.grace_ms.load(Ordering::Relaxed)));
-            if let Some(checkpoints) = &*lock(&ender.0.checkpoints) {
-                remove_partial(checkpoints);
+            if let Some((runs, checkpoints)) = &*lock(&ender.0.left_over) {
+                remove_nonces(runs, std::process::id());
+                remove_partial(checkpoints, std::process::id() as usize);
             }
             ender.say(&ending.verdict);
             std::process::exit(i32::from(ending.code));
@@ -328,22 +349,43 @@ impl Ender {
 
     /// Says how the run ended, once, unless the process that started this one does.
     pub fn say(&self, verdict: &str) {
-        if !self.0.said.swap(true, Ordering::Relaxed) {
-            tracing::error!("{verdict}");
-            if !self.0.quiet {
-                say(&format!("error: {verdict}"));
+        if self.0.said.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        tracing::info!("the run ended: {verdict}");
+        match (self.0.launcher, self.0.alone.load(Ordering::Relaxed)) {
+            (None, _) => say(&format!("error: {verdict}")),
+            (Some(_), false) => {}
+            (Some(launcher), true) => {
+                let here = std::process::id();
+                say(&format!("error: process {here}: {verdict}; the coordinator is in its launcher (process {launcher})"));
             }
         }
     }
 }
 
-/// Removes checkpoints that nobody will complete.
-pub fn remove_partial(checkpoints: &Path) {
+/// Removes checkpoints that nobody will complete. `who` tells those apart that may do so at once.
+pub fn remove_partial(checkpoints: &Path, who: usize) {
+    use checkpoint::layout;
     for entry in std::fs::read_dir(checkpoints).into_iter().flatten().flatten() {
-        if checkpoint::layout::is_left_over(&entry.file_name().to_string_lossy()) {
-            // Another rank may be removing it too.
-            let _ = std::fs::remove_dir_all(entry.path());
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !layout::is_left_over(&name) {
+            continue;
         }
+        let step = name.strip_suffix(".partial").and_then(layout::step_of);
+        let doomed = match step {
+            // Another name first: no file may go from a folder that somebody is about to commit.
+            Some(step) => {
+                let doomed = checkpoints.join(layout::given_up(step, who));
+                if std::fs::rename(entry.path(), &doomed).is_err() {
+                    continue;
+                }
+                doomed
+            }
+            None => entry.path(),
+        };
+        // Another process may be removing it too.
+        let _ = std::fs::remove_dir_all(doomed);
     }
 }
 

@@ -44,9 +44,9 @@ pub struct Line {
     pub exposed_s: f64,
     /// Part of the communication that hid behind the backward pass; null with one rank.
     pub overlap: Option<f64>,
-    /// Bytes sent to peers.
+    /// Bytes sent to peers since the line before this one; 0 with one rank.
     pub wire_bytes_sent: u64,
-    /// Bytes received from peers.
+    /// Bytes received from peers since the line before this one; 0 with one rank.
     pub wire_bytes_received: u64,
     /// The copy into the snapshot that was taken since the line before this one; 0 without one.
     pub checkpoint_stall_s: f64,

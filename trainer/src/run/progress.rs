@@ -13,6 +13,8 @@ pub struct Progress {
     bar: Option<ProgressBar>,
     steps: u64,
     log_every: u64,
+    /// Bytes sent so far, and what they would have been as f32.
+    sent: [u64; 2],
 }
 
 impl Progress {
@@ -26,11 +28,11 @@ impl Progress {
             bar.reset_eta();
             bar
         });
-        Self { bar, steps, log_every }
+        Self { bar, steps, log_every, sent: [0; 2] }
     }
 
     /// Shows a step; `f32_bytes` are what a rank would send if everything travelled as f32, where there are several.
-    pub fn step(&self, line: &Line, f32_bytes: Option<u64>) {
+    pub fn step(&mut self, line: &Line, f32_bytes: Option<u64>) {
         let skipped = line.loss.is_none() || line.grad_norm.is_none();
         let loss = match line.loss {
             Some(loss) if !skipped => format!("{loss:.4}"),
@@ -38,8 +40,10 @@ impl Progress {
         };
         let rate = line.tokens_per_s;
         let wire = f32_bytes.map_or_else(String::new, |f32_bytes| {
-            let ratio = f32_bytes as f64 / line.wire_bytes_sent.max(1) as f64;
-            format!("  {} sent, {ratio:.1} x less than f32", HumanBytes(line.wire_bytes_sent))
+            // Over all steps: what a step sends may leave the socket in the next.
+            self.sent = [self.sent[0] + line.wire_bytes_sent, self.sent[1] + f32_bytes];
+            let ratio = self.sent[1] as f64 / self.sent[0].max(1) as f64;
+            format!("  {} sent ({ratio:.2} x less than f32)", HumanBytes(line.wire_bytes_sent))
         });
         if let Some(bar) = &self.bar {
             bar.set_message(format!("loss {loss}  {rate:.0} tokens/s{wire}"));

@@ -358,7 +358,6 @@ fn connect(
     let (rank, ranks, recipe) = (joined.rank(), met.lead_of.len(), &request.recipe);
     let path = recipe.metrics.runs_dir.join(&request.name);
     request.log.open(&path.join(format!("logs/rank-{rank}.log")))?;
-    joined.ender.tidy(path.join("checkpoints"));
     let newest = match &met.start.from {
         Some(held) => Some(Checkpoint::open(&path.join("checkpoints").join(checkpoint::layout::committed(held.step)))?),
         None => None,
@@ -486,6 +485,7 @@ impl Parts {
             wall_before_s,
             last_loss,
             stall_s: 0.0,
+            counted: Default::default(),
             committed,
             failure: None,
             first: true,

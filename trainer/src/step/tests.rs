@@ -25,7 +25,7 @@ skip_max = 3
 learning_rate = 1e-2
 ";
 
-fn recipe() -> Recipe {
+pub(super) fn recipe() -> Recipe {
     recipe::read("test", TEXT, &[]).expect("a good recipe").1
 }
 
@@ -38,7 +38,7 @@ fn setup(tied: bool) -> (Stepper, State) {
     (stepper, state)
 }
 
-fn batch(rows: usize, seed: usize) -> Batch {
+pub(super) fn batch(rows: usize, seed: usize) -> Batch {
     let ids = |shift: usize| (0..rows * 8).map(|i| ((i + shift) * (7 + seed) % 31) as i32).collect();
     Batch { inputs: ids(0), targets: ids(1), rows }
 }

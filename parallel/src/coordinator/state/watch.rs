@@ -13,6 +13,9 @@ const CLOSED_FOR: Duration = Duration::from_millis(200);
 /// A gap of so many intervals between two looks means that this process slept.
 const SLEPT: u32 = 5;
 
+/// How many times longer a rank may take for what no step measures: an export, the disk.
+const SLOW_TIMES: u32 = 20;
+
 impl State {
     pub(super) fn tick(&mut self, now: Duration, out: &mut Vec<Output>) {
         let gap = now.saturating_sub(self.last_tick);
@@ -114,7 +117,8 @@ impl State {
     fn stalled(&mut self, now: Duration, out: &mut Vec<Output>) {
         let stuck = |worker: &Worker| {
             // Before the first step is complete nobody knows how long one may take.
-            let limit = worker.median_step().map(|median| self.options.peer_timeout.max(median * 10));
+            let patience = if worker.mark.slow { SLOW_TIMES } else { 1 };
+            let limit = worker.median_step().map(|median| self.options.peer_timeout.max(median * 10) * patience);
             limit.is_some_and(|limit| now.saturating_sub(worker.advanced) > limit)
         };
         let here: Vec<_> = self.workers.iter().filter(|(_, worker)| worker.left.is_none()).collect();
