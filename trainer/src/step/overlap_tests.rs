@@ -20,11 +20,11 @@ const GUARD: Duration = Duration::from_secs(60);
 
 /// What was so when the backward pass came to the marker: the buckets that were complete, and the frames that the engine
 /// had handed to the transport.
-type Seen = Arc<Mutex<Vec<(Vec<usize>, u64)>>>;
+type Seen = Vec<(Vec<usize>, u64)>;
 
 /// A rank's stepper that looks around at the marker, inside the backward pass. With anchors it first waits until a frame
 /// has left; without them it would wait for ever.
-fn stepper(rank: usize, end: ChannelTransport, anchors: bool) -> (Stepper, State, Seen) {
+fn stepper(rank: usize, end: ChannelTransport, anchors: bool) -> (Stepper, State, Arc<Mutex<Seen>>) {
     let config = Config::from_keys(&recipe().model, 31, 8, None).expect("complete");
     let plan = Arc::new(Plan::new(config.parameters(), 1 << 10).expect("small"));
     let inbox = Inbox::default();
@@ -33,7 +33,7 @@ fn stepper(rank: usize, end: ChannelTransport, anchors: bool) -> (Stepper, State
     let exchange = Exchange::new(plan, group, Codec::Fp32);
     let engine = Engine::start(exchange, Arc::new(end), inbox, Arc::default()).expect("a thread");
     let mut stepper = Stepper::across(&config, &Device::flex(), engine);
-    let seen = Seen::default();
+    let seen = Arc::<Mutex<Seen>>::default();
     for (index, parameter) in stepper.plan.parameters().iter().enumerate() {
         let stream = stepper.stream.clone();
         if parameter.name == MARKER {
@@ -59,11 +59,11 @@ fn stepper(rank: usize, end: ChannelTransport, anchors: bool) -> (Stepper, State
 }
 
 /// One step of two ranks in threads: what each saw at its marker, and its parameters after it.
-fn step(anchors: bool) -> Vec<(Vec<(Vec<usize>, u64)>, Vec<Vec<f32>>)> {
+fn step(anchors: bool) -> Vec<(Seen, Vec<Vec<f32>>)> {
     let ends = network(2);
     let ranks: Vec<_> = ends.into_iter().enumerate().map(|(rank, end)| stepper(rank, end, anchors)).collect();
     std::thread::scope(|scope| {
-        let run = |(rank, (stepper, mut state, seen)): (usize, (Stepper, State, Seen))| {
+        let run = |(rank, (stepper, mut state, seen)): (usize, (Stepper, State, Arc<Mutex<Seen>>))| {
             let batches = [batch(2, rank)];
             let report =
                 stepper.step(&mut state, &recipe(), &batches, Word::default(), untouched).expect("both are there");
