@@ -287,6 +287,29 @@ fn a_worker_that_is_asked_to_stop_takes_all_others_with_it_after_the_same_step()
     asked(Worker(1), Signal::TERM, "SIGTERM: stopping after this step and writing a checkpoint");
 }
 
+#[test]
+fn a_second_signal_ends_all_at_once_and_leaves_nothing_half_made() {
+    let met = (0..10).any(|_| {
+        let place = Place::with(RANKS);
+        let mut job = train(&place, 2, &["--set", "checkpoint.every=1"]);
+        if !job.wait("a checkpoint that is being written", |job| A_CHECKPOINT_IS_BEING_WRITTEN(job, &place)) {
+            return false;
+        }
+        // A worker that stands still keeps the first signal from being the end.
+        let Some(worker) = job.worker(1) else { return false };
+        send(worker, Signal::STOP);
+        send(job.pid(), Signal::TERM);
+        job.wait("the first signal's answer", |job| job.stderr().contains("stopping after this step"));
+        send(job.pid(), Signal::TERM);
+        job.end().failed(75, &["a second signal: stopping at once, without a checkpoint"]);
+        nobody_is_left(&place.path(""));
+        nothing_is_left(&place);
+        resumes_bitwise(&place, 2);
+        true
+    });
+    assert!(met, "ten runs ended before the moment came");
+}
+
 fn restarted(place: &Place) -> usize {
     place.events("a").iter().filter(|event| event["event"] == "restart").count()
 }

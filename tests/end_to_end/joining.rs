@@ -68,7 +68,7 @@ fn machines_with_folders_of_their_own_resume_from_the_newest_checkpoint_that_bot
             serde_json::from_slice::<serde_json::Value>(&manifest).expect("JSON")
         };
         let (one, two) = (manifest("one"), manifest("two"));
-        assert!(one["id"].is_string() && one["id"] == two["id"], "{one}\n{two}");
+        assert!(one["body"]["id"].is_string() && one["body"]["id"] == two["body"]["id"], "{one}\n{two}");
     }
     let remove = |name: &str| std::fs::remove_dir_all(place.path(name)).expect("ours");
     let checkpoints = |machine| place.names(&format!("runs/{machine}/a/checkpoints"));
@@ -87,6 +87,7 @@ fn machines_with_folders_of_their_own_resume_from_the_newest_checkpoint_that_bot
         remove(lost);
         let said = ["the machines have no checkpoint of this run in common", "\n  rank 1 (host ", "): none\n"];
         gathered(&place, &["--resume"], APART).into_iter().for_each(|ran| _ = ran.failed(2, &said));
+        assert_eq!(place.path("runs/two/a/logs").is_dir(), lost != "runs/two/a", "what was there stays");
     }
     assert!(!place.path("runs/two/a").exists(), "a run that did not begin leaves no folder");
     assert_eq!(outcome(&place, "one/a"), undisturbed(2));
@@ -110,7 +111,7 @@ fn port(listener: &TcpListener) -> String {
 
 /// A rank as torchrun starts it.
 fn rank_command(place: &Place, rank: usize, master_port: &str, more: &[&str]) -> Command {
-    let mut command = place.command(&[&["train", "small.toml", "--name", "a"], more].concat());
+    let mut command = place.command(&[&["train", "small.toml"], more].concat());
     let variables = [("RANK", &*rank.to_string()), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")];
     command.envs(variables).env("MASTER_PORT", master_port);
     command
@@ -122,7 +123,7 @@ fn ranks_from_the_environment_meet_at_the_master_port() {
     let (master, _) = two_ports();
     let at = port(&master);
     drop(master);
-    let jobs = [1, 0].map(|rank| Job::spawn(&place, rank_command(&place, rank, &at, &[])));
+    let jobs = [1, 0].map(|rank| Job::spawn(&place, rank_command(&place, rank, &at, &["--name", "a"])));
     jobs.into_iter().for_each(|job| _ = job.end().ok());
     nobody_is_left(&place.path(""));
     assert_eq!(outcome(&place, "a"), undisturbed(2));
@@ -138,7 +139,7 @@ fn a_master_port_that_somebody_else_has_is_left_alone() {
     for elsewhere in [None, Some(tributary)] {
         let place = Place::with(RANKS);
         let start = |rank| {
-            let mut command = rank_command(&place, rank, &at, &[]);
+            let mut command = rank_command(&place, rank, &at, &["--name", "a"]);
             elsewhere.iter().for_each(|port| _ = command.env("TRIBUTARY_PORT", port));
             Job::spawn(&place, command)
         };
@@ -157,7 +158,7 @@ fn with_ranks_from_the_environment_a_kill_ends_all_too() {
             let (master, _) = two_ports();
             let at = port(&master);
             drop(master);
-            let more = ["--set", "parallel.peer_timeout_s=4"];
+            let more = ["--name", "a", "--set", "parallel.peer_timeout_s=4"];
             let mut jobs = [0, 1].map(|rank| Job::spawn(&place, rank_command(&place, rank, &at, &more)));
             jobs[0].wait("thirty steps", |_| place.lines("a") >= 30);
             let Some(worker) = jobs[rank].worker(rank) else { return false };
@@ -317,18 +318,16 @@ fn whoever_should_not_join_is_told_why_and_disturbs_nobody() {
 
     let run = |args: &[&str]| worker(&place, &address, args);
     let rank = |sets: &[&str]| {
-        let mut command = rank_command(&place, 1, port, &[&more[..], sets].concat());
-        command.env("RANK", "1");
-        Job::spawn(&place, command)
+        Job::spawn(&place, rank_command(&place, 1, port, &[&["--name", "b"], &more[..], sets].concat()))
     };
     let name = format!("rank 1 (host {}, process ", hostname());
     let strangers: [(Job, Vec<&str>); 5] = [
         (run(&[]), vec!["refuses this worker", "the recipe's mesh has 2 ranks and all of them have joined"]),
         (run(&["--rank", "1"]), vec!["refuses this worker", &name, "has joined already: give each worker a rank of its own"]),
         (run(&["--rank", "7"]), vec!["refuses this worker", "it asks for rank 7, the recipe's mesh has ranks 0 to 1"]),
-        (rank(&["--name", "b"]), vec!["refuses this worker", "has joined already"]),
+        (rank(&[]), vec!["refuses this worker", "has joined already"]),
         (
-            rank(&["--name", "c", "--set", "optimizer.weight_decay=0.5", "--set", "train.seed=9"]),
+            rank(&["--set", "optimizer.weight_decay=0.5", "--set", "train.seed=9"]),
             vec![
                 "refuses this worker",
                 "its recipe differs from the coordinator's",

@@ -211,8 +211,9 @@ fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
 fn train(args: Train, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     let (restarts, trusted_network) = (args.restarts, args.trusted_network);
     let world = match ranks(|name| std::env::var(name).ok())? {
-        Some(ranks) => World::Ranks(ranks),
-        None => World::Local,
+        // One rank needs nobody to join it.
+        Some(ranks) if ranks.ranks > 1 => World::Ranks(ranks),
+        _ => World::Local,
     };
     let request = request(&args, log, tamper)?;
     if world == World::Local && request.recipe.parallel.data == 1 && restarts == 0 {

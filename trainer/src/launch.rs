@@ -83,9 +83,15 @@ pub fn launch(mut orders: Orders) -> Result<u8> {
     }
     let family = Children::default();
     // The workers' own grace comes first.
-    let (manner, kill) = (Manner { grace_s: recipe.checkpoint.grace_s + 2.0, second_ends: true }, family.clone());
+    let manner = Manner { grace_s: recipe.checkpoint.grace_s + 2.0, second_ends: true };
+    let (kill, runs, name) = (family.clone(), recipe.metrics.runs_dir.clone(), orders.request.name.clone());
+    let at_once = move || {
+        let pids = kill.pids();
+        kill.kill_all();
+        tidy(&runs, &name, &pids, TRY_AGAIN);
+    };
     let stop = Stop::default();
-    stop.listen(manner, move || kill.kill_all()).map_err(Error::io("listen for signals in", "this process"))?;
+    stop.listen(manner, at_once).map_err(Error::io("listen for signals in", "this process"))?;
     if !matches!(orders.world, World::Elsewhere { .. }) {
         start::prepare_text(&orders.request)?;
     }
@@ -153,8 +159,10 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
             return Err(error);
         }
     }
+    // Before anybody is seen to end.
+    let pids = family.pids();
     let ending = watch(coordinator.as_ref(), family, stop, recipe.parallel.peer_timeout_s);
-    let pids = family.end(if ending.code == 0 { END_WITHIN } else { quarter(recipe.parallel.peer_timeout_s) });
+    family.end(if ending.code == 0 { END_WITHIN } else { quarter(recipe.parallel.peer_timeout_s) });
     drop(coordinator);
     tidy(&recipe.metrics.runs_dir, &request.name, &pids, ending.code);
     Ok(ending)

@@ -120,12 +120,17 @@ impl Children {
         }
     }
 
-    /// Waits for all to end, at most so long, and kills the rest. Returns the process ids.
-    pub fn end(&self, within: Duration) -> Vec<u32> {
+    /// The process ids of those that have not been seen to end.
+    #[must_use]
+    pub fn pids(&self) -> Vec<u32> {
+        self.lock().iter().map(|running| running.child.id()).collect()
+    }
+
+    /// Waits for all to end, at most so long, and kills the rest.
+    pub fn end(&self, within: Duration) {
         let until = Instant::now() + within;
-        let mut pids: Vec<u32> = self.lock().iter().map(|running| running.child.id()).collect();
         while !self.lock().is_empty() && Instant::now() < until {
-            pids.extend(self.look().into_iter().map(|end| end.pid));
+            self.look();
             // Whoever is stopped will not end by itself.
             if self.lock().iter().all(|running| running.stopped.is_some()) {
                 break;
@@ -133,7 +138,6 @@ impl Children {
             std::thread::sleep(Duration::from_millis(5));
         }
         self.kill_all();
-        pids
     }
 
     /// Kills all and waits until they are gone.

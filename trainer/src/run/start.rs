@@ -119,7 +119,7 @@ pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
         Ok(run) => run,
         Err((joined, error)) => return Err(fail(*joined, folder, error)),
     };
-    let result = work(&mut run, folder.as_ref().filter(|_| rank == 0).map(|(folder, _)| folder));
+    let result = work(&mut run, folder.as_ref().filter(|_| rank == 0).map(|opened| &opened.folder));
     let Some(group) = run.group.take() else { return result };
     let result = result.map_err(|error| group.explain(error, peer_timeout_s));
     match &result {
@@ -273,8 +273,16 @@ fn properties(request: &Request, ready: &Ready) -> Vec<Property> {
     ]
 }
 
+/// The run's folder on the lead of it.
+struct RunFolder {
+    folder: Folder,
+    /// What differs from the recipe that the run had.
+    changed: Vec<String>,
+    is_new: bool,
+}
+
 /// Opens the run's folder on the lead of it, and says which checkpoints are there and good.
-fn hold(request: &Request, runs: &Path, keep: &mut Option<(Folder, Vec<String>)>) -> Result<Vec<Held>> {
+fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<Vec<Held>> {
     let existing = match request.resume {
         true => Folder::resume(runs, &request.name, &request.raw)?,
         false => None,
@@ -300,13 +308,13 @@ fn hold(request: &Request, runs: &Path, keep: &mut Option<(Folder, Vec<String>)>
     if held.is_err() && is_new {
         folder.abandon();
     }
-    *keep = Some((folder, changed));
+    *keep = Some(RunFolder { folder, changed, is_new });
     held
 }
 
 /// A rank that cannot start says so, and takes away a folder that it had just made.
-fn fail(joined: Joined, folder: Option<(Folder, Vec<String>)>, error: Error) -> Error {
-    if let Some((folder, _)) = folder
+fn fail(joined: Joined, folder: Option<RunFolder>, error: Error) -> Error {
+    if let Some(RunFolder { folder, is_new: true, .. }) = folder
         && !folder.file("run.json").exists()
         && reader::list(&folder.checkpoints()).is_ok_and(|list| list.is_empty())
     {
@@ -330,7 +338,7 @@ fn open_rank(
     mut joined: Joined,
     ready: Ready,
     met: &Met,
-    folder: Option<&(Folder, Vec<String>)>,
+    folder: Option<&RunFolder>,
     started: Instant,
 ) -> std::result::Result<Run, (Box<Joined>, Error)> {
     let opened = connect(&request, &mut joined, &ready, met, folder);
@@ -353,7 +361,7 @@ fn connect(
     joined: &mut Joined,
     ready: &Ready,
     met: &Met,
-    folder: Option<&(Folder, Vec<String>)>,
+    folder: Option<&RunFolder>,
 ) -> Result<Opened> {
     let (rank, ranks, recipe) = (joined.rank(), met.lead_of.len(), &request.recipe);
     let path = recipe.metrics.runs_dir.join(&request.name);
@@ -407,7 +415,7 @@ fn connect(
         .map_err(Error::io("start a thread in", "this process"))?;
     let stepper = Stepper::across(&ready.config, &ready.device, engine);
     let books = match folder {
-        Some((folder, changed)) if rank == 0 => {
+        Some(RunFolder { folder, changed, .. }) if rank == 0 => {
             let resumed = request.resume && folder.file("run.json").exists();
             let mut books = Books::open(request, folder, resumed.then_some(begun.state.step), changed)?;
             let restart = joined.control.welcome().restart;

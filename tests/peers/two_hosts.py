@@ -1,0 +1,92 @@
+"""Two hosts on a shaped network: Tributary beside PyTorch's DDP, in rounds, one after the other in each.
+
+    sudo python3 tests/peers/two_hosts.py --hosts-sh ../shared/peers/hosts.sh --peer ../shared/peers/torch_ddp.py \
+        --tributary target/release/tributary --python .venv/bin/python
+
+Needs root and iproute2: hosts.sh makes network namespaces. For each rate and each contender: the median step of each
+run (10 steps after 3) and its median over the rounds, tokens a second of both hosts, and the bytes that the kernel
+counted at rank 0's interface for a step, everything of the run included. `alone_ratio` is the step of one host alone
+(two of them at once, each on its core, so that both share the machine's memory as two ranks do) over the step of two
+together: 1 would be communication that costs nothing.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+
+STEPS, WARMUP, TOKENS = 13, 3, 2 * 4 * 256
+CODECS, HOOKS = ["fp32", "bf16", "int8"], ["none", "bf16", "powersgd"]
+
+
+def hosts(args, rate, command, out):
+    env = dict(os.environ, OUT_DIR=out)
+    line = [args.hosts_sh, "--hosts", "2", "--rate", rate, "--", "bash", "-c", command]
+    ran = subprocess.run(line, env=env, capture_output=True, text=True, timeout=900)
+    if ran.returncode:
+        raise SystemExit(f"{command}: exit code {ran.returncode}\n{ran.stdout}\n{ran.stderr}")
+    return json.loads(ran.stdout.splitlines()[-1])["0"]
+
+
+def tributary(args, rate, runs, codec):
+    alone = codec is None
+    name = "alone-$RANK" if alone else "both"
+    over = "export -n RANK WORLD_SIZE; " if alone else ""
+    sets = f"--set metrics.runs_dir={runs} --set data.cache_dir={runs}/cache --set train.steps={STEPS}"
+    sets += " --set parallel.data=1" if alone else f" --set compression.codec={codec} --trusted-network"
+    sent = hosts(args, rate, f"{over}exec {args.tributary} train {args.recipe} --name {name} {sets}", runs)
+    with open(os.path.join(runs, "alone-0" if alone else "both", "metrics.jsonl")) as file:
+        lines = [json.loads(line) for line in file]
+    return statistics.median(line["step_s"] for line in lines[WARMUP:]), sent, lines[-1]
+
+
+def torch(args, rate, out, hook):
+    alone = hook is None
+    over = "export -n RANK WORLD_SIZE; " if alone else ""
+    command = f"{over}exec {args.python} {args.peer} --threads 1 --hook {hook or 'none'} --steps {STEPS - WARMUP} --warmup {WARMUP}"
+    sent = hosts(args, rate, command, out)
+    with open(os.path.join(out, "rank-0.log")) as file:
+        line = json.loads([line for line in file if line.startswith("{")][-1])
+    return line["step_s"], sent, line
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts-sh", required=True)
+    parser.add_argument("--peer", required=True)
+    parser.add_argument("--tributary", required=True)
+    parser.add_argument("--python", required=True)
+    parser.add_argument("--recipe", default="recipes/two-hosts.toml")
+    parser.add_argument("--rates", nargs="+", default=["200mbit", "1gbit"])
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    contenders = [("tributary", tributary, name) for name in [None, *CODECS]]
+    contenders += [("torch", torch, name) for name in [None, *HOOKS]]
+    for rate in args.rates:
+        found = {}
+        for _ in range(args.rounds):
+            for who, measure, how in contenders:
+                folder = tempfile.mkdtemp()
+                try:
+                    found.setdefault((who, how), []).append(measure(args, rate, folder, how))
+                finally:
+                    shutil.rmtree(folder)
+        for (who, how), results in found.items():
+            step = statistics.median(seconds for seconds, _, _ in results)
+            alone = statistics.median(seconds for seconds, _, _ in found[(who, None)])
+            row = {"rate": rate, "who": who, "how": how or "alone", "step_s": round(step, 4)}
+            row["steps_s"] = [round(seconds, 4) for seconds, _, _ in results]
+            if how:
+                row["tokens_per_s"] = round(TOKENS / step)
+                row["alone_ratio"] = round(alone / step, 3)
+                row["kernel_bytes_a_step"] = round(statistics.median(sent for _, sent, _ in results) / STEPS)
+            last = results[-1][2]
+            row.update({key: last[key] for key in ["wire_bytes_sent", "overlap", "encode_s", "exposed_s"] if last.get(key)})
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
