@@ -129,15 +129,7 @@ impl Codec {
             // Adding 0.0 turns -0.0 into 0.0, which has one encoding only.
             *left = (g + r) + 0.0;
         }
-        let mut largest = 0.0f32;
-        for y in &*left {
-            // `max` would pass over a NaN.
-            largest = if y.abs() < f32::INFINITY { largest.max(y.abs()) } else { f32::INFINITY };
-            if largest == f32::INFINITY {
-                return Found::NonFinite;
-            }
-        }
-        if largest >= TOO_LARGE {
+        if largest(left) >= TOO_LARGE.to_bits().cast_signed() {
             return Found::NonFinite;
         }
         match self {
@@ -197,6 +189,18 @@ impl Codec {
             Self::Int8 => int8::each(payload, out, put),
         }
     }
+}
+
+/// The bits of the largest absolute value. Without their signs, floats are in the order of their bits, and infinities
+/// and NaN come last; a compiler makes wide instructions of integers' maximum, and not of floats'.
+fn largest(values: &[f32]) -> i32 {
+    values.iter().fold(0, |largest, value| largest.max((value.to_bits() & 0x7fff_ffff).cast_signed()))
+}
+
+/// Whether no value is infinite or NaN.
+#[must_use]
+pub fn all_finite(values: &[f32]) -> bool {
+    largest(values) < f32::INFINITY.to_bits().cast_signed()
 }
 
 /// From here on an absolute value counts as not finite: sums and scales would overflow.

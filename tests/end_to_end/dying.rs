@@ -102,7 +102,13 @@ fn train(place: &Place, ranks: usize, more: &[&str]) -> Job {
 /// Waits for the moment, sends the signal, waits for everybody's end, and checks all that must hold then. `None` when
 /// the run was over first.
 #[track_caller]
-fn strike(mut job: Job, place: &Place, victim: Victim, signal: Signal, moment: impl Fn(&Job, &Place) -> bool) -> Option<Ran> {
+fn strike(
+    mut job: Job,
+    place: &Place,
+    victim: Victim,
+    signal: Signal,
+    moment: impl Fn(&Job, &Place) -> bool,
+) -> Option<Ran> {
     job.wait("the moment", |job| moment(job, place));
     let pid = match victim {
         Launcher => job.pid(),
@@ -391,7 +397,8 @@ fn round(seed: u64) {
     for _ in 0..10 {
         let place = Place::with(RANKS);
         let moment = |job: &Job, place: &Place| {
-            let is_there = place.lines("a") >= lines && (victim == Launcher || (0..ranks).all(|r| job.worker(r).is_some()));
+            let is_there =
+                place.lines("a") >= lines && (victim == Launcher || (0..ranks).all(|r| job.worker(r).is_some()));
             if is_there {
                 // A random moment inside of a step.
                 std::thread::sleep(Duration::from_micros(micros as u64));

@@ -99,7 +99,8 @@ fn two_ports() -> (TcpListener, TcpListener) {
     let first = 20_000 + (std::process::id() % 500) as u16 * 20;
     loop {
         let port = first + NEXT.fetch_add(2, Ordering::Relaxed);
-        if let (Ok(one), Ok(two)) = (TcpListener::bind(("127.0.0.1", port)), TcpListener::bind(("127.0.0.1", port + 1))) {
+        if let (Ok(one), Ok(two)) = (TcpListener::bind(("127.0.0.1", port)), TcpListener::bind(("127.0.0.1", port + 1)))
+        {
             return (one, two);
         }
     }
@@ -168,7 +169,13 @@ fn with_ranks_from_the_environment_a_kill_ends_all_too() {
             if rans[1 - rank].code == Some(0) {
                 return false;
             }
-            let (other, struck) = if rank == 1 { let [a, b] = &mut rans; (a, b) } else { let [a, b] = &mut rans; (b, a) };
+            let (other, struck) = if rank == 1 {
+                let [a, b] = &mut rans;
+                (a, b)
+            } else {
+                let [a, b] = &mut rans;
+                (b, a)
+            };
             assert_eq!(other.code, Some(75), "{}", other.stderr);
             // Rank 0's launcher is the coordinator; without it, nobody can say more than where it was.
             let culprit = match launcher && rank == 0 {
@@ -282,7 +289,8 @@ fn strange(port: Listening) -> TcpStream {
         let _ = stream.shutdown(std::net::Shutdown::Write);
         let mut answer = Vec::new();
         let end = stream.read_to_end(&mut answer);
-        let hangs = end.is_err_and(|error| matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut));
+        let hangs = end
+            .is_err_and(|error| matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut));
         assert!(!hangs, "a stranger is still on the line after {HANG:?}");
         assert!(answer.len() < 1000, "{answer:?}");
     }
@@ -323,7 +331,10 @@ fn whoever_should_not_join_is_told_why_and_disturbs_nobody() {
     let name = format!("rank 1 (host {}, process ", hostname());
     let strangers: [(Job, Vec<&str>); 5] = [
         (run(&[]), vec!["refuses this worker", "the recipe's mesh has 2 ranks and all of them have joined"]),
-        (run(&["--rank", "1"]), vec!["refuses this worker", &name, "has joined already: give each worker a rank of its own"]),
+        (
+            run(&["--rank", "1"]),
+            vec!["refuses this worker", &name, "has joined already: give each worker a rank of its own"],
+        ),
         (run(&["--rank", "7"]), vec!["refuses this worker", "it asks for rank 7, the recipe's mesh has ranks 0 to 1"]),
         (rank(&[]), vec!["refuses this worker", "has joined already"]),
         (

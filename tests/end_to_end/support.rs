@@ -146,7 +146,9 @@ impl Place {
 impl Drop for Place {
     /// A test that failed leaves no process behind either.
     fn drop(&mut self) {
-        crate::processes::processes(self.folder.path()).iter().for_each(|left| crate::processes::send(left.pid, Signal::KILL));
+        crate::processes::processes(self.folder.path())
+            .iter()
+            .for_each(|left| crate::processes::send(left.pid, Signal::KILL));
     }
 }
 

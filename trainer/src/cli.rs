@@ -286,7 +286,7 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
             Ok(ExitCode::from(code))
         }
         Err(error) if args.quiet => {
-            tracing::error!("{error}");
+            tracing::info!("{error}");
             Ok(ExitCode::from(error.exit_code()))
         }
         Err(error) => Err(error),

@@ -151,6 +151,9 @@ impl Run {
             }
             self.give_up_after(self.recipe.train.skip_max)?;
             if due {
+                if self.recipe.parallel.verify_every > 0 {
+                    self.compare()?;
+                }
                 self.checkpoint();
             }
             let outcomes = self.writer.outcomes();

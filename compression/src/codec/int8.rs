@@ -18,7 +18,7 @@ pub(super) fn encode(y: &mut [f32], payload: &mut [u8]) {
     let (scales, values) = payload.split_at_mut(2 * y.len().div_ceil(BLOCK));
     let blocks = y.chunks_mut(BLOCK).zip(values.chunks_mut(BLOCK)).zip(scales.chunks_exact_mut(2));
     for ((y, values), scale) in blocks {
-        let largest = y.iter().fold(0.0f32, |largest, y| largest.max(y.abs()));
+        let largest = f32::from_bits(super::largest(y).cast_unsigned());
         let bits = bf16::round_up(largest / Q_MAX);
         let s = bf16::value(bits);
         if s < SCALE_MIN {
@@ -28,9 +28,11 @@ pub(super) fn encode(y: &mut [f32], payload: &mut [u8]) {
         scale.copy_from_slice(&bits.to_le_bytes());
         let inverse = 1.0 / s;
         for (y, value) in y.iter_mut().zip(values) {
-            let q = ((*y * inverse + ROUND) - ROUND).clamp(-Q_MAX, Q_MAX);
-            *value = (q as i8) as u8;
-            *y = (*y - q * s) + 0.0;
+            // The bounds are whole, so that it is the same to clamp before rounding.
+            let shifted = (*y * inverse).max(-Q_MAX).min(Q_MAX) + ROUND;
+            // The low byte of the shifted number is the multiple in two's complement.
+            *value = shifted.to_bits() as u8;
+            *y = (*y - (shifted - ROUND) * s) + 0.0;
         }
     }
 }

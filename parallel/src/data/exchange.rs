@@ -16,6 +16,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use compression::codec::all_finite;
 use compression::{BLOCK, Codec, Found, PayloadError, Residual};
 use thiserror::Error;
 
@@ -262,7 +263,7 @@ impl Exchange {
             }
         }
         let own = shard(gradient.len(), rank, ranks);
-        self.finite &= gradient[own.clone()].iter().all(|x| x.is_finite());
+        self.finite &= all_finite(&gradient[own.clone()]);
         let tensor = &mut self.tensors[index];
         tensor.own.copy_from_slice(&gradient[own]);
         tensor.given = true;

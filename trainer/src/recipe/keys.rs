@@ -128,7 +128,7 @@ pub const KEYS: &[Key] = &[
     key("parallel.bucket_bytes_max", Integer(4, 1 << 34), DefaultInteger(4 << 20), Free, "bytes of f32 gradient a bucket, which leaves as soon as it is full"),
     key("parallel.peer_timeout_s", Real(1.0, 86_400.0), DefaultReal(30.0), Free, "when a rank is lost, all others have ended after so many seconds; three quarters of it in silence count as lost"),
     key("parallel.join_timeout_s", Real(1.0, 604_800.0), DefaultReal(300.0), Free, "seconds in which all ranks must have joined and read their text"),
-    key("parallel.verify_every", Integer(0, MANY), DefaultInteger(50), Free, "steps between two comparisons of all ranks' parameters by hash; 0 for none but the last"),
+    key("parallel.verify_every", Integer(0, MANY), DefaultInteger(50), Free, "steps between two comparisons of all ranks' parameters by hash, which also come before every checkpoint; 0 for none but the last"),
     key("parallel.pin", Flag, DefaultFlag(true), Local, "whether each local rank keeps to its share of the cores"),
     key("compression.codec", Choice(&["fp32", "bf16", "int8"]), DefaultText("int8"), Fixed, "how gradients travel between ranks, with what is left out added to the next one; with one rank nothing travels"),
     key("checkpoint.every", Integer(0, MANY), DefaultInteger(100), Free, "steps between two checkpoints; 0 for none but the last"),

@@ -162,7 +162,7 @@ impl Run {
         }
     }
 
-    /// Compares all ranks' parameters after the last step, before anything is made of them that stays.
+    /// Compares all ranks' parameters before anything is made of them that stays.
     ///
     /// # Errors
     /// They differ, or a rank is lost.
