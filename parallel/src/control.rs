@@ -34,10 +34,13 @@ pub struct Join {
     /// Read by the heartbeat.
     pub progress: Arc<Progress>,
     /// Called once, from the control thread, when the run ends for everybody. The process should be gone soon after.
-    pub on_end: Box<dyn Fn(&Ending, By) + Send>,
+    pub on_end: OnEnd,
     /// Called, from the control thread, when the coordinator asks for a stop in good order.
     pub on_stop: Box<dyn Fn() + Send>,
 }
+
+/// Hears how the run ended, and from whom.
+pub type OnEnd = Box<dyn Fn(&Ending, By) + Send>;
 
 /// Who says how the run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,5 +1,11 @@
 //! Whoever dies, and however: everybody else ends, says who it was, leaves nothing behind, and a resume is bitwise the
 //! run that nobody disturbed. Linux, whose `/proc` tells the processes.
+//!
+//! - `asked`: signals that ask for an end, and restarts.
+//! - `rounds`: random victims, random moments.
+
+mod asked;
+mod rounds;
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, OnceLock};
@@ -116,6 +122,8 @@ fn strike(
     };
     let open: Vec<_> = processes(&place.path("")).into_iter().flat_map(|process| ports(process.pid)).collect();
     let (lines, struck) = (place.lines("a"), Instant::now());
+    let ended = !(1..STEPS).contains(&lines);
+    assert!(ended || open.len() >= 3, "the launcher and two workers listen, found {open:?}");
     send(pid, signal);
     if victim == Launcher && signal == Signal::STOP {
         // It cannot end itself; who could end it is not its worker.
@@ -161,8 +169,11 @@ fn names_the_culprit(ran: &Ran, victim: Victim, signal: Signal, pid: u32) {
         }
         Launcher => {
             assert_eq!(ran.code, None, "killed");
-            said(&format!("launcher (process {pid})"));
-            said(if signal == Signal::STOP { "has been silent for" } else { "is gone" });
+            let how = if signal == Signal::STOP { "has been silent for" } else { "is gone" };
+            // Before they have joined, workers know the launcher only as such.
+            if !ran.stderr.contains(&format!("the launcher (process {pid}) is gone")) {
+                said(&format!("(host {host}, process {pid}) {how}"));
+            }
         }
     }
     assert!(!ran.stderr.contains("panicked"), "{}", ran.stderr);
@@ -255,99 +266,6 @@ fn a_stopped_launcher_is_named_by_the_workers() {
     says(&ran, &["the coordinator at 127.0.0.1:", "this worker was at step "]);
 }
 
-/// A signal that asks: all ranks stop after the same step, with a checkpoint.
-fn asked(victim: Victim, signal: Signal, said: &str) {
-    for _ in 0..10 {
-        let place = Place::with(RANKS);
-        // A launcher that was asked to stop does not start again; one whose worker was asked would.
-        let restarts = if victim == Launcher { "3" } else { "0" };
-        let mut job = train(&place, 2, &["--restarts", restarts]);
-        job.wait("ten steps", |_| place.lines("a") >= 10);
-        let pid = if let Worker(rank) = victim { job.worker(rank) } else { Some(job.pid()) };
-        let Some(pid) = pid else { continue };
-        send(pid, signal);
-        let ran = job.end();
-        if ran.code == Some(0) {
-            continue;
-        }
-        let ran = ran.failed(75, &[said, "with a checkpoint: go on with --resume"]);
-        assert!(!ran.stderr.contains("error: "), "{}", ran.stderr);
-        nobody_is_left(&place.path(""));
-        nothing_is_left(&place);
-        assert_eq!(place.summary("a")["status"], "interrupted");
-        let stopped_at = place.lines("a");
-        assert!(place.path(&format!("runs/a/checkpoints/step-{stopped_at:08}")).is_dir());
-        return resumes_bitwise(&place, 2);
-    }
-    panic!("ten runs ended before the signal came");
-}
-
-#[test]
-fn a_launcher_that_is_asked_to_stop_writes_a_checkpoint_first() {
-    asked(Launcher, Signal::TERM, "SIGTERM: stopping after this step and writing a checkpoint");
-    asked(Launcher, Signal::INT, "SIGINT: stopping after this step and writing a checkpoint");
-}
-
-#[test]
-fn a_worker_that_is_asked_to_stop_takes_all_others_with_it_after_the_same_step() {
-    asked(Worker(1), Signal::TERM, "SIGTERM: stopping after this step and writing a checkpoint");
-}
-
-#[test]
-fn a_second_signal_ends_all_at_once_and_leaves_nothing_half_made() {
-    let met = (0..10).any(|_| {
-        let place = Place::with(RANKS);
-        let mut job = train(&place, 2, &["--set", "checkpoint.every=1"]);
-        if !job.wait("a checkpoint that is being written", |job| A_CHECKPOINT_IS_BEING_WRITTEN(job, &place)) {
-            return false;
-        }
-        // A worker that stands still keeps the first signal from being the end.
-        let Some(worker) = job.worker(1) else { return false };
-        send(worker, Signal::STOP);
-        send(job.pid(), Signal::TERM);
-        job.wait("the first signal's answer", |job| job.stderr().contains("stopping after this step"));
-        send(job.pid(), Signal::TERM);
-        job.end().failed(75, &["a second signal: stopping at once, without a checkpoint"]);
-        nobody_is_left(&place.path(""));
-        nothing_is_left(&place);
-        resumes_bitwise(&place, 2);
-        true
-    });
-    assert!(met, "ten runs ended before the moment came");
-}
-
-fn restarted(place: &Place) -> usize {
-    place.events("a").iter().filter(|event| event["event"] == "restart").count()
-}
-
-#[test]
-fn a_restart_ends_bitwise_and_a_second_loss_uses_it_up() {
-    for losses in [1, 2] {
-        let place = Place::with(RANKS);
-        let mut job = train(&place, 2, &["--restarts", "1"]);
-        let mut last = None;
-        for loss in 0..losses {
-            let done = job.wait("steps of this life", |job| {
-                restarted(&place) == loss && place.lines("a") >= 20 && job.worker(1).is_some() && job.worker(1) != last
-            });
-            assert!(done, "the run ended before loss {loss}: a machine so busy proves nothing");
-            last = job.worker(1);
-            send(last.expect("it is there"), Signal::KILL);
-        }
-        let ran = job.end();
-        assert!(ran.stderr.contains("starting again from the newest checkpoint, restart 1 of 1"), "{}", ran.stderr);
-        nobody_is_left(&place.path(""));
-        assert_eq!(restarted(&place), 1);
-        if losses == 1 {
-            ran.ok();
-            assert_eq!(outcome(&place, "a"), undisturbed(2));
-        } else {
-            ran.failed(75, &["was killed by SIGKILL"]);
-            resumes_bitwise(&place, 2);
-        }
-    }
-}
-
 /// A run with a fault in one rank's step.
 fn faulty(fault: &str) -> (Place, Ran) {
     let place = Place::with(RANKS);
@@ -372,50 +290,4 @@ fn a_worker_that_aborts_is_a_lost_peer() {
     let (place, ran) = faulty("die:1:20");
     ran.failed(75, &["error: rank 1 (host ", ") was killed by SIGABRT; it was last seen at "]);
     resumes_bitwise(&place, 2);
-}
-
-/// Numbers from a seed (splitmix64).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((x ^ (x >> 31)) % bound as u64) as usize
-    }
-}
-
-/// Strikes a random victim of two or three ranks at a random moment, with SIGKILL or SIGSTOP, and resumes.
-fn round(seed: u64) {
-    let mut random = Random(seed);
-    let (ranks, signal) = (2 + random.below(2), [Signal::KILL, Signal::STOP][random.below(2)]);
-    let (who, lines, micros) = (random.below(ranks + 1), random.below(STEPS - 10), random.below(20_000));
-    let victim = if who == ranks { Launcher } else { Worker(who) };
-    print!("seed {seed}: {ranks} ranks, after {lines} lines and {micros} µs: ");
-    for _ in 0..10 {
-        let place = Place::with(RANKS);
-        let moment = |job: &Job, place: &Place| {
-            let is_there =
-                place.lines("a") >= lines && (victim == Launcher || (0..ranks).all(|r| job.worker(r).is_some()));
-            if is_there {
-                // A random moment inside of a step.
-                std::thread::sleep(Duration::from_micros(micros as u64));
-            }
-            is_there
-        };
-        if strike(train(&place, ranks, &[]), &place, victim, signal, moment).is_some() {
-            return resumes_bitwise(&place, ranks);
-        }
-    }
-    panic!("ten runs ended before the moment came");
-}
-
-/// `TRIBUTARY_ROUNDS=20 cargo test --workspace --test end_to_end dying::rounds -- --nocapture`
-#[test]
-fn rounds() {
-    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
-    let (count, first) = (number("TRIBUTARY_ROUNDS").unwrap_or(5), number("TRIBUTARY_SEED").unwrap_or(1));
-    (first..first + count).for_each(round);
 }

@@ -198,8 +198,8 @@ pub fn main_with(tamper: Tamper) -> ExitCode {
 
 fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     match command {
-        Command::Train(args) => train(args, log, tamper),
-        Command::Coordinator(args) => coordinator(args, log),
+        Command::Train(args) => train(&args, log, tamper),
+        Command::Coordinator(args) => coordinator(&args, log),
         Command::Worker(args) => worker(args, log, tamper),
         Command::Export(args) => export(&args),
         Command::Generate(args) => say(&args),
@@ -208,21 +208,21 @@ fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     }
 }
 
-fn train(args: Train, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
+fn train(args: &Train, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     let (restarts, trusted_network) = (args.restarts, args.trusted_network);
     let world = match ranks(|name| std::env::var(name).ok())? {
         // One rank needs nobody to join it.
         Some(ranks) if ranks.ranks > 1 => World::Ranks(ranks),
         _ => World::Local,
     };
-    let request = request(&args, log, tamper)?;
+    let request = request(args, log, tamper)?;
     if world == World::Local && request.recipe.parallel.data == 1 && restarts == 0 {
         return Ok(code(run::start::train(request)?.ended));
     }
     launch::launch(Orders { request, restarts, world, trusted_network }).map(ExitCode::from)
 }
 
-fn coordinator(args: CoordinatorArgs, log: RunLog) -> Result<ExitCode> {
+fn coordinator(args: &CoordinatorArgs, log: RunLog) -> Result<ExitCode> {
     let (restarts, trusted_network) = (args.train.restarts, args.train.trusted_network);
     let request = request(&args.train, log, Tamper::default())?;
     let world = World::Elsewhere { listen: args.listen };
@@ -242,7 +242,7 @@ fn request(args: &Train, log: RunLog, tamper: Tamper) -> Result<run::Request> {
 fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     let stop = Stop::default();
     let launcher = std::os::unix::process::parent_id();
-    let ender = Ender::new(args.quiet.then_some(launcher));
+    let ender = Ender::new(args.quiet);
     let recipe = if args.supervised { Some(supervised(launcher, ender.clone())?) } else { None };
     let host = std::env::var("HOST_ADDR").ok();
     let host_address = host
@@ -255,9 +255,13 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         };
         addresses = ranks.ports.iter().map(|port| format!("{}:{port}", ranks.master)).collect();
     }
+    let rank = match args.rank {
+        Some(rank) => Some(rank),
+        None => number("RANK", std::env::var("RANK").ok())?.map(usize::from),
+    };
     let ticket = Ticket {
         addresses,
-        rank: args.rank.or_else(|| std::env::var("RANK").ok().and_then(|rank| rank.parse().ok())),
+        rank,
         within: Duration::from_secs_f64(args.join_timeout_s),
         recipe,
         sets: args.sets,
@@ -265,7 +269,7 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         trusted_network: args.trusted_network,
         ender: ender.clone(),
     };
-    let joined = join::join(ticket, &stop)?;
+    let joined = join::join(&ticket, &stop)?;
     let manner = Manner { grace_s: joined.recipe.checkpoint.grace_s, second_ends: !args.supervised };
     stop.listen(manner, || {}).map_err(Error::io("listen for signals in", "this process"))?;
     let welcome = joined.control.welcome();
@@ -323,13 +327,7 @@ const RECIPE_BYTES_MAX: u64 = 16 << 20;
 /// What the environment says of the ranks, as torchrun, Slurm scripts and `hosts.sh` set it; `None` without RANK and
 /// WORLD_SIZE.
 fn ranks(get: impl Fn(&str) -> Option<String>) -> Result<Option<Ranks>> {
-    let number = |name: &str| {
-        let value = get(name);
-        let parse = |text: String| {
-            text.parse::<u16>().map_err(|_| Error::Usage(format!("{name}: expected a number up to 65535, found {text:?}")))
-        };
-        value.map(parse).transpose()
-    };
+    let number = |name: &str| number(name, get(name));
     let beside = |name: &str, other: &str| Error::Usage(format!("{name}: expected it beside {other}, it is not set"));
     let (rank, ranks) = match (number("RANK")?, number("WORLD_SIZE")?) {
         (Some(rank), Some(ranks)) => (rank, ranks),
@@ -346,6 +344,13 @@ fn ranks(get: impl Fn(&str) -> Option<String>) -> Result<Option<Ranks>> {
     // torchrun keeps MASTER_PORT for itself.
     let other = number("TRIBUTARY_PORT")?.unwrap_or_else(|| port.saturating_add(1));
     Ok(Some(Ranks { rank: rank.into(), ranks: ranks.into(), master, ports: vec![port, other] }))
+}
+
+fn number(name: &str, value: Option<String>) -> Result<Option<u16>> {
+    let parse = |text: String| {
+        text.parse().map_err(|_| Error::Usage(format!("{name}: expected a number up to 65535, found {text:?}")))
+    };
+    value.map(parse).transpose()
 }
 
 fn code(ended: Ended) -> ExitCode {

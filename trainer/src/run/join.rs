@@ -65,7 +65,7 @@ pub struct Joined {
 ///
 /// # Errors
 /// Nobody is there, the coordinator refuses, or the addresses are beyond loopback and the network is not trusted.
-pub fn join(ticket: Ticket, stop: &Stop) -> Result<Joined> {
+pub fn join(ticket: &Ticket, stop: &Stop) -> Result<Joined> {
     for set in &ticket.sets {
         let name = set.split('=').next().unwrap_or_default().trim();
         if keys::find(name).is_some_and(|key| key.tag != Tag::Local) {
@@ -89,7 +89,7 @@ pub fn join(ticket: Ticket, stop: &Stop) -> Result<Joined> {
         let left = until.saturating_duration_since(Instant::now());
         let several = ticket.addresses.len() > 1;
         let within = if several { left.min(Duration::from_secs(2)) } else { left };
-        match greet(&ticket, address, within, &ender, stop, &progress) {
+        match greet(ticket, address, within, &ender, stop, &progress) {
             Err(Error::Control(ControlError::NotThere { why, .. })) => {
                 if Instant::now() + Duration::from_millis(50) > until {
                     let (address, within_s) = (ticket.addresses.join(" and "), ticket.within.as_secs_f64());
@@ -100,7 +100,7 @@ pub fn join(ticket: Ticket, stop: &Stop) -> Result<Joined> {
         }
     };
     ender.joined(control.welcome().peer_timeout_s);
-    let read = local_recipe(&control.welcome().recipe, &ticket);
+    let read = local_recipe(&control.welcome().recipe, ticket);
     let (raw, recipe) = match read {
         Ok(read) => read,
         Err(error) => {
@@ -300,19 +300,20 @@ struct Ends {
     /// Where nonces, and half-written checkpoints, would lie.
     left_over: Mutex<Option<(PathBuf, PathBuf)>>,
     grace_ms: AtomicU64,
-    launcher: Option<u32>,
-    /// Whether the launcher cannot say how the run ended.
+    /// Whether a launcher hosts the coordinator and, while it can, says how the run ended.
+    quiet: bool,
+    /// Whether that launcher cannot say how the run ended.
     alone: AtomicBool,
     said: AtomicBool,
 }
 
 impl Ender {
-    /// `launcher` is the process that hosts the coordinator and, while it can, says how the run ended.
+    /// `quiet` where a launcher hosts the coordinator and, while it can, says how the run ended.
     #[must_use]
-    pub fn new(launcher: Option<u32>) -> Self {
+    pub fn new(quiet: bool) -> Self {
         let (aborter, left_over) = (Mutex::new(None), Mutex::new(None));
         let (grace_ms, alone, said) = (AtomicU64::new(125), AtomicBool::new(false), AtomicBool::new(false));
-        Self(Arc::new(Ends { aborter, left_over, grace_ms, launcher, alone, said }))
+        Self(Arc::new(Ends { aborter, left_over, grace_ms, quiet, alone, said }))
     }
 
     fn joined(&self, peer_timeout_s: f64) {
@@ -353,13 +354,11 @@ impl Ender {
             return;
         }
         tracing::info!("the run ended: {verdict}");
-        match (self.0.launcher, self.0.alone.load(Ordering::Relaxed)) {
-            (None, _) => say(&format!("error: {verdict}")),
-            (Some(_), false) => {}
-            (Some(launcher), true) => {
-                let here = std::process::id();
-                say(&format!("error: process {here}: {verdict}; the coordinator is in its launcher (process {launcher})"));
-            }
+        match (self.0.quiet, self.0.alone.load(Ordering::Relaxed)) {
+            (true, false) => {}
+            // Its brothers write to the same terminal.
+            (true, true) => say(&format!("error: process {}: {verdict}", std::process::id())),
+            (false, _) => say(&format!("error: {verdict}")),
         }
     }
 }
