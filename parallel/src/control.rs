@@ -14,13 +14,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::{UnboundedSender, WeakUnboundedSender};
 
 use crate::coordinator::state::{Ending, TRY_AGAIN};
 use crate::progress::Progress;
 use crate::wire::control::from_worker::What as From;
 use crate::wire::control::to_worker::What as To;
-use crate::wire::control::{FromWorker, Hello, Leaving, Welcome};
+use crate::wire::control::{FromWorker, Hello, Leaving, Lost, Welcome};
 use thread::{not_there, run};
 
 /// How a worker joins.
@@ -102,6 +102,21 @@ pub struct Control {
     thread: Option<JoinHandle<()>>,
 }
 
+/// Reports lost ranks to the coordinator. See [`Control::reporter`].
+#[derive(Clone, Debug)]
+pub struct Reporter(Option<WeakUnboundedSender<FromWorker>>);
+
+impl Reporter {
+    /// A rank is lost.
+    pub fn lost(&self, rank: usize, why: &str) {
+        let what = From::Lost(Lost { rank: rank as u32, why: why.to_owned() });
+        if let Some(out) = self.0.as_ref().and_then(WeakUnboundedSender::upgrade) {
+            // When the line has ended, so has the run.
+            let _ = out.send(FromWorker { what: Some(what) });
+        }
+    }
+}
+
 /// How the run ended, once it has, and whether this worker has let go of it before.
 #[derive(Debug, Default)]
 struct End {
@@ -157,6 +172,12 @@ impl Control {
         if let Some(out) = &self.out {
             let _ = out.send(FromWorker { what: Some(what) });
         }
+    }
+
+    /// A way to report a lost rank from another thread. It does not keep the line open.
+    #[must_use]
+    pub fn reporter(&self) -> Reporter {
+        Reporter(self.out.as_ref().map(UnboundedSender::downgrade))
     }
 
     /// The next message that is neither a heartbeat nor an end, waiting for it as long as the coordinator lives.

@@ -16,6 +16,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 
 STEPS, WARMUP, TOKENS = 13, 3, 2 * 4 * 256
@@ -25,10 +26,13 @@ CODECS, HOOKS = ["fp32", "bf16", "int8"], ["none", "bf16", "powersgd"]
 def hosts(args, rate, command, out):
     env = dict(os.environ, OUT_DIR=out)
     line = [args.hosts_sh, "--hosts", "2", "--rate", rate, "--", "bash", "-c", command]
-    ran = subprocess.run(line, env=env, capture_output=True, text=True, timeout=900)
-    if ran.returncode:
-        raise SystemExit(f"{command}: exit code {ran.returncode}\n{ran.stdout}\n{ran.stderr}")
-    return json.loads(ran.stdout.splitlines()[-1])["0"]
+    for attempt in range(3):
+        ran = subprocess.run(line, env=env, capture_output=True, text=True, timeout=900)
+        if ran.returncode == 0:
+            return json.loads(ran.stdout.splitlines()[-1])["0"]
+        # Gloo under PowerSGD's hook ends now and then with "Received data size doesn't match expected size".
+        print(f"try {attempt + 1}: {command}: exit code {ran.returncode}: {ran.stderr[-300:]}", file=sys.stderr, flush=True)
+    return None
 
 
 def tributary(args, rate, runs, codec):
@@ -48,6 +52,8 @@ def torch(args, rate, out, hook):
     over = "export -n RANK WORLD_SIZE; " if alone else ""
     command = f"{over}exec {args.python} {args.peer} --threads 1 --hook {hook or 'none'} --steps {STEPS - WARMUP} --warmup {WARMUP}"
     sent = hosts(args, rate, command, out)
+    if sent is None:
+        return None
     with open(os.path.join(out, "rank-0.log")) as file:
         line = json.loads([line for line in file if line.startswith("{")][-1])
     return line["step_s"], sent, line
@@ -71,7 +77,9 @@ def main():
             for who, measure, how in contenders:
                 folder = tempfile.mkdtemp()
                 try:
-                    found.setdefault((who, how), []).append(measure(args, rate, folder, how))
+                    result = measure(args, rate, folder, how)
+                    if result:
+                        found.setdefault((who, how), []).append(result)
                 finally:
                     shutil.rmtree(folder)
         for (who, how), results in found.items():

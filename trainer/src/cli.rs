@@ -246,7 +246,9 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     let recipe = if args.supervised { Some(supervised(launcher, ender.clone())?) } else { None };
     let host = std::env::var("HOST_ADDR").ok();
     let host_address = host
-        .map(|host| host.parse().map_err(|_| Error::Usage(format!("HOST_ADDR: expected an IP address, found {host:?}"))))
+        .map(|host| {
+            host.parse().map_err(|_| Error::Usage(format!("HOST_ADDR: expected an IP address, found {host:?}")))
+        })
         .transpose()?;
     let mut addresses = args.join;
     if addresses.is_empty() {
@@ -271,7 +273,8 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     };
     let joined = join::join(&ticket, &stop)?;
     let manner = Manner { grace_s: joined.recipe.checkpoint.grace_s, second_ends: !args.supervised };
-    stop.listen(manner, || {}).map_err(Error::io("listen for signals in", "this process"))?;
+    let tidy = ender.clone();
+    stop.listen(manner, move || tidy.tidy_up()).map_err(Error::io("listen for signals in", "this process"))?;
     let welcome = joined.control.welcome();
     let request = run::Request {
         raw: joined.raw.clone(),

@@ -16,6 +16,7 @@ use parallel::coordinator::{Compare, Coordinator};
 use crate::error::{Error, Result};
 use crate::log::say;
 use crate::recipe::{Raw, Tag, raw};
+use crate::run::folder::{check_name, in_use};
 use crate::run::join::{host, random, remove_nonces, remove_partial, trusted};
 use crate::run::signals::{Manner, Stop, TRY_AGAIN};
 use crate::run::{Request, start};
@@ -62,6 +63,8 @@ pub struct Orders {
     pub trusted_network: bool,
 }
 
+/// The exit code of a Rust process that panicked.
+const PANICKED: i32 = 101;
 /// How long children have to end by themselves when nobody was lost.
 const END_WITHIN: Duration = Duration::from_secs(10);
 /// How often the launcher looks after its children.
@@ -81,9 +84,9 @@ pub fn launch(mut orders: Orders) -> Result<u8> {
             ranks.ranks, recipe.parallel.data
         )));
     }
+    check_name(&orders.request.name)?;
     let family = Children::default();
-    // The workers' own grace comes first.
-    let manner = Manner { grace_s: recipe.checkpoint.grace_s + 2.0, second_ends: true };
+    let manner = Manner { grace_s: recipe.checkpoint.grace_s, second_ends: true };
     let (kill, runs, name) = (family.clone(), recipe.metrics.runs_dir.clone(), orders.request.name.clone());
     let at_once = move || {
         let pids = kill.pids();
@@ -136,7 +139,10 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
             trusted(at.ip(), orders.trusted_network)?;
             let coordinator = coordinate(orders, restart, listen(*at)?)?;
             let address = coordinator.address();
-            say(&format!("coordinating {} ranks at {address}: start them with `tributary worker --join {address}`", recipe.parallel.data));
+            say(&format!(
+                "coordinating {} ranks at {address}: start them with `tributary worker --join {address}`",
+                recipe.parallel.data
+            ));
             (Some(coordinator), Vec::new())
         }
     };
@@ -177,7 +183,7 @@ fn quarter(peer_timeout_s: f64) -> Duration {
 /// Waits for the run's end: the coordinator's word, or without one the end of the only child.
 fn watch(coordinator: Option<&Coordinator>, family: &Children, stop: &Stop, peer_timeout_s: f64) -> Ending {
     let mut told = false;
-    let stopped_max = Duration::from_secs_f64(peer_timeout_s);
+    let stopped_max = silence(Duration::from_secs_f64(peer_timeout_s));
     loop {
         let ends = family.look();
         match coordinator {
@@ -196,12 +202,22 @@ fn watch(coordinator: Option<&Coordinator>, family: &Children, stop: &Stop, peer
             None => {
                 if let Some(end) = ends.into_iter().next() {
                     // What the worker has to say it has said itself.
-                    let verdict = if end.code.is_some() { String::new() } else { format!("the worker (process {}) {}", end.pid, end.how) };
-                    let code = end.code.and_then(|code| u8::try_from(code).ok()).unwrap_or(TRY_AGAIN);
+                    let verdict = if end.code.is_some() {
+                        String::new()
+                    } else {
+                        format!("the worker (process {}) {}", end.pid, end.how)
+                    };
+                    let code = match end.code {
+                        Some(PANICKED) => 1,
+                        code => code.and_then(|code| u8::try_from(code).ok()).unwrap_or(TRY_AGAIN),
+                    };
                     return Ending { verdict, code };
                 }
                 if let Some(pid) = family.stopped_for(stopped_max) {
-                    let verdict = format!("the worker (process {pid}) was stopped for {peer_timeout_s} s and is killed");
+                    let verdict = format!(
+                        "the worker (process {pid}) was stopped for {:.1} s and is killed",
+                        stopped_max.as_secs_f64()
+                    );
                     return Ending { verdict, code: TRY_AGAIN };
                 }
                 if stop.asked() && !told {
@@ -264,6 +280,14 @@ fn listen(address: SocketAddr) -> Result<TcpListener> {
 /// Listens where rank 0 is to listen: at the first of the ports that is free.
 fn master_listener(ranks: &Ranks, trusted_network: bool) -> Result<TcpListener> {
     let ip = resolve(&ranks.master)?;
+    let written = ranks.master == "localhost" || ranks.master.parse::<IpAddr>().is_ok();
+    if ip.is_loopback() && !written {
+        return Err(Error::Usage(format!(
+            "MASTER_ADDR: {} is {ip} on this machine, as /etc/hosts says, where no other machine can reach it: write its \
+             address on the network",
+            ranks.master
+        )));
+    }
     trusted(ip, trusted_network)?;
     let mut last = Err(Error::Usage("MASTER_PORT: expected a port".into()));
     for &port in &ranks.ports {
@@ -288,7 +312,8 @@ pub fn resolve(host: &str) -> Result<IpAddr> {
 /// Takes away what killed workers could not.
 fn tidy(runs: &Path, name: &str, pids: &[u32], code: u8) {
     pids.iter().for_each(|&pid| remove_nonces(runs, pid));
-    if code != 0 {
+    // If somebody works on the run now, what is half-written there is theirs.
+    if code != 0 && !in_use(&runs.join(name)) {
         let until = Instant::now() + Duration::from_secs(1);
         let checkpoints = runs.join(name).join("checkpoints");
         remove_partial(&checkpoints, std::process::id() as usize);

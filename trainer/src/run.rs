@@ -147,7 +147,7 @@ impl Run {
             // The line comes first: a checkpoint never knows of a step that the metrics do not.
             if let (Some(metrics), Some(progress)) = (&mut self.metrics, &mut self.progress) {
                 metrics.step(&line)?;
-                progress.step(&line, self.group.as_ref().map(|group| group.f32_bytes));
+                progress.step(&line, self.group.as_ref().and_then(|group| group.f32_bytes));
             }
             self.give_up_after(self.recipe.train.skip_max)?;
             if due {

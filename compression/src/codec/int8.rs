@@ -29,7 +29,7 @@ pub(super) fn encode(y: &mut [f32], payload: &mut [u8]) {
         let inverse = 1.0 / s;
         for (y, value) in y.iter_mut().zip(values) {
             // The bounds are whole, so that it is the same to clamp before rounding.
-            let shifted = (*y * inverse).max(-Q_MAX).min(Q_MAX) + ROUND;
+            let shifted = (*y * inverse).clamp(-Q_MAX, Q_MAX) + ROUND;
             // The low byte of the shifted number is the multiple in two's complement.
             *value = shifted.to_bits() as u8;
             *y = (*y - (shifted - ROUND) * s) + 0.0;

@@ -20,6 +20,9 @@ use crate::wire::control::from_worker::What as From;
 use crate::wire::control::to_worker::What as To;
 use crate::wire::control::{FromWorker, Hello, ToWorker};
 
+/// The largest recipe of a worker that is compared.
+const RECIPE_BYTES_MAX: usize = 1 << 20;
+
 /// Messages that wait for one worker. Most are heartbeats: they last until it is found silent.
 const LINE_MAX: usize = 256;
 
@@ -121,7 +124,15 @@ impl Desk {
                 return;
             }
         };
-        let differences = hello.recipe.as_deref().map_or_else(Vec::new, |recipe| (self.compare)(recipe));
+        // Beside the coordinator's thread, whose clock must go on.
+        let (compare, recipe) = (self.compare.clone(), hello.recipe.clone().unwrap_or_default());
+        let differences = match recipe.len() {
+            0 => Vec::new(),
+            1..=RECIPE_BYTES_MAX => tokio::task::spawn_blocking(move || compare(&recipe)).await.unwrap_or_else(|_| {
+                vec!["it cannot be compared: that is a fault of the coordinator; please report this".to_owned()]
+            }),
+            large => vec![format!("it has {large} bytes, at most {RECIPE_BYTES_MAX} are read")],
+        };
         let (open, mut closed) = oneshot::channel();
         self.lines.lock().insert(connection, Line { out, caller: caller.clone(), _open: open });
         let mut input = Input::Hello { connection, hello, differences };

@@ -32,7 +32,7 @@ fn coordinator(ranks: usize) -> Coordinator {
         join_within: GUARD,
         epoch: 7,
         token: "token".into(),
-        host: "box".into(),
+        host: "here".into(),
         pid: 1,
     };
     let compare = |theirs: &str| {
@@ -356,7 +356,9 @@ fn a_coordinator_that_ends_is_named_once_to_each_worker() {
     let address = coordinator.address();
     let workers = running(&coordinator);
     drop(coordinator);
-    let verdict = format!("the coordinator at {address} (host box, process 1) closed the connection; this worker was at starting");
+    let verdict = format!(
+        "the coordinator at {address} (host here, process 1) closed the connection; this worker was at starting"
+    );
     for worker in &workers {
         assert_eq!(verdicts(&worker.ended), [Ending { verdict: verdict.clone(), code: TRY_AGAIN }]);
         assert_eq!(worker.control.ending(Duration::ZERO).verdict, verdict);
@@ -404,7 +406,10 @@ fn a_silent_coordinator_is_named() {
     let worker = try_join(address.to_string(), GUARD, hello(None)).expect("welcome");
     let all = verdicts(&worker.ended);
     let [Ending { verdict, code: TRY_AGAIN }] = &all[..] else { panic!("{all:?}") };
-    assert!(verdict.starts_with(&format!("the coordinator at {address} (host , process 0) has been silent for ")), "{verdict}");
+    assert!(
+        verdict.starts_with(&format!("the coordinator at {address} (host , process 0) has been silent for ")),
+        "{verdict}"
+    );
 }
 
 #[test]

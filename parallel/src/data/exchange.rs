@@ -240,12 +240,7 @@ impl Exchange {
     ///
     /// # Panics
     /// When the gradient has not the tensor's length, or was given before.
-    pub fn give(
-        &mut self,
-        index: usize,
-        gradient: &[f32],
-        out: &mut dyn FnMut(Outgoing),
-    ) -> Result<(), ExchangeError> {
+    pub fn give(&mut self, index: usize, gradient: &[f32], out: &mut dyn FnMut(Outgoing)) -> Result<(), ExchangeError> {
         let Group { rank, ranks, chunk_blocks, .. } = self.group;
         assert!(!self.tensors[index].given, "one gradient a step");
         assert_eq!(gradient.len(), self.tensors[index].sum.len(), "the plan's shape");
@@ -277,12 +272,7 @@ impl Exchange {
     ///
     /// # Errors
     /// A frame that is damaged or has no place here.
-    pub fn receive(
-        &mut self,
-        from: usize,
-        frame: &Bytes,
-        out: &mut dyn FnMut(Outgoing),
-    ) -> Result<(), ExchangeError> {
+    pub fn receive(&mut self, from: usize, frame: &Bytes, out: &mut dyn FnMut(Outgoing)) -> Result<(), ExchangeError> {
         let wrong = |error| ExchangeError::Frame { from, error };
         let (header, payload) = Header::read(frame).map_err(wrong)?;
         header.check_now(self.group.epoch, self.step).map_err(wrong)?;

@@ -28,7 +28,8 @@ impl fmt::Debug for ChannelTransport {
 pub fn network(ranks: usize) -> Vec<ChannelTransport> {
     let sinks = Arc::new((0..ranks).map(|_| Mutex::new(None)).collect::<Vec<_>>());
     let received = Arc::new((0..ranks).map(|_| AtomicU64::new(0)).collect::<Vec<_>>());
-    let end = |rank| ChannelTransport { rank, sinks: sinks.clone(), sent: AtomicU64::new(0), received: received.clone() };
+    let end =
+        |rank| ChannelTransport { rank, sinks: sinks.clone(), sent: AtomicU64::new(0), received: received.clone() };
     (0..ranks).map(end).collect()
 }
 

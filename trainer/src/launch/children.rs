@@ -1,6 +1,8 @@
 //! Worker processes: how they start, how they end, and that none is left.
 
+use std::fs::File;
 use std::io::Write as _;
+use std::os::fd::AsFd as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -74,13 +76,19 @@ impl Children {
         };
         // A child inherits the cores of the thread that starts it, so that is a thread of its own.
         let spawned = std::thread::spawn(spawn).join().unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into()));
-        let mut child = spawned.map_err(Error::io("start", program))?;
-        if let Some(pipe) = &mut child.stdin {
-            // A child that is gone already is noticed when it is looked after.
-            let length = worker.recipe.len() as u64;
-            let _ = pipe.write_all(&length.to_le_bytes()).and_then(|()| pipe.write_all(worker.recipe.as_bytes()));
-        }
+        let child = spawned.map_err(Error::io("start", program))?;
+        let pipe = child.stdin.as_ref().map(|pipe| pipe.as_fd().try_clone_to_owned());
         self.lock().push(Running { child, stopped: None });
+        if let Some(pipe) = pipe {
+            let mut pipe = File::from(pipe.map_err(Error::io("open", "the pipe to a worker"))?);
+            let recipe = worker.recipe.clone();
+            // A child that does not read keeps this thread waiting, and nobody else.
+            std::thread::spawn(move || {
+                let length = recipe.len() as u64;
+                // A child that is gone already is noticed when it is looked after.
+                let _ = pipe.write_all(&length.to_le_bytes()).and_then(|()| pipe.write_all(recipe.as_bytes()));
+            });
+        }
         Ok(())
     }
 

@@ -185,11 +185,15 @@ impl Folder {
 fn is_ours(entry: &std::fs::DirEntry) -> bool {
     let name = entry.file_name();
     let name = name.to_string_lossy();
-    name == ".lock" || name == "logs" || name.starts_with(".new-")
+    let empty = || std::fs::read_dir(entry.path()).is_ok_and(|mut entries| entries.next().is_none());
+    name == ".lock" || name == "logs" || name.starts_with(".new-") || (name == "checkpoints" && empty())
 }
 
 /// A run's name is one plain path component, so that it can be said on a command line and cannot leave the folder.
-fn check_name(name: &str) -> Result<()> {
+///
+/// # Errors
+/// It is not.
+pub fn check_name(name: &str) -> Result<()> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(plain) && name.len() <= 100 {
         return Ok(());
@@ -197,6 +201,13 @@ fn check_name(name: &str) -> Result<()> {
     Err(Error::Usage(format!(
         "--name: expected letters, digits, '-', '_' and '.', at most 100, starting with a letter or digit; found {name:?}"
     )))
+}
+
+/// Whether a process is working on the run in this folder.
+#[must_use]
+pub fn in_use(path: &Path) -> bool {
+    let Ok(file) = File::options().read(true).write(true).open(path.join(".lock")) else { return false };
+    matches!(file.try_lock(), Err(TryLockError::WouldBlock))
 }
 
 fn exists(name: &str, path: &Path) -> Error {

@@ -33,12 +33,14 @@ pub struct Group {
     pub transport: Arc<GrpcTransport>,
     /// What happens when the run ends for everybody.
     pub ender: Ender,
-    /// Bytes that this rank would send a step if everything travelled as f32.
-    pub f32_bytes: u64,
+    /// Bytes that this rank would send a step if everything travelled as f32; `None` with one rank.
+    pub f32_bytes: Option<u64>,
     /// Steps whose checkpoint all ranks write, and those among them that this rank commits.
     pub saving: BTreeSet<u64>,
     /// Those of them that this rank, as the lead of its folder, is giving their name.
     pub committing: BTreeSet<u64>,
+    /// Those of them for which this rank's own writer has something to do.
+    pub writing: BTreeSet<u64>,
 }
 
 /// How long a rank waits for the others' goodbye at the end. They have all voted on the last step by then.
@@ -99,6 +101,7 @@ impl Run {
                     match parts {
                         Ok(parts) => {
                             group.committing.insert(commit.step);
+                            group.writing.insert(commit.step);
                             self.writer.commit(commit.step, commit.id, parts);
                         }
                         Err(error) => {
@@ -136,6 +139,10 @@ impl Run {
     /// Tells the coordinator what this rank's writer has done.
     pub(super) fn tell(&mut self, outcome: Outcome) {
         let Some(group) = &mut self.group else { return };
+        if let Outcome::Written { step, .. } | Outcome::Committed { step, .. } | Outcome::Failed { step, .. } = &outcome
+        {
+            group.writing.remove(step);
+        }
         match outcome {
             Outcome::Written { step, part, .. } => {
                 let (json, error) = match serde_json::to_string(&part) {
@@ -184,8 +191,13 @@ impl Run {
     /// # Errors
     /// The run has ended for everybody.
     pub(super) fn settle_all(&mut self) -> Result<()> {
-        self.stepper.progress().enter(Stage::Checkpointing);
-        while self.group.as_ref().is_some_and(|group| !group.saving.is_empty()) {
+        let mut stage = None;
+        while let Some(group) = self.group.as_ref().filter(|group| !group.saving.is_empty()) {
+            // Whoever waits for another rank's disk is not the one to blame.
+            let now = if group.writing.is_empty() { Stage::Waiting } else { Stage::Checkpointing };
+            if stage.replace(now) != Some(now) {
+                self.stepper.progress().enter(now);
+            }
             let outcomes = self.writer.outcomes();
             self.note(outcomes, "");
             self.listen(Duration::from_millis(20))?;

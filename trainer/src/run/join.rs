@@ -15,6 +15,7 @@ use parallel::transport::grpc::Listener;
 use parallel::wire::control::from_worker::What as From;
 use parallel::wire::control::{Held, Hello, Holds, Prepared, Property, Seen, Start};
 
+use super::folder::check_name;
 use super::signals::Stop;
 use crate::error::{Error, Result};
 use crate::log::say;
@@ -88,7 +89,7 @@ pub fn join(ticket: &Ticket, stop: &Stop) -> Result<Joined> {
         let address = turn.next().ok_or_else(|| Error::Usage("--join: expected HOST:PORT".into()))?;
         let left = until.saturating_duration_since(Instant::now());
         let several = ticket.addresses.len() > 1;
-        let within = if several { left.min(Duration::from_secs(2)) } else { left };
+        let within = if several { left.min(TURN) } else { left };
         match greet(ticket, address, within, &ender, stop, &progress) {
             Err(Error::Control(ControlError::NotThere { why, .. })) => {
                 if Instant::now() + Duration::from_millis(50) > until {
@@ -100,7 +101,7 @@ pub fn join(ticket: &Ticket, stop: &Stop) -> Result<Joined> {
         }
     };
     ender.joined(control.welcome().peer_timeout_s);
-    let read = local_recipe(&control.welcome().recipe, ticket);
+    let read = check_name(&control.welcome().name).and_then(|()| local_recipe(&control.welcome().recipe, ticket));
     let (raw, recipe) = match read {
         Ok(read) => read,
         Err(error) => {
@@ -108,11 +109,13 @@ pub fn join(ticket: &Ticket, stop: &Stop) -> Result<Joined> {
             return Err(error);
         }
     };
-    let runs = &recipe.metrics.runs_dir;
-    ender.tidy(runs.clone(), runs.join(&control.welcome().name).join("checkpoints"));
+    ender.tidy_nonces(recipe.metrics.runs_dir.clone());
     let listener = Some(listener);
     Ok(Joined { control, raw, recipe, listener, ender, stop: stop.clone(), progress })
 }
+
+/// How long one of several addresses is tried: who listens there may be somebody else, who never answers.
+const TURN: Duration = Duration::from_secs(5);
 
 fn greet(
     ticket: &Ticket,
@@ -122,11 +125,18 @@ fn greet(
     stop: &Stop,
     progress: &Arc<Progress>,
 ) -> Result<(Control, Listener)> {
-    let ip = match ticket.host_address {
-        Some(ip) => ip,
-        None => local_address(address)
-            .map_err(|error| Error::Usage(format!("--join {address}: expected HOST:PORT of a coordinator: {error}")))?,
+    let not_there = |error: std::io::Error| {
+        if error.kind() == std::io::ErrorKind::InvalidInput {
+            return Error::Usage(format!("--join {address}: expected HOST:PORT of a coordinator: {error}"));
+        }
+        // A name may be known, and a way be there, a little later.
+        let why = error.to_string();
+        std::thread::sleep(Duration::from_millis(100).min(within));
+        ControlError::NotThere { address: address.to_owned(), within_s: within.as_secs_f64(), why }.into()
     };
+    let here = local_address(address).map_err(not_there)?;
+    // On one machine the world's addresses do not matter.
+    let ip = ticket.host_address.filter(|_| !here.is_loopback()).unwrap_or(here);
     trusted(ip, ticket.trusted_network)?;
     let listener = Listener::bind(ip, 0)?;
     let hello = Hello {
@@ -246,7 +256,7 @@ const NONCE: &str = ".nonce-";
 
 impl Nonce {
     fn create(runs: &Path) -> Result<Self> {
-        let name = format!("{NONCE}{}-{}", std::process::id(), random());
+        let name = format!("{}{}", nonces_of(std::process::id()), random());
         let path = runs.join(&name);
         std::fs::write(&path, &name).map_err(Error::io("write", &path))?;
         Ok(Self { path, name })
@@ -264,9 +274,15 @@ impl Drop for Nonce {
     }
 }
 
+/// How the nonces of one process begin: on folders that many machines share, process ids are not enough.
+fn nonces_of(pid: u32) -> String {
+    let host = blake3::hash(host().as_bytes()).to_hex();
+    format!("{NONCE}{}-{pid}-", &host[..8])
+}
+
 /// Removes what a killed process of this id left in the folder of runs.
 pub fn remove_nonces(runs: &Path, pid: u32) {
-    let mine = format!("{NONCE}{pid}-");
+    let mine = nonces_of(pid);
     for entry in std::fs::read_dir(runs).into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(&mine) {
             let _ = std::fs::remove_file(entry.path());
@@ -297,8 +313,9 @@ pub struct Ender(Arc<Ends>);
 #[derive(Debug)]
 struct Ends {
     aborter: Mutex<Option<Aborter>>,
-    /// Where nonces, and half-written checkpoints, would lie.
-    left_over: Mutex<Option<(PathBuf, PathBuf)>>,
+    /// Where nonces would lie, and half-written checkpoints.
+    runs: Mutex<Option<PathBuf>>,
+    checkpoints: Mutex<Option<PathBuf>>,
     grace_ms: AtomicU64,
     /// Whether a launcher hosts the coordinator and, while it can, says how the run ended.
     quiet: bool,
@@ -311,9 +328,9 @@ impl Ender {
     /// `quiet` where a launcher hosts the coordinator and, while it can, says how the run ended.
     #[must_use]
     pub fn new(quiet: bool) -> Self {
-        let (aborter, left_over) = (Mutex::new(None), Mutex::new(None));
+        let (aborter, runs, checkpoints) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
         let (grace_ms, alone, said) = (AtomicU64::new(125), AtomicBool::new(false), AtomicBool::new(false));
-        Self(Arc::new(Ends { aborter, left_over, grace_ms, quiet, alone, said }))
+        Self(Arc::new(Ends { aborter, runs, checkpoints, grace_ms, quiet, alone, said }))
     }
 
     fn joined(&self, peer_timeout_s: f64) {
@@ -325,9 +342,24 @@ impl Ender {
         *lock(&self.0.aborter) = Some(aborter);
     }
 
-    /// Where to tidy up: the folder of runs, and the run's checkpoints.
-    pub fn tidy(&self, runs: PathBuf, checkpoints: PathBuf) {
-        *lock(&self.0.left_over) = Some((runs, checkpoints));
+    /// The folder of runs, where this process may leave a nonce.
+    pub fn tidy_nonces(&self, runs: PathBuf) {
+        *lock(&self.0.runs) = Some(runs);
+    }
+
+    /// The run's checkpoints, where this process may leave one half-written. Not before the run is its own.
+    pub fn tidy_checkpoints(&self, checkpoints: PathBuf) {
+        *lock(&self.0.checkpoints) = Some(checkpoints);
+    }
+
+    /// Takes away what this process would leave behind.
+    pub fn tidy_up(&self) {
+        if let Some(runs) = &*lock(&self.0.runs) {
+            remove_nonces(runs, std::process::id());
+        }
+        if let Some(checkpoints) = &*lock(&self.0.checkpoints) {
+            remove_partial(checkpoints, std::process::id() as usize);
+        }
     }
 
     /// The run has ended.
@@ -339,10 +371,7 @@ impl Ender {
         let (ender, ending) = (self.clone(), ending.clone());
         std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(ender.0.grace_ms.load(Ordering::Relaxed)));
-            if let Some((runs, checkpoints)) = &*lock(&ender.0.left_over) {
-                remove_nonces(runs, std::process::id());
-                remove_partial(checkpoints, std::process::id() as usize);
-            }
+            ender.tidy_up();
             ender.say(&ending.verdict);
             std::process::exit(i32::from(ending.code));
         });

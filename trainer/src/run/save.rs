@@ -19,7 +19,8 @@ impl Run {
             skips: self.state.skips,
             good_step: self.state.good_step,
             samples: self.state.step
-                * (self.recipe.train.micro_batch_size * self.recipe.train.micro_batches * self.recipe.parallel.data) as u64,
+                * (self.recipe.train.micro_batch_size * self.recipe.train.micro_batches * self.recipe.parallel.data)
+                    as u64,
             tokens: self.tokens,
             loss: self.last_loss,
             seed: self.recipe.train.seed,
@@ -35,6 +36,7 @@ impl Run {
             Some(_) if self.busy => Offer::Busy,
             Some(group) => {
                 group.saving.insert(step);
+                group.writing.insert(step);
                 let share = group.share;
                 self.writer.offer(step, json!(meta), attachments, |snapshot| match stepper.engine() {
                     Some(engine) => state.snapshot_share(snapshot, &share, &engine.exchange()),

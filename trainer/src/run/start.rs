@@ -10,11 +10,12 @@ use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
 use checkpoint::writer::{Member, Retention, Writer};
 use compression::Codec;
+use parallel::control::ControlError;
 use parallel::data::engine::{Engine, Inbox};
 use parallel::data::exchange::{self, Exchange, codec_of};
 use parallel::data::plan::Plan;
 use parallel::data::shard::payload_bytes_sent;
-use parallel::transport::grpc;
+use parallel::transport::{Incoming, grpc};
 use parallel::wire::control::{Held, Leaving, Property};
 use serde_json::json;
 
@@ -76,8 +77,12 @@ pub fn train(request: Request) -> Result<Left> {
         folder.keep_recipe(&request.raw)?;
         request.log.open(&folder.file("logs/rank-0.log"))?;
         let stepper = Stepper::new(&ready.config, &ready.device, request.recipe.parallel.bucket_bytes_max)?;
-        let writer =
-            Writer::new(Arc::new(RealDisk), folder.checkpoints(), state::specs(&ready.config), retention(&request.recipe))?;
+        let writer = Writer::new(
+            Arc::new(RealDisk),
+            folder.checkpoints(),
+            state::specs(&ready.config),
+            retention(&request.recipe),
+        )?;
         let books = Books::open(&request, &folder, resumed.then_some(begun.state.step), &changed)?;
         Ok((stepper, writer, books))
     };
@@ -119,8 +124,17 @@ pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
         Ok(run) => run,
         Err((joined, error)) => return Err(fail(*joined, folder, error)),
     };
-    let result = work(&mut run, folder.as_ref().filter(|_| rank == 0).map(|opened| &opened.folder));
-    let Some(group) = run.group.take() else { return result };
+    let keeper = folder.as_ref().filter(|_| rank == 0).map(|opened| &opened.folder);
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| work(&mut run, keeper)));
+    let Some(group) = run.group.take() else { return result.unwrap_or_else(|panic| std::panic::resume_unwind(panic)) };
+    let result = match result {
+        Ok(result) => result,
+        Err(panic) => {
+            let error = Some("it panicked, which is a fault of the program: its standard error says where".to_owned());
+            group.leave(Leaving { step: run.state.step, parameter_hash: String::new(), error, code: 1 });
+            std::panic::resume_unwind(panic)
+        }
+    };
     let result = result.map_err(|error| group.explain(error, peer_timeout_s));
     match &result {
         Ok(left) => group.leave(Leaving {
@@ -134,9 +148,10 @@ pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
             ender.say(verdict);
         }
         Err(error) => {
-            run.writer.abandon();
+            // Said before anything that may wait for a disk.
             let (code, error) = (error.exit_code().into(), Some(error.to_string()));
             group.leave(Leaving { step: run.state.step, parameter_hash: String::new(), error, code });
+            run.writer.abandon();
         }
     }
     result
@@ -268,7 +283,10 @@ fn properties(request: &Request, ready: &Ready) -> Vec<Property> {
     vec![
         property("the text of [data] and [eval] (BLAKE3)", ready.data.corpus_hash.clone()),
         property("the tokenizer (BLAKE3)", tokenizer),
-        property("device.backend (a mixture needs the sharded optimiser, which is not there yet)", request.recipe.device.backend.clone()),
+        property(
+            "device.backend (a mixture needs the sharded optimiser, which is not there yet)",
+            request.recipe.device.backend.clone(),
+        ),
         property("the processor's architecture", std::env::consts::ARCH.into()),
     ]
 }
@@ -297,6 +315,9 @@ fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<
     };
     let held = || {
         folder.keep_recipe(&request.raw)?;
+        // A lead's writer puts the folder in order: what was set aside counts under its own name from then on.
+        let member = Member { rank: 0, lead: true };
+        drop(Writer::member(Arc::new(RealDisk), folder.checkpoints(), Vec::new(), member, retention(&request.recipe))?);
         newest_good(&folder)?;
         let open = |(step, path): (u64, std::path::PathBuf)| {
             let id = Checkpoint::open(&path).ok()?.id().to_owned();
@@ -314,22 +335,37 @@ fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<
 
 /// A rank that cannot start says so, and takes away a folder that it had just made.
 fn fail(joined: Joined, folder: Option<RunFolder>, error: Error) -> Error {
+    let lost = match &error {
+        Error::Transport(error) => error.lost(),
+        _ => None,
+    };
+    let ended = match (&error, lost) {
+        (Error::Control(ControlError::Ended(ending)), _) => Some(ending.clone()),
+        (_, Some(rank)) => {
+            // The coordinator knows better who is to blame.
+            joined.control.reporter().lost(rank, &error.to_string());
+            Some(joined.control.ending(Duration::from_secs_f64(joined.control.welcome().peer_timeout_s)))
+        }
+        _ => None,
+    };
+    // The others hear of it first: they may be about to open files in a folder that goes away.
+    let error = match ended {
+        Some(ending) => {
+            joined.ender.say(&ending.verdict);
+            Error::Verdict(ending.verdict, ending.code)
+        }
+        None => {
+            super::join::leave_with(joined.control, &error);
+            error
+        }
+    };
     if let Some(RunFolder { folder, is_new: true, .. }) = folder
         && !folder.file("run.json").exists()
         && reader::list(&folder.checkpoints()).is_ok_and(|list| list.is_empty())
     {
         folder.abandon();
     }
-    match error {
-        Error::Control(parallel::control::ControlError::Ended(ending)) => {
-            joined.ender.say(&ending.verdict);
-            Error::Verdict(ending.verdict, ending.code)
-        }
-        error => {
-            super::join::leave_with(joined.control, &error);
-            error
-        }
-    }
+    error
 }
 
 /// From an agreed start to a run that is ready for its first step. On failure the line to the coordinator comes back.
@@ -346,15 +382,15 @@ fn open_rank(
         Ok((begun, stepper, writer, books, group)) => {
             let Joined { control, ender, stop, .. } = joined;
             let (share, transport, f32_bytes) = group;
-            let (saving, committing) = Default::default();
-            let group = Group { share, control, transport, ender, f32_bytes, saving, committing };
+            let (saving, committing, writing) = Default::default();
+            let group = Group { share, control, transport, ender, f32_bytes, saving, committing, writing };
             Ok(Parts { request, started, stop, ready, begun, stepper, writer, books, group: Some(group) }.run())
         }
         Err(error) => Err((Box::new(joined), error)),
     }
 }
 
-type Opened = (Begun, Stepper, Writer, Option<Books>, (Share, Arc<grpc::GrpcTransport>, u64));
+type Opened = (Begun, Stepper, Writer, Option<Books>, (Share, Arc<grpc::GrpcTransport>, Option<u64>));
 
 fn connect(
     request: &Request,
@@ -366,6 +402,8 @@ fn connect(
     let (rank, ranks, recipe) = (joined.rank(), met.lead_of.len(), &request.recipe);
     let path = recipe.metrics.runs_dir.join(&request.name);
     request.log.open(&path.join(format!("logs/rank-{rank}.log")))?;
+    // From now on what is half-written there is this group's.
+    joined.ender.tidy_checkpoints(path.join("checkpoints"));
     let newest = match &met.start.from {
         Some(held) => Some(Checkpoint::open(&path.join("checkpoints").join(checkpoint::layout::committed(held.step)))?),
         None => None,
@@ -383,12 +421,14 @@ fn connect(
         let of = |p: &parallel::data::Parameter| (p.shape.iter().product(), codec_of(p, codec));
         plan.parameters().iter().map(of).collect()
     };
-    let f32_bytes = payload_bytes_sent(&tensors(Codec::Fp32), rank, ranks) as u64;
+    // With one rank nothing travels, and nothing is encoded.
+    let codec = if ranks == 1 { Codec::Fp32 } else { recipe.codec };
+    let f32_bytes = (ranks > 1).then(|| payload_bytes_sent(&tensors(Codec::Fp32), rank, ranks) as u64);
     let epoch = met.start.epoch;
     let mut exchange = Exchange::new(
         Arc::new(plan.clone()),
         exchange::Group { rank, ranks, epoch, chunk_blocks: CHUNK_BLOCKS },
-        recipe.codec,
+        codec,
     );
     if request.tamper.no_feedback {
         exchange = exchange.without_feedback();
@@ -401,16 +441,30 @@ fn connect(
     }
     // The lead's writer puts the folder in order before any other rank can write: all wait for each other in `connect`.
     let member = Member { rank, lead: lead == rank };
-    let pieces = state::pieces(&ready.config, &share, recipe.codec);
+    let pieces = state::pieces(&ready.config, &share, codec);
     let writer = Writer::member(Arc::new(RealDisk), path.join("checkpoints"), pieces, member, retention(recipe))?;
 
     let inbox = Inbox::default();
     joined.ender.wake(inbox.aborter());
-    let within = Duration::from_secs_f64(recipe.parallel.peer_timeout_s);
-    let group =
-        grpc::Group { rank, addresses: addresses(&met.start)?, epoch, token: met.start.token.clone(), connect_within: within };
+    // Whoever dies meanwhile is noticed on the control plane; a slow disk is no death.
+    let within = Duration::from_secs_f64(recipe.parallel.join_timeout_s);
+    let group = grpc::Group {
+        rank,
+        addresses: addresses(&met.start)?,
+        epoch,
+        token: met.start.token.clone(),
+        connect_within: within,
+    };
     let listener = joined.listener.take().expect("a rank connects once");
-    let transport = Arc::new(listener.connect(&group, inbox.sink())?);
+    // A lost rank is reported at once, also while the training thread computes.
+    let (to_engine, reporter) = (inbox.sink(), joined.control.reporter());
+    let sink = Arc::new(move |incoming: Incoming| {
+        if let Incoming::Lost { rank, why } = &incoming {
+            reporter.lost(*rank, why);
+        }
+        to_engine(incoming);
+    });
+    let transport = Arc::new(listener.connect(&group, sink)?);
     let engine = Engine::start(exchange, transport.clone(), inbox, joined.progress.clone())
         .map_err(Error::io("start a thread in", "this process"))?;
     let stepper = Stepper::across(&ready.config, &ready.device, engine);

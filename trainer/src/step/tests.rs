@@ -131,7 +131,9 @@ fn the_loss_falls() {
     let (stepper, mut state) = setup(true);
     let mut losses = Vec::new();
     for _ in 0..50 {
-        losses.push(stepper.step(&mut state, &recipe(), &[batch(4, 0)], Word::default(), untouched).expect("finite").loss);
+        losses.push(
+            stepper.step(&mut state, &recipe(), &[batch(4, 0)], Word::default(), untouched).expect("finite").loss,
+        );
     }
     assert!(losses[49] < 0.3 * losses[0], "{losses:?}");
 }

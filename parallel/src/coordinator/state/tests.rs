@@ -36,7 +36,7 @@ fn options(ranks: usize) -> Options {
 }
 
 fn hello(worker: usize, rank: Option<u32>) -> Hello {
-    Hello { version: "1.0".into(), rank, host: format!("host-{worker}"), pid: 100 + worker as u32, recipe: None }
+    Hello { version: "1.0".into(), rank, host: "box".into(), pid: 100 + worker as u32, recipe: None }
 }
 
 fn nonce(rank: usize) -> String {
@@ -245,7 +245,7 @@ fn check_start(scene: &Scene, rank_of: &[usize]) {
         assert_eq!((*epoch, &**token, from), (7, "token", &Some(held(8, "b"))));
         for (worker, &rank) in rank_of.iter().enumerate() {
             let data_address = format!("127.0.0.1:{}", 1000 + rank);
-            assert_eq!(peers[rank], Peer { data_address, host: format!("host-{worker}"), pid: 100 + worker as u32 });
+            assert_eq!(peers[rank], Peer { data_address, host: "box".into(), pid: 100 + worker as u32 });
         }
     }
 }
@@ -312,7 +312,7 @@ fn a_worker_that_does_not_fit_is_refused_and_told_why() {
     check(
         hello(1, Some(0)),
         &[],
-        "rank 0 (host host-0, process 100) has joined already: give each worker a rank of its own",
+        "rank 0 (host box, process 100) has joined already: give each worker a rank of its own",
     );
     check(hello(1, Some(2)), &[], "it asks for rank 2, the recipe's mesh has ranks 0 to 1");
     check(hello(1, Some(u32::MAX)), &[], "it asks for rank 4294967295, the recipe's mesh has ranks 0 to 1");
@@ -371,7 +371,7 @@ fn ranks_that_differ_are_named_with_both_values_and_hosts() {
             assert_eq!(scene.aborted(), [0, 1]);
         }
     };
-    let (zero, one) = ("rank 0 (host host-0, process 100)", "rank 1 (host host-1, process 101)");
+    let (zero, one) = ("rank 0 (host box, process 100)", "rank 1 (host box, process 101)");
     check(&[("backend", "flex"), ("text", "abc")], &[("backend", "flex"), ("text", "abc")], &[]);
     check(&[("backend", "flex"), ("text", "abc")], &[("text", "abc"), ("backend", "flex")], &[]);
     check(
@@ -456,7 +456,7 @@ fn a_run_goes_on_from_the_newest_checkpoint_that_every_folder_has() {
     check_common(&[0, 1], &[&[(2, "a"), (4, "b")], &[(2, "a")]], Ok(Some((2, "a"))));
     check_common(&[0, 1, 0], &[&[(2, "a")], &[(2, "a"), (6, "c")], &[]], Ok(Some((2, "a"))));
     // Two runs of one name, each of which wrote its own step 4.
-    let (zero, one) = ("rank 0 (host host-0, process 100)", "rank 1 (host host-1, process 101)");
+    let (zero, one) = ("rank 0 (host box, process 100)", "rank 1 (host box, process 101)");
     check_common(
         &[0, 1],
         &[&[(2, "a"), (4, "b")], &[(4, "x")]],
@@ -488,8 +488,8 @@ fn a_start_that_takes_too_long_names_whom_it_waits_for() {
         let before = "the run has not started within 60 s (parallel.join_timeout_s):";
         scene.ended(&format!("{before}{}\nstart what is missing sooner, or allow more time", lines.concat()), 75);
     };
-    let one = "rank 1 (host host-1, process 101)";
-    let two = "rank 2 (host host-2, process 102)";
+    let one = "rank 1 (host box, process 101)";
+    let two = "rank 2 (host box, process 102)";
     check(0, &["rank 1 has not joined", "rank 2 has not joined"]);
     let unready = "has joined but is not ready: starting";
     check(1, &[&format!("{one} {unready}"), &format!("{two} {unready}")]);
@@ -514,8 +514,8 @@ fn the_silent_rank_is_named_after_three_quarters_of_the_timeout() {
     };
     let scene = run(Some(1));
     scene.ended(
-        "rank 1 (host host-1, process 101) has been silent for 1.6 s; it was last seen at step 7, in the backward pass, \
-         3 buckets full\n  rank 0 (host host-0, process 100): step 7, waiting for the other ranks\n  rank 2 (host host-2, \
+        "rank 1 (host box, process 101) has been silent for 1.6 s; it was last seen at step 7, in the backward pass, \
+         3 buckets full\n  rank 0 (host box, process 100): step 7, waiting for the other ranks\n  rank 2 (host box, \
          process 102): step 7, waiting for the other ranks",
         75,
     );
@@ -529,8 +529,8 @@ fn of_several_silent_ranks_the_one_silent_for_longest_is_named_and_the_others_sh
     let mut scene = Scene::running(3);
     scene.pass(ms(1600), |worker, now| (worker == 0 || (worker == 1 && now < ms(300))).then(|| mark(0, 0, "busy")));
     scene.ended(
-        "rank 2 (host host-2, process 102) has been silent for 1.6 s\n  rank 0 (host host-0, process 100): busy\n  rank 1 \
-         (host host-1, process 101): busy, silent for 1.4 s",
+        "rank 2 (host box, process 102) has been silent for 1.6 s\n  rank 0 (host box, process 100): busy\n  rank 1 \
+         (host box, process 101): busy, silent for 1.4 s",
         75,
     );
 }
@@ -540,7 +540,7 @@ fn silence_also_ends_a_start() {
     let mut scene = Scene::new(options(2));
     scene.join(0, None);
     scene.pass(ms(1600), |_, _| None);
-    scene.ended("rank 0 (host host-0, process 100) has been silent for 1.6 s", 75);
+    scene.ended("rank 0 (host box, process 100) has been silent for 1.6 s", 75);
 }
 
 #[test]
@@ -562,16 +562,16 @@ fn a_coordinator_that_slept_blames_nobody() {
     scene.pass(BEAT, busy);
     scene.goes_on();
     scene.pass(ms(1600), |worker, now| if worker == 0 { busy(worker, now) } else { None });
-    assert!(scene.endings[0].verdict.starts_with("rank 1 (host host-1, process 101) has been silent"));
+    assert!(scene.endings[0].verdict.starts_with("rank 1 (host box, process 101) has been silent"));
     // What was seen shortly before has its time to be cleared up.
     let closed = |scene: &mut Scene| scene.closes(1);
     let mut scene = check(&closed, Duration::from_secs(3600), false);
     scene.says(1, failing("disk full", 1));
-    scene.ended("rank 1 (host host-1, process 101) failed: disk full", 1);
+    scene.ended("rank 1 (host box, process 101) failed: disk full", 1);
     let lost = |scene: &mut Scene| scene.says(0, From::Lost(Lost { rank: 1, why: "connection closed".into() }));
     let mut scene = check(&lost, Duration::from_secs(3600), false);
     scene.exits(1, "was killed by SIGKILL", None);
-    assert!(scene.endings[0].verdict.starts_with("rank 1 (host host-1, process 101) was killed by SIGKILL"));
+    assert!(scene.endings[0].verdict.starts_with("rank 1 (host box, process 101) was killed by SIGKILL"));
     // The control: a gap that is not yet sleep.
     check(&closed, ms(500), true);
 }
@@ -605,8 +605,8 @@ fn a_closed_connection_without_a_word_is_blamed_after_a_moment() {
     };
     let scene = run(None);
     scene.ended(
-        "rank 1 (host host-1, process 101) is gone: it closed its connection without a word; it was last seen at in the \
-         forward pass\n  rank 0 (host host-0, process 100): in the forward pass",
+        "rank 1 (host box, process 101) is gone: it closed its connection without a word; it was last seen at in the \
+         forward pass\n  rank 0 (host box, process 100): in the forward pass",
         75,
     );
     // Nothing is sent to a connection that is gone.
@@ -623,10 +623,15 @@ fn busy_but(silent: usize) -> impl FnMut(usize, Duration) -> Option<Mark> {
 fn a_process_that_a_signal_ended_is_blamed_at_once() {
     let mut scene = Scene::running(2);
     scene.exits(1, "was killed by SIGKILL", None);
-    scene.ended(
-        "rank 1 (host host-1, process 101) was killed by SIGKILL\n  rank 0 (host host-0, process 100): joining",
-        75,
-    );
+    scene.ended("rank 1 (host box, process 101) was killed by SIGKILL\n  rank 0 (host box, process 100): joining", 75);
+}
+
+#[test]
+fn a_process_of_the_same_number_on_another_host_is_not_blamed() {
+    let mut scene = Scene::running(2);
+    scene.state.options.host = "another box".into();
+    scene.exits(1, "was killed by SIGKILL", None);
+    scene.ended("process 101 was killed by SIGKILL before it had joined", 75);
 }
 
 #[test]
@@ -635,7 +640,7 @@ fn the_signal_is_named_also_when_the_connection_was_seen_first() {
     scene.closes(1);
     scene.now += ms(50);
     scene.exits(1, "was killed by SIGSEGV", None);
-    assert!(scene.endings[0].verdict.starts_with("rank 1 (host host-1, process 101) was killed by SIGSEGV"));
+    assert!(scene.endings[0].verdict.starts_with("rank 1 (host box, process 101) was killed by SIGSEGV"));
 }
 
 #[test]
@@ -657,8 +662,8 @@ fn last_words_win_over_an_exit_code_and_without_them_the_code_is_named() {
     };
     for closed_first in [false, true] {
         run(Some(failing("disk full: /data", 1)), closed_first)
-            .ended("rank 1 (host host-1, process 101) failed: disk full: /data", 1);
-        let verdict = "rank 1 (host host-1, process 101) exited with code 1\n  rank 0 (host host-0, process 100): in the \
+            .ended("rank 1 (host box, process 101) failed: disk full: /data", 1);
+        let verdict = "rank 1 (host box, process 101) exited with code 1\n  rank 0 (host box, process 100): in the \
                        forward pass";
         run(None, closed_first).ended(verdict, 75);
         // It left in good order: how its process ends does not matter any more.
@@ -671,7 +676,7 @@ fn a_failure_is_never_a_success() {
     let check = |code: u32, expected: u8| {
         let mut scene = Scene::running(2);
         scene.says(0, failing("disk full", code));
-        scene.ended("rank 0 (host host-0, process 100) failed: disk full", expected);
+        scene.ended("rank 0 (host box, process 100) failed: disk full", expected);
         assert_eq!(scene.aborted(), [0, 1]);
     };
     check(1, 1);
@@ -718,14 +723,14 @@ fn a_living_rank_without_progress_is_blamed_only_after_ten_of_its_steps() {
     let text = "in the forward pass";
     stalls(ms(1000), 3, ms(10_000), text).goes_on();
     stalls(ms(1000), 3, ms(10_100), text).ended(
-        "rank 1 (host host-1, process 101) is alive but has made no progress for 10.1 s; it was last seen at in the \
-         forward pass\n  rank 0 (host host-0, process 100): waiting for the other ranks",
+        "rank 1 (host box, process 101) is alive but has made no progress for 10.1 s; it was last seen at in the \
+         forward pass\n  rank 0 (host box, process 100): waiting for the other ranks",
         75,
     );
     // Steps of 100 ms: the timeout is more.
     stalls(ms(100), 30, ms(2000), text).goes_on();
     let scene = stalls(ms(100), 30, ms(2100), text);
-    assert!(scene.endings[0].verdict.starts_with("rank 1 (host host-1, process 101) is alive but"));
+    assert!(scene.endings[0].verdict.starts_with("rank 1 (host box, process 101) is alive but"));
     // Before the first step is complete nobody knows how long one takes.
     stalls(ms(1000), 0, Duration::from_secs(3600), text).goes_on();
     // One long first step, in which everything was compiled, does not count for all.
@@ -735,7 +740,7 @@ fn a_living_rank_without_progress_is_blamed_only_after_ten_of_its_steps() {
     scene.pass(ms(3000), |_, now| Some(mark(now.as_millis() as u64 / 100, now.as_millis() as u64, "")));
     scene.pass(ms(2100), |worker, _| Some(mark(1030, 1, text(worker))));
     scene.pass(ms(2100), |worker, _| Some(mark(1030, 1, text(worker))));
-    assert!(scene.endings[0].verdict.starts_with("rank 1 (host host-1, process 101) is alive but"));
+    assert!(scene.endings[0].verdict.starts_with("rank 1 (host box, process 101) is alive but"));
 }
 
 #[test]
@@ -762,10 +767,34 @@ fn who_only_waits_is_no_culprit_unless_all_do() {
     scene.goes_on();
     scene.pass(Duration::from_secs(11), |_, _| Some(mark(4, 1, "waiting for the other ranks")));
     scene.ended(
-        "no rank makes progress and all wait for each other\n  rank 0 (host host-0, process 100): waiting for the other \
-         ranks\n  rank 1 (host host-1, process 101): waiting for the other ranks",
+        "no rank makes progress and all wait for each other\n  rank 0 (host box, process 100): waiting for the other \
+         ranks\n  rank 1 (host box, process 101): waiting for the other ranks",
         75,
     );
+}
+
+#[test]
+fn ranks_that_all_wait_in_their_first_step_do_not_wait_for_ever() {
+    let mut scene = Scene::running(2);
+    scene.pass(ms(1900), |_, _| Some(mark(1, 1, "waiting for the other ranks")));
+    scene.goes_on();
+    scene.pass(ms(400), |_, _| Some(mark(1, 1, "waiting for the other ranks")));
+    assert!(scene.endings[0].verdict.starts_with("no rank makes progress and all wait for each other"));
+    // The control: one of them computes its first step.
+    let mut scene = Scene::running(2);
+    let text = |worker| if worker == 0 { "in the forward pass" } else { "waiting for the other ranks" };
+    scene.pass(Duration::from_secs(3600), |worker, _| Some(mark(1, 1, text(worker))));
+    scene.goes_on();
+}
+
+#[test]
+fn what_no_step_measures_has_twenty_times_as_long() {
+    let mut scene = Scene::running(2);
+    let text = |worker| if worker == 1 { "export" } else { "waiting for the other ranks" };
+    scene.pass(Duration::from_secs(39), |worker, _| Some(mark(1, 1, text(worker))));
+    scene.goes_on();
+    scene.pass(Duration::from_secs(2), |worker, _| Some(mark(1, 1, text(worker))));
+    assert!(scene.endings[0].verdict.starts_with("rank 1 (host box, process 101) is alive but has made no progress"));
 }
 
 #[test]
@@ -779,8 +808,8 @@ fn who_waits_for_a_rank_that_has_left_does_not_wait_for_ever() {
     scene.goes_on();
     scene.pass(Duration::from_secs(2), waiting);
     scene.ended(
-        "no rank makes progress and all wait for each other\n  rank 0 (host host-0, process 100): waiting for the other \
-         ranks\n  rank 1 (host host-1, process 101): has left",
+        "no rank makes progress and all wait for each other\n  rank 0 (host box, process 100): waiting for the other \
+         ranks\n  rank 1 (host box, process 101): has left",
         75,
     );
 }
@@ -803,15 +832,15 @@ fn two_living_ranks_that_lost_each_other_are_both_named() {
     let text = "in the forward pass";
     run(&|_| true, None, BEAT).ended(
         &format!(
-            "rank 1 (host host-1, process 101) lost rank 2 (host host-2, process 102), though both are alive: connection \
-             closed\n  rank 0 (host host-0, process 100): {text}\n  rank 1 (host host-1, process 101): {text}\n  rank 2 \
-             (host host-2, process 102): {text}"
+            "rank 1 (host box, process 101) lost rank 2 (host box, process 102), though both are alive: connection \
+             closed\n  rank 0 (host box, process 100): {text}\n  rank 1 (host box, process 101): {text}\n  rank 2 \
+             (host box, process 102): {text}"
         ),
         75,
     );
     // One of the two is dead, whether it has reported a loss itself or not: nobody says that it lives.
     let scene = run(&|worker| worker != 1, None, ms(1500));
-    assert!(scene.endings[0].verdict.starts_with("rank 1 (host host-1, process 101) has been silent for 1.6 s"));
+    assert!(scene.endings[0].verdict.starts_with("rank 1 (host box, process 101) has been silent for 1.6 s"));
     // It has left: whoever still needs it would be found waiting.
     run(&|_| true, Some((1, leaving("abc", 0))), Duration::from_secs(60)).goes_on();
 }
@@ -827,7 +856,7 @@ fn a_report_about_a_rank_that_turns_out_dead_blames_the_dead_one() {
         found(&mut scene);
         scene.pass(then, busy_but(2));
         let verdict = &scene.endings[0].verdict;
-        assert!(verdict.starts_with(&format!("rank 2 (host host-2, process 102) {how}")), "{verdict}");
+        assert!(verdict.starts_with(&format!("rank 2 (host box, process 102) {how}")), "{verdict}");
     };
     check(&|scene| scene.exits(2, "was killed by SIGKILL", None), Duration::ZERO, "was killed by SIGKILL");
     check(&|scene| scene.closes(2), ms(300), "is gone: it closed its connection without a word");
@@ -845,7 +874,7 @@ fn a_report_never_ends_the_run_before_silence_has_had_its_time() {
     scene.pass(ms(900), busy_but(1));
     scene.goes_on();
     scene.pass(BEAT, busy_but(1));
-    assert!(scene.endings[0].verdict.starts_with("rank 1 (host host-1, process 101) has been silent for 1.6 s"));
+    assert!(scene.endings[0].verdict.starts_with("rank 1 (host box, process 101) has been silent for 1.6 s"));
 }
 
 #[test]
@@ -1001,8 +1030,8 @@ fn a_run_ends_when_all_have_left_and_their_parameters_are_equal() {
     check(&[("abc", 75), ("abc", 75)], false, "", 75);
     // The word came after the last step: the run is done.
     check(&[("abc", 0), ("abc", 0)], true, "", 0);
-    let differ = "the replicas differ at the end: the parameters of rank 0 (host host-0, process 100) have BLAKE3 abc, those \
-                  of rank 2 (host host-2, process 102) have BLAKE3 abd";
+    let differ = "the replicas differ at the end: the parameters of rank 0 (host box, process 100) have BLAKE3 abc, those \
+                  of rank 2 (host box, process 102) have BLAKE3 abd";
     let differ = differ.replace("have BLAKE3 abd", "have abd");
     check(&[("abc", 0), ("abc", 0), ("abd", 0)], false, &differ, 1);
 }

@@ -100,7 +100,9 @@ impl State {
         if self.ended.is_some() {
             return;
         }
-        let found = self.workers.iter_mut().find(|(_, worker)| worker.pid == pid);
+        // In containers process ids are the same on many hosts.
+        let host = self.options.host.clone();
+        let found = self.workers.iter_mut().find(|(_, worker)| worker.pid == pid && worker.host == host);
         match (found, code) {
             (None, code) => {
                 let code = code.and_then(|code| u8::try_from(code).ok()).filter(|&code| code > 0).unwrap_or(TRY_AGAIN);
@@ -116,9 +118,15 @@ impl State {
     /// Ends a run in which somebody who does not wait for others makes no progress.
     fn stalled(&mut self, now: Duration, out: &mut Vec<Output>) {
         let stuck = |worker: &Worker| {
-            // Before the first step is complete nobody knows how long one may take.
-            let patience = if worker.mark.slow { SLOW_TIMES } else { 1 };
-            let limit = worker.median_step().map(|median| self.options.peer_timeout.max(median * 10) * patience);
+            let timeout = self.options.peer_timeout;
+            let usual = worker.median_step().map(|median| timeout.max(median * 10));
+            let limit = match (usual, &worker.mark) {
+                (usual, mark) if mark.slow => Some(usual.unwrap_or(timeout) * SLOW_TIMES),
+                // Whoever waits computes nothing: that needs no measure of a step.
+                (usual, mark) if mark.waits => Some(usual.unwrap_or(timeout)),
+                // Before the first step is complete nobody knows how long one may take.
+                (usual, _) => usual,
+            };
             limit.is_some_and(|limit| now.saturating_sub(worker.advanced) > limit)
         };
         let here: Vec<_> = self.workers.iter().filter(|(_, worker)| worker.left.is_none()).collect();

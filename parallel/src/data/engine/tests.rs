@@ -74,8 +74,7 @@ fn ranks_in_threads_get_the_same_sums_and_the_same_numbers_however_they_are_sche
                 }
                 sums
             };
-            let threads: Vec<_> =
-                ranks.iter().enumerate().map(|rank| scope.spawn(move || run(rank))).collect();
+            let threads: Vec<_> = ranks.iter().enumerate().map(|rank| scope.spawn(move || run(rank))).collect();
             threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
         });
         assert!(results.iter().all(|sums| *sums == results[0]), "{codec}");

@@ -75,3 +75,14 @@ pub enum TransportError {
         why: String,
     },
 }
+
+impl TransportError {
+    /// The rank that was not there, if that is what is wrong.
+    #[must_use]
+    pub const fn lost(&self) -> Option<usize> {
+        match self {
+            Self::Unreachable { rank, .. } | Self::Absent { rank, .. } | Self::Lost { rank, .. } => Some(*rank),
+            _ => None,
+        }
+    }
+}
