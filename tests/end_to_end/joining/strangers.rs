@@ -59,14 +59,15 @@ fn a_command_line_that_cannot_work_is_named() {
     run(&["worker"]).failed(2, &["--join: expected HOST:PORT of a coordinator"]);
     run(&listen(&taken_at)).failed(2, &["the coordinator cannot listen at 127.0.0.1:", "the port is in use"]);
     run(&listen("0.0.0.0:0")).failed(2, &["0.0.0.0 is beyond loopback", "--trusted-network"]);
-    for (name, value, said) in [
-        ("HOST_ADDR", "10.1.2.3", "10.1.2.3 is beyond loopback"),
-        ("HOST_ADDR", "here", "HOST_ADDR: expected an IP address"),
-        ("RANK", "first", "RANK: expected a number up to 65535, found \"first\""),
+    for (name, value, code, said) in [
+        // On one machine the world's address does not matter: it goes on to look for the coordinator.
+        ("HOST_ADDR", "10.1.2.3", 75, "no coordinator answered at 127.0.0.1:"),
+        ("HOST_ADDR", "here", 2, "HOST_ADDR: expected an IP address"),
+        ("RANK", "first", 2, "RANK: expected a number up to 65535, found \"first\""),
     ] {
         let mut command = place.command(&join(&free_at));
         command.env(name, value);
-        Job::spawn(&place, command).end().failed(2, &[said]);
+        Job::spawn(&place, command).end().failed(code, &[said]);
     }
     let set = [&join(&free_at)[..], &["--set", "train.steps=5"]].concat();
     run(&set).failed(2, &["--set train.steps: a worker takes the coordinator's recipe", "tagged local"]);
