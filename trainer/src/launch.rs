@@ -16,8 +16,9 @@ use parallel::coordinator::{Compare, Coordinator};
 use crate::error::{Error, Result};
 use crate::log::say;
 use crate::recipe::{Raw, Tag, raw};
+use crate::run::ender::remove_partial;
 use crate::run::folder::{check_name, in_use};
-use crate::run::join::{host, random, remove_nonces, remove_partial, trusted};
+use crate::run::join::{host, random, remove_nonces, trusted};
 use crate::run::signals::{Manner, Stop, TRY_AGAIN};
 use crate::run::{Request, start};
 

@@ -6,10 +6,12 @@
 //! - [`mod@evaluate`]: the loss on held-out text.
 //! - [`signals`]: being asked to stop.
 //! - [`save`]: checkpoints of a run, and the way back from them.
-//! - [`join`]: a rank's way into a run over several processes; [`group`]: its tie to the others.
+//! - [`join`]: a rank's way into a run over several processes; [`group`]: its tie to the others; [`ender`]: how its process
+//!   ends with theirs.
 //! - [`start`]: everything before the first step.
 //! - [`finish`]: what happens after the last step.
 
+pub mod ender;
 pub mod evaluate;
 pub mod finish;
 pub mod folder;

@@ -17,7 +17,7 @@ use parallel::wire::control::{Committed, Leaving, Lost, Part as PartMessage, Set
 use serde_json::json;
 
 use super::Run;
-use super::join::Ender;
+use super::ender::Ender;
 use crate::error::{Error, Result};
 use crate::state::Share;
 use crate::step::same_parameters;

@@ -1,32 +1,27 @@
 //! Everything before the first step: whatever can be refused is refused here, then the run begins.
+//!
+//! - `rank`: what is different for one rank of several.
+
+mod rank;
 
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use burn::tensor::Device;
 use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
-use checkpoint::writer::{Member, Retention, Writer};
-use compression::Codec;
-use parallel::control::ControlError;
-use parallel::data::engine::{Engine, Inbox};
-use parallel::data::exchange::{self, Exchange, codec_of};
-use parallel::data::plan::Plan;
-use parallel::data::shard::payload_bytes_sent;
-use parallel::transport::{Incoming, grpc};
-use parallel::wire::control::{Held, Leaving, Property};
+use checkpoint::writer::{Retention, Writer};
 use serde_json::json;
 
 use super::folder::{Folder, Status};
 use super::group::Group;
-use super::join::{Joined, Met, addresses};
 use super::metrics::Metrics;
 use super::progress::Progress;
 use super::save::{newest_good, same_text};
-use super::signals::{Manner, Stop, TRY_AGAIN};
-use super::{Ended, Left, Request, Run};
+use super::signals::{Manner, Stop};
+use super::{Left, Request, Run};
 use crate::data::{self, Data};
 use crate::device;
 use crate::error::{Error, Result};
@@ -35,12 +30,11 @@ use crate::log::say;
 use crate::model::Config;
 use crate::recipe::Recipe;
 use crate::recipe::resolved::TokenizerSource;
-use crate::state::{self, Share, State};
+use crate::state::{self, State};
 use crate::step::Stepper;
 use crate::weights::Weights;
 
-/// Blocks of a chunk: 256 KiB as `int8`, the size that `docs/benchmarks.md` measured.
-const CHUNK_BLOCKS: usize = 2048;
+pub use rank::train_rank;
 
 /// Trains in this process alone.
 ///
@@ -98,63 +92,6 @@ pub fn train(request: Request) -> Result<Left> {
     let parts = Parts { request, started, stop, ready, begun, stepper, writer, books: Some(books), group: None };
     let mut run = parts.run();
     work(&mut run, Some(&folder))
-}
-
-/// Trains as one rank of several.
-///
-/// # Errors
-/// Everything that can go wrong here or at another rank. The coordinator is told what went wrong here.
-pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
-    let started = Instant::now();
-    device::set_threads(request.recipe.device.threads);
-    let runs = request.recipe.metrics.runs_dir.clone();
-    let rank = joined.rank();
-    let mut folder = None;
-    let met = ready_to_meet(&request, &runs).and_then(|ready| {
-        let hold = || hold(&request, &runs, &mut folder);
-        let met = joined.meet(properties(&request, &ready), hold)?;
-        Ok((ready, met))
-    });
-    let (ready, met) = match met {
-        Ok(met) => met,
-        Err(error) => return Err(fail(joined, folder, error)),
-    };
-    let (ender, peer_timeout_s) = (joined.ender.clone(), joined.control.welcome().peer_timeout_s);
-    let mut run = match open_rank(request, joined, ready, &met, folder.as_ref(), started) {
-        Ok(run) => run,
-        Err((joined, error)) => return Err(fail(*joined, folder, error)),
-    };
-    let keeper = folder.as_ref().filter(|_| rank == 0).map(|opened| &opened.folder);
-    let result = std::panic::catch_unwind(AssertUnwindSafe(|| work(&mut run, keeper)));
-    let Some(group) = run.group.take() else { return result.unwrap_or_else(|panic| std::panic::resume_unwind(panic)) };
-    let result = match result {
-        Ok(result) => result,
-        Err(panic) => {
-            let error = Some("it panicked, which is a fault of the program: its standard error says where".to_owned());
-            group.leave(Leaving { step: run.state.step, parameter_hash: String::new(), error, code: 1 });
-            std::panic::resume_unwind(panic)
-        }
-    };
-    let result = result.map_err(|error| group.explain(error, peer_timeout_s));
-    match &result {
-        Ok(left) => group.leave(Leaving {
-            step: left.step,
-            parameter_hash: left.parameter_hash.clone(),
-            error: None,
-            code: if left.ended == Ended::Signalled { TRY_AGAIN.into() } else { 0 },
-        }),
-        Err(Error::Verdict(verdict, _)) => {
-            run.writer.abandon();
-            ender.say(verdict);
-        }
-        Err(error) => {
-            // Said before anything that may wait for a disk.
-            let (code, error) = (error.exit_code().into(), Some(error.to_string()));
-            group.leave(Leaving { step: run.state.step, parameter_hash: String::new(), error, code });
-            run.writer.abandon();
-        }
-    }
-    result
 }
 
 /// Makes the text of a run ready for the ranks that will follow, so that it is tokenised once.
@@ -269,218 +206,6 @@ fn peek(request: &Request) -> Result<Option<Checkpoint>> {
         return Ok(None);
     }
     Ok(reader::list(&checkpoints)?.pop().and_then(|(_, path)| Checkpoint::open(&path).ok()))
-}
-
-fn ready_to_meet(request: &Request, runs: &Path) -> Result<Ready> {
-    make_runs(runs)?;
-    prepare(request, peek(request)?.as_ref())
-}
-
-/// What must be the same at every rank.
-fn properties(request: &Request, ready: &Ready) -> Vec<Property> {
-    let property = |name: &str, value: String| Property { name: name.into(), value };
-    let tokenizer = blake3::hash(&ready.data.tokenizer.json()).to_hex().to_string();
-    vec![
-        property("the text of [data] and [eval] (BLAKE3)", ready.data.corpus_hash.clone()),
-        property("the tokenizer (BLAKE3)", tokenizer),
-        property(
-            "device.backend (a mixture needs the sharded optimiser, which is not there yet)",
-            request.recipe.device.backend.clone(),
-        ),
-        property("the processor's architecture", std::env::consts::ARCH.into()),
-    ]
-}
-
-/// The run's folder on the lead of it.
-struct RunFolder {
-    folder: Folder,
-    /// What differs from the recipe that the run had.
-    changed: Vec<String>,
-    is_new: bool,
-}
-
-/// Opens the run's folder on the lead of it, and says which checkpoints are there and good.
-fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<Vec<Held>> {
-    let existing = match request.resume {
-        true => Folder::resume(runs, &request.name, &request.raw)?,
-        false => None,
-    };
-    if request.resume && existing.is_none() {
-        say(&format!("run {}: there is nothing to resume here, so it starts from the beginning", request.name));
-    }
-    let is_new = existing.is_none();
-    let (folder, changed) = match existing {
-        Some(existing) => existing,
-        None => (Folder::create(runs, &request.name)?, Vec::new()),
-    };
-    let held = || {
-        folder.keep_recipe(&request.raw)?;
-        // A lead's writer puts the folder in order: what was set aside counts under its own name from then on.
-        let member = Member { rank: 0, lead: true };
-        drop(Writer::member(Arc::new(RealDisk), folder.checkpoints(), Vec::new(), member, retention(&request.recipe))?);
-        newest_good(&folder)?;
-        let open = |(step, path): (u64, std::path::PathBuf)| {
-            let id = Checkpoint::open(&path).ok()?.id().to_owned();
-            Some(Held { step, id })
-        };
-        Ok(reader::list(&folder.checkpoints())?.into_iter().filter_map(open).collect())
-    };
-    let held = held();
-    if held.is_err() && is_new {
-        folder.abandon();
-    }
-    *keep = Some(RunFolder { folder, changed, is_new });
-    held
-}
-
-/// A rank that cannot start says so, and takes away a folder that it had just made.
-fn fail(joined: Joined, folder: Option<RunFolder>, error: Error) -> Error {
-    let lost = match &error {
-        Error::Transport(error) => error.lost(),
-        _ => None,
-    };
-    let ended = match (&error, lost) {
-        (Error::Control(ControlError::Ended(ending)), _) => Some(ending.clone()),
-        (_, Some(rank)) => {
-            // The coordinator knows better who is to blame.
-            joined.control.reporter().lost(rank, &error.to_string());
-            Some(joined.control.ending(Duration::from_secs_f64(joined.control.welcome().peer_timeout_s)))
-        }
-        _ => None,
-    };
-    // The others hear of it first: they may be about to open files in a folder that goes away.
-    let error = match ended {
-        Some(ending) => {
-            joined.ender.say(&ending.verdict);
-            Error::Verdict(ending.verdict, ending.code)
-        }
-        None => {
-            super::join::leave_with(joined.control, &error);
-            error
-        }
-    };
-    if let Some(RunFolder { folder, is_new: true, .. }) = folder
-        && !folder.file("run.json").exists()
-        && reader::list(&folder.checkpoints()).is_ok_and(|list| list.is_empty())
-    {
-        folder.abandon();
-    }
-    error
-}
-
-/// From an agreed start to a run that is ready for its first step. On failure the line to the coordinator comes back.
-fn open_rank(
-    request: Request,
-    mut joined: Joined,
-    ready: Ready,
-    met: &Met,
-    folder: Option<&RunFolder>,
-    started: Instant,
-) -> std::result::Result<Run, (Box<Joined>, Error)> {
-    let opened = connect(&request, &mut joined, &ready, met, folder);
-    match opened {
-        Ok((begun, stepper, writer, books, group)) => {
-            let Joined { control, ender, stop, .. } = joined;
-            let (share, transport, f32_bytes) = group;
-            let (saving, committing, writing) = Default::default();
-            let group = Group { share, control, transport, ender, f32_bytes, saving, committing, writing };
-            Ok(Parts { request, started, stop, ready, begun, stepper, writer, books, group: Some(group) }.run())
-        }
-        Err(error) => Err((Box::new(joined), error)),
-    }
-}
-
-type Opened = (Begun, Stepper, Writer, Option<Books>, (Share, Arc<grpc::GrpcTransport>, Option<u64>));
-
-fn connect(
-    request: &Request,
-    joined: &mut Joined,
-    ready: &Ready,
-    met: &Met,
-    folder: Option<&RunFolder>,
-) -> Result<Opened> {
-    let (rank, ranks, recipe) = (joined.rank(), met.lead_of.len(), &request.recipe);
-    let path = recipe.metrics.runs_dir.join(&request.name);
-    request.log.open(&path.join(format!("logs/rank-{rank}.log")))?;
-    // From now on what is half-written there is this group's.
-    joined.ender.tidy_checkpoints(path.join("checkpoints"));
-    let newest = match &met.start.from {
-        Some(held) => Some(Checkpoint::open(&path.join("checkpoints").join(checkpoint::layout::committed(held.step)))?),
-        None => None,
-    };
-    let begun = ready.begin(request, newest.as_ref())?;
-
-    let lead = met.lead_of[rank];
-    let mates: Vec<usize> = (0..ranks).filter(|&other| met.lead_of[other] == lead).collect();
-    let index = mates.iter().position(|&mate| mate == rank).unwrap_or(0);
-    let share = Share { rank, ranks, index, of: mates.len() };
-
-    let plan = Plan::new(ready.config.parameters(), recipe.parallel.bucket_bytes_max)
-        .map_err(|error| Error::Usage(error.to_string()))?;
-    let tensors = |codec: Codec| -> Vec<(usize, Codec)> {
-        let of = |p: &parallel::data::Parameter| (p.shape.iter().product(), codec_of(p, codec));
-        plan.parameters().iter().map(of).collect()
-    };
-    // With one rank nothing travels, and nothing is encoded.
-    let codec = if ranks == 1 { Codec::Fp32 } else { recipe.codec };
-    let f32_bytes = (ranks > 1).then(|| payload_bytes_sent(&tensors(Codec::Fp32), rank, ranks) as u64);
-    let epoch = met.start.epoch;
-    let mut exchange = Exchange::new(
-        Arc::new(plan.clone()),
-        exchange::Group { rank, ranks, epoch, chunk_blocks: CHUNK_BLOCKS },
-        codec,
-    );
-    if request.tamper.no_feedback {
-        exchange = exchange.without_feedback();
-    }
-    if let Some(newest) = &newest {
-        state::restore_residuals(newest, &mut exchange)?;
-        if request.tamper.forget_owner {
-            exchange.forget_owner();
-        }
-    }
-    // The lead's writer puts the folder in order before any other rank can write: all wait for each other in `connect`.
-    let member = Member { rank, lead: lead == rank };
-    let pieces = state::pieces(&ready.config, &share, codec);
-    let writer = Writer::member(Arc::new(RealDisk), path.join("checkpoints"), pieces, member, retention(recipe))?;
-
-    let inbox = Inbox::default();
-    joined.ender.wake(inbox.aborter());
-    // Whoever dies meanwhile is noticed on the control plane; a slow disk is no death.
-    let within = Duration::from_secs_f64(recipe.parallel.join_timeout_s);
-    let group = grpc::Group {
-        rank,
-        addresses: addresses(&met.start)?,
-        epoch,
-        token: met.start.token.clone(),
-        connect_within: within,
-    };
-    let listener = joined.listener.take().expect("a rank connects once");
-    // A lost rank is reported at once, also while the training thread computes.
-    let (to_engine, reporter) = (inbox.sink(), joined.control.reporter());
-    let sink = Arc::new(move |incoming: Incoming| {
-        if let Incoming::Lost { rank, why } = &incoming {
-            reporter.lost(*rank, why);
-        }
-        to_engine(incoming);
-    });
-    let transport = Arc::new(listener.connect(&group, sink)?);
-    let engine = Engine::start(exchange, transport.clone(), inbox, joined.progress.clone())
-        .map_err(Error::io("start a thread in", "this process"))?;
-    let stepper = Stepper::across(&ready.config, &ready.device, engine);
-    let books = match folder {
-        Some(RunFolder { folder, changed, .. }) if rank == 0 => {
-            let resumed = request.resume && folder.file("run.json").exists();
-            let mut books = Books::open(request, folder, resumed.then_some(begun.state.step), changed)?;
-            let restart = joined.control.welcome().restart;
-            if restart > 0 {
-                books.metrics.event("restart", begun.state.step, json!({ "restart": restart }));
-            }
-            Some(books)
-        }
-        _ => None,
-    };
-    Ok((begun, stepper, writer, books, (share, transport, f32_bytes)))
 }
 
 impl Ready {

@@ -1,0 +1,130 @@
+//! How a rank's process ends when the run ends for everybody, and what it takes away before.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use checkpoint::layout;
+use parallel::control::By;
+use parallel::coordinator::state::Ending;
+use parallel::data::engine::Aborter;
+
+use super::join::remove_nonces;
+use crate::log::say;
+
+/// What happens to this process when the run ends for everybody: the training thread is woken, and if it cannot end in
+/// time, because it computes, the process ends without it.
+#[derive(Clone, Debug)]
+pub struct Ender(Arc<Ends>);
+
+#[derive(Debug)]
+struct Ends {
+    aborter: Mutex<Option<Aborter>>,
+    /// Where nonces would lie, and half-written checkpoints.
+    runs: Mutex<Option<PathBuf>>,
+    checkpoints: Mutex<Option<PathBuf>>,
+    grace_ms: AtomicU64,
+    /// Whether a launcher hosts the coordinator and, while it can, says how the run ended.
+    quiet: bool,
+    /// Whether that launcher cannot say how the run ended.
+    alone: AtomicBool,
+    said: AtomicBool,
+}
+
+impl Ender {
+    /// `quiet` where a launcher hosts the coordinator and, while it can, says how the run ended.
+    #[must_use]
+    pub fn new(quiet: bool) -> Self {
+        let (aborter, runs, checkpoints) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
+        let (grace_ms, alone, said) = (AtomicU64::new(125), AtomicBool::new(false), AtomicBool::new(false));
+        Self(Arc::new(Ends { aborter, runs, checkpoints, grace_ms, quiet, alone, said }))
+    }
+
+    /// The run's `parallel.peer_timeout_s` is known.
+    pub fn joined(&self, peer_timeout_s: f64) {
+        self.0.grace_ms.store(((peer_timeout_s / 8.0).clamp(0.05, 2.0) * 1e3) as u64, Ordering::Relaxed);
+    }
+
+    /// What to wake.
+    pub fn wake(&self, aborter: Aborter) {
+        *lock(&self.0.aborter) = Some(aborter);
+    }
+
+    /// The folder of runs, where this process may leave a nonce.
+    pub fn tidy_nonces(&self, runs: PathBuf) {
+        *lock(&self.0.runs) = Some(runs);
+    }
+
+    /// The run's checkpoints, where this process may leave one half-written. Not before the run is its own.
+    pub fn tidy_checkpoints(&self, checkpoints: PathBuf) {
+        *lock(&self.0.checkpoints) = Some(checkpoints);
+    }
+
+    /// Takes away what this process would leave behind.
+    pub fn tidy_up(&self) {
+        if let Some(runs) = &*lock(&self.0.runs) {
+            remove_nonces(runs, std::process::id());
+        }
+        if let Some(checkpoints) = &*lock(&self.0.checkpoints) {
+            remove_partial(checkpoints, std::process::id() as usize);
+        }
+    }
+
+    /// The run has ended.
+    pub fn end(&self, ending: &Ending, by: By) {
+        self.0.alone.fetch_or(by == By::Worker, Ordering::Relaxed);
+        if let Some(aborter) = &*lock(&self.0.aborter) {
+            aborter.abort(&ending.verdict);
+        }
+        let (ender, ending) = (self.clone(), ending.clone());
+        std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(ender.0.grace_ms.load(Ordering::Relaxed)));
+            ender.tidy_up();
+            ender.say(&ending.verdict);
+            std::process::exit(i32::from(ending.code));
+        });
+    }
+
+    /// Says how the run ended, once, unless the process that started this one does.
+    pub fn say(&self, verdict: &str) {
+        if self.0.said.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        tracing::info!("the run ended: {verdict}");
+        match (self.0.quiet, self.0.alone.load(Ordering::Relaxed)) {
+            (true, false) => {}
+            // Its brothers write to the same terminal.
+            (true, true) => say(&format!("error: process {}: {verdict}", std::process::id())),
+            (false, _) => say(&format!("error: {verdict}")),
+        }
+    }
+}
+
+/// Removes checkpoints that nobody will complete. `who` tells those apart that may do so at once.
+pub fn remove_partial(checkpoints: &Path, who: usize) {
+    for entry in std::fs::read_dir(checkpoints).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if !layout::is_left_over(&name) {
+            continue;
+        }
+        let step = name.strip_suffix(".partial").and_then(layout::step_of);
+        let doomed = match step {
+            // Another name first: no file may go from a folder that somebody is about to commit.
+            Some(step) => {
+                let doomed = checkpoints.join(layout::given_up(step, who));
+                if std::fs::rename(entry.path(), &doomed).is_err() {
+                    continue;
+                }
+                doomed
+            }
+            None => entry.path(),
+        };
+        // Another process may be removing it too.
+        let _ = std::fs::remove_dir_all(doomed);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,322 @@
+//! One rank of several: it meets the others, agrees with them where to start, connects, and trains.
+
+use std::panic::AssertUnwindSafe;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use checkpoint::disk::RealDisk;
+use checkpoint::reader::{self, Checkpoint};
+use checkpoint::writer::{Member, Writer};
+use compression::Codec;
+use parallel::control::ControlError;
+use parallel::data::engine::{Engine, Inbox};
+use parallel::data::exchange::{self, Exchange};
+use parallel::data::plan::{Parameter, Plan};
+use parallel::data::shard::payload_bytes_sent;
+use parallel::transport::Incoming;
+use parallel::transport::grpc::{self, GrpcTransport};
+use parallel::wire::control::{Held, Leaving, Property, Start};
+use serde_json::json;
+
+use super::{Begun, Books, Parts, Ready, make_runs, peek, prepare, retention, work};
+use crate::device;
+use crate::error::{Error, Result};
+use crate::log::say;
+use crate::run::folder::Folder;
+use crate::run::group::Group;
+use crate::run::join::{Joined, Met, addresses, leave_with};
+use crate::run::save::newest_good;
+use crate::run::signals::TRY_AGAIN;
+use crate::run::{Ended, Left, Request, Run};
+use crate::state::{self, Share};
+use crate::step::Stepper;
+
+/// Blocks of a chunk: 256 KiB as `int8`.
+const CHUNK_BLOCKS: usize = 2048;
+
+/// Trains as one rank of several.
+///
+/// # Errors
+/// Everything that can go wrong here or at another rank. The coordinator is told what went wrong here.
+pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
+    let started = Instant::now();
+    device::set_threads(request.recipe.device.threads);
+    let runs = request.recipe.metrics.runs_dir.clone();
+    let rank = joined.rank();
+    let mut folder = None;
+    let met = ready_to_meet(&request, &runs).and_then(|ready| {
+        let hold = || hold(&request, &runs, &mut folder);
+        let met = joined.meet(properties(&request, &ready), hold)?;
+        Ok((ready, met))
+    });
+    let (ready, met) = match met {
+        Ok(met) => met,
+        Err(error) => return Err(fail(joined, folder, error)),
+    };
+    let (ender, peer_timeout_s) = (joined.ender.clone(), joined.control.welcome().peer_timeout_s);
+    let mut run = match open_rank(request, joined, ready, (&met, folder.as_ref()), started) {
+        Ok(run) => run,
+        Err((joined, error)) => return Err(fail(*joined, folder, error)),
+    };
+    let keeper = folder.as_ref().filter(|_| rank == 0).map(|opened| &opened.folder);
+    let result = std::panic::catch_unwind(AssertUnwindSafe(|| work(&mut run, keeper)));
+    let Some(group) = run.group.take() else { return result.unwrap_or_else(|panic| std::panic::resume_unwind(panic)) };
+    let result = match result {
+        Ok(result) => result,
+        Err(panic) => {
+            let error = Some("it panicked, which is a fault of the program: its standard error says where".to_owned());
+            group.leave(Leaving { step: run.state.step, parameter_hash: String::new(), error, code: 1 });
+            std::panic::resume_unwind(panic)
+        }
+    };
+    let result = result.map_err(|error| group.explain(error, peer_timeout_s));
+    match &result {
+        Ok(left) => group.leave(Leaving {
+            step: left.step,
+            parameter_hash: left.parameter_hash.clone(),
+            error: None,
+            code: if left.ended == Ended::Signalled { TRY_AGAIN.into() } else { 0 },
+        }),
+        Err(Error::Verdict(verdict, _)) => {
+            run.writer.abandon();
+            ender.say(verdict);
+        }
+        Err(error) => {
+            // Said before anything that may wait for a disk.
+            let (code, error) = (error.exit_code().into(), Some(error.to_string()));
+            group.leave(Leaving { step: run.state.step, parameter_hash: String::new(), error, code });
+            run.writer.abandon();
+        }
+    }
+    result
+}
+
+fn ready_to_meet(request: &Request, runs: &Path) -> Result<Ready> {
+    make_runs(runs)?;
+    prepare(request, peek(request)?.as_ref())
+}
+
+/// What must be the same at every rank.
+fn properties(request: &Request, ready: &Ready) -> Vec<Property> {
+    let property = |name: &str, value: String| Property { name: name.into(), value };
+    let tokenizer = blake3::hash(&ready.data.tokenizer.json()).to_hex().to_string();
+    vec![
+        property("the text of [data] and [eval] (BLAKE3)", ready.data.corpus_hash.clone()),
+        property("the tokenizer (BLAKE3)", tokenizer),
+        property(
+            "device.backend (a mixture needs the sharded optimiser, which is not there yet)",
+            request.recipe.device.backend.clone(),
+        ),
+        property("the processor's architecture", std::env::consts::ARCH.into()),
+    ]
+}
+
+/// The run's folder on the lead of it.
+struct RunFolder {
+    folder: Folder,
+    /// What differs from the recipe that the run had.
+    changed: Vec<String>,
+    is_new: bool,
+}
+
+/// Opens the run's folder on the lead of it, and says which checkpoints are there and good.
+fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<Vec<Held>> {
+    let existing = match request.resume {
+        true => Folder::resume(runs, &request.name, &request.raw)?,
+        false => None,
+    };
+    if request.resume && existing.is_none() {
+        say(&format!("run {}: there is nothing to resume here, so it starts from the beginning", request.name));
+    }
+    let is_new = existing.is_none();
+    let (folder, changed) = match existing {
+        Some(existing) => existing,
+        None => (Folder::create(runs, &request.name)?, Vec::new()),
+    };
+    let held = || {
+        folder.keep_recipe(&request.raw)?;
+        // A lead's writer puts the folder in order: what was set aside counts under its own name from then on.
+        let member = Member { rank: 0, lead: true };
+        drop(Writer::member(Arc::new(RealDisk), folder.checkpoints(), Vec::new(), member, retention(&request.recipe))?);
+        newest_good(&folder)?;
+        let open = |(step, path): (u64, std::path::PathBuf)| {
+            let id = Checkpoint::open(&path).ok()?.id().to_owned();
+            Some(Held { step, id })
+        };
+        Ok(reader::list(&folder.checkpoints())?.into_iter().filter_map(open).collect())
+    };
+    let held = held();
+    if held.is_err() && is_new {
+        folder.abandon();
+    }
+    *keep = Some(RunFolder { folder, changed, is_new });
+    held
+}
+
+/// A rank that cannot start says so, and takes away a folder that it had just made.
+fn fail(joined: Joined, folder: Option<RunFolder>, error: Error) -> Error {
+    let lost = match &error {
+        Error::Transport(error) => error.lost(),
+        _ => None,
+    };
+    let ended = match (&error, lost) {
+        (Error::Control(ControlError::Ended(ending)), _) => Some(ending.clone()),
+        (_, Some(rank)) => {
+            // The coordinator knows better who is to blame.
+            joined.control.reporter().lost(rank, &error.to_string());
+            Some(joined.control.ending(Duration::from_secs_f64(joined.control.welcome().peer_timeout_s)))
+        }
+        _ => None,
+    };
+    // The others hear of it first: they may be about to open files in a folder that goes away.
+    let error = match ended {
+        Some(ending) => {
+            joined.ender.say(&ending.verdict);
+            Error::Verdict(ending.verdict, ending.code)
+        }
+        None => {
+            leave_with(joined.control, &error);
+            error
+        }
+    };
+    if let Some(RunFolder { folder, is_new: true, .. }) = folder
+        && !folder.file("run.json").exists()
+        && reader::list(&folder.checkpoints()).is_ok_and(|list| list.is_empty())
+    {
+        folder.abandon();
+    }
+    error
+}
+
+/// From an agreed start to a run that is ready for its first step. On failure the line to the coordinator comes back.
+fn open_rank(
+    request: Request,
+    mut joined: Joined,
+    ready: Ready,
+    (met, folder): (&Met, Option<&RunFolder>),
+    started: Instant,
+) -> std::result::Result<Run, (Box<Joined>, Error)> {
+    match connect(&request, &mut joined, &ready, (met, folder)) {
+        Ok(Connected { begun, stepper, writer, books, share, transport, f32_bytes }) => {
+            let Joined { control, ender, stop, .. } = joined;
+            let (saving, committing, writing) = Default::default();
+            let group = Group { share, control, transport, ender, f32_bytes, saving, committing, writing };
+            Ok(Parts { request, started, stop, ready, begun, stepper, writer, books, group: Some(group) }.run())
+        }
+        Err(error) => Err((Box::new(joined), error)),
+    }
+}
+
+/// A rank that has its start and its connections.
+struct Connected {
+    begun: Begun,
+    stepper: Stepper,
+    writer: Writer,
+    books: Option<Books>,
+    share: Share,
+    transport: Arc<GrpcTransport>,
+    f32_bytes: Option<u64>,
+}
+
+fn connect(
+    request: &Request,
+    joined: &mut Joined,
+    ready: &Ready,
+    (met, folder): (&Met, Option<&RunFolder>),
+) -> Result<Connected> {
+    let (rank, recipe) = (joined.rank(), &request.recipe);
+    let path = recipe.metrics.runs_dir.join(&request.name);
+    let checkpoints = path.join("checkpoints");
+    request.log.open(&path.join(format!("logs/rank-{rank}.log")))?;
+    // From now on what is half-written there is this group's.
+    joined.ender.tidy_checkpoints(checkpoints.clone());
+    let newest = match &met.start.from {
+        Some(held) => Some(Checkpoint::open(&checkpoints.join(checkpoint::layout::committed(held.step)))?),
+        None => None,
+    };
+    let begun = ready.begin(request, newest.as_ref())?;
+    let share = share(met, rank);
+    // With one rank nothing travels, and nothing is encoded.
+    let codec = if share.ranks == 1 { Codec::Fp32 } else { recipe.codec };
+    let plan = Plan::new(ready.config.parameters(), recipe.parallel.bucket_bytes_max);
+    let plan = plan.map_err(|error| Error::Usage(error.to_string()))?;
+    let f32_bytes = (share.ranks > 1).then(|| f32_bytes(&plan, &share));
+    let group = exchange::Group { rank, ranks: share.ranks, epoch: met.start.epoch, chunk_blocks: CHUNK_BLOCKS };
+    let mut exchange = Exchange::new(Arc::new(plan), group, codec);
+    if request.tamper.no_feedback {
+        exchange = exchange.without_feedback();
+    }
+    if let Some(newest) = &newest {
+        state::restore_residuals(newest, &mut exchange)?;
+        if request.tamper.forget_owner {
+            exchange.forget_owner();
+        }
+    }
+    // The lead's writer puts the folder in order before any other rank can write: all wait for each other below.
+    let member = Member { rank, lead: met.lead_of[rank] == rank };
+    let pieces = state::pieces(&ready.config, &share, codec);
+    let writer = Writer::member(Arc::new(RealDisk), checkpoints, pieces, member, retention(recipe))?;
+
+    let inbox = Inbox::default();
+    joined.ender.wake(inbox.aborter());
+    let transport = Arc::new(meet_peers(joined, &met.start, &inbox)?);
+    let engine = Engine::start(exchange, transport.clone(), inbox, joined.progress.clone())
+        .map_err(Error::io("start a thread in", "this process"))?;
+    let stepper = Stepper::across(&ready.config, &ready.device, engine);
+    let books = match folder {
+        Some(folder) if rank == 0 => {
+            Some(open_books(request, folder, begun.state.step, joined.control.welcome().restart)?)
+        }
+        _ => None,
+    };
+    Ok(Connected { begun, stepper, writer, books, share, transport, f32_bytes })
+}
+
+/// Which part of a checkpoint this rank writes.
+fn share(met: &Met, rank: usize) -> Share {
+    let ranks = met.lead_of.len();
+    let mates: Vec<usize> = (0..ranks).filter(|&other| met.lead_of[other] == met.lead_of[rank]).collect();
+    let index = mates.iter().position(|&mate| mate == rank).unwrap_or(0);
+    Share { rank, ranks, index, of: mates.len() }
+}
+
+/// Bytes that a rank would send a step if everything travelled as f32.
+fn f32_bytes(plan: &Plan, share: &Share) -> u64 {
+    let elements = |parameter: &Parameter| parameter.shape.iter().product();
+    let tensors: Vec<_> = plan.parameters().iter().map(|parameter| (elements(parameter), Codec::Fp32)).collect();
+    payload_bytes_sent(&tensors, share.rank, share.ranks) as u64
+}
+
+/// Connects with all other ranks.
+fn meet_peers(joined: &mut Joined, start: &Start, inbox: &Inbox) -> Result<GrpcTransport> {
+    let group = grpc::Group {
+        rank: joined.rank(),
+        addresses: addresses(start)?,
+        epoch: start.epoch,
+        token: start.token.clone(),
+        // Whoever dies meanwhile is noticed on the control plane; a slow disk is no death.
+        connect_within: Duration::from_secs_f64(joined.recipe.parallel.join_timeout_s),
+    };
+    // A lost rank is reported at once, also while the training thread computes.
+    let (to_engine, reporter) = (inbox.sink(), joined.control.reporter());
+    let sink = Arc::new(move |incoming: Incoming| {
+        if let Incoming::Lost { rank, why } = &incoming {
+            reporter.lost(*rank, why);
+        }
+        to_engine(incoming);
+    });
+    let listener = joined.listener.take().expect("a rank connects once");
+    Ok(listener.connect(&group, sink)?)
+}
+
+/// What rank 0 writes for people.
+fn open_books(request: &Request, folder: &RunFolder, step: u64, restart: u32) -> Result<Books> {
+    let RunFolder { folder, changed, .. } = folder;
+    let resumed = request.resume && folder.file("run.json").exists();
+    let mut books = Books::open(request, folder, resumed.then_some(step), changed)?;
+    if restart > 0 {
+        books.metrics.event("restart", step, json!({ "restart": restart }));
+    }
+    Ok(books)
+}
