@@ -291,3 +291,18 @@ fn three_ranks_whose_shards_are_uneven_train_and_resume() {
     place.train("one", &["--set", "parallel.data=1", "--set", "train.micro_batches=3", "--set", "train.steps=12"]).ok();
     same(&place, ["one", "fp32"]);
 }
+
+#[test]
+fn one_rank_under_a_launcher_is_a_process_alone_and_each_goes_on_where_the_other_stopped() {
+    let place = Place::new();
+    let stop: [&str; 2] = ["--set", "train.stop_at_step=20"];
+    place.train("alone", &[]).ok();
+    place.train("launched", &[&stop[..], &["--restarts", "1"]].concat()).ok();
+    place.train("launched", &["--resume"]).ok();
+    place.train("first", &stop).ok();
+    place.train("first", &["--resume", "--restarts", "1"]).ok();
+    for name in ["launched", "first"] {
+        assert_eq!(place.curve(name), place.curve("alone"), "{name}");
+        assert_eq!(place.summary(name)["parameter_hash"], place.summary("alone")["parameter_hash"], "{name}");
+    }
+}
