@@ -35,6 +35,7 @@ use flight::{Flight, IN_FLIGHT_MAX, Phase, QUEUE_MAX};
 use save::Extras;
 use thread::{Done, Job, Role, Target};
 
+pub use folder::give_up_all;
 pub use outcome::{Attachment, Offer, Outcome, Retention};
 pub use part::{Member, Part, PieceSpec, TensorSpec};
 pub use snapshot::Snapshot;

@@ -20,7 +20,7 @@ use crate::coordinator::state::{Ending, TRY_AGAIN};
 use crate::progress::Progress;
 use crate::wire::control::from_worker::What as From;
 use crate::wire::control::to_worker::What as To;
-use crate::wire::control::{FromWorker, Hello, Leaving, Lost, Welcome};
+use crate::wire::control::{FromWorker, Hello, Leaving, Lost, Mark, Welcome};
 use thread::{not_there, run};
 
 /// How a worker joins.
@@ -243,6 +243,14 @@ impl Drop for Control {
 }
 
 const LEAVE_WITHIN: Duration = Duration::from_secs(2);
+/// The heartbeat of a worker that is so far.
+#[must_use]
+pub fn beat(progress: &Progress) -> From {
+    let (mark, numbers) = (progress.mark(), progress.numbers());
+    let (waits, slow) = (mark.waits, mark.slow);
+    From::Beat(Mark { step: mark.step, progress: mark.count, text: mark.text, waits, slow, numbers })
+}
+
 /// The address of this machine on the way to `towards`; nothing is sent.
 ///
 /// # Errors

@@ -14,8 +14,8 @@ mod saves;
 pub mod state;
 
 use std::net::{SocketAddr, TcpListener};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender as StdSender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,7 @@ use crate::transport::socket::{Accepted, Counters, Limits};
 use crate::wire::control::coordinator_server::CoordinatorServer;
 use crate::wire::control::to_worker::What as To;
 use front::{Front, Lines, carry};
-use state::{Ending, Input, Options, State, interval};
+use state::{Ending, Input, Options, RankNumbers, State, interval};
 
 /// The largest message of the control plane: the parts of a large model's checkpoint.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
@@ -41,6 +41,8 @@ const CLOSE_WITHIN: Duration = Duration::from_millis(500);
 /// Which keys of a worker's recipe differ from the coordinator's.
 pub type Compare = Arc<dyn Fn(&str) -> Vec<String> + Send + Sync>;
 
+type Numbers = Arc<Mutex<Vec<RankNumbers>>>;
+
 /// A coordinator at work in a thread of its own.
 #[derive(Debug)]
 pub struct Coordinator {
@@ -48,6 +50,7 @@ pub struct Coordinator {
     /// Unbounded: only the process that started the coordinator sends here, once for each of its children and signals.
     inputs: mpsc::UnboundedSender<Input>,
     ended: Receiver<Ending>,
+    numbers: Numbers,
     quit: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -63,13 +66,21 @@ impl Coordinator {
         let (inputs, told) = mpsc::unbounded_channel();
         let (quit, quits) = oneshot::channel();
         let (tell, ended) = channel();
+        let numbers = Numbers::default();
+        let shown = numbers.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let work = move || {
-            runtime.block_on(serve(listener, options, compare, Channels { told, quits, tell }));
+            runtime.block_on(serve(listener, options, compare, Channels { told, quits, tell, numbers: shown }));
             runtime.shutdown_timeout(Duration::from_millis(200));
         };
         let thread = std::thread::Builder::new().name("coordinator".into()).spawn(work)?;
-        Ok(Self { address, inputs, ended, quit: Some(quit), thread: Some(thread) })
+        Ok(Self { address, inputs, ended, numbers, quit: Some(quit), thread: Some(thread) })
+    }
+
+    /// What every rank last said of itself.
+    #[must_use]
+    pub fn numbers(&self) -> Vec<RankNumbers> {
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Where it listens.
@@ -117,10 +128,11 @@ struct Channels {
     told: mpsc::UnboundedReceiver<Input>,
     quits: oneshot::Receiver<()>,
     tell: StdSender<Ending>,
+    numbers: Numbers,
 }
 
 async fn serve(listener: TcpListener, options: Options, compare: Compare, channels: Channels) {
-    let Channels { mut told, mut quits, tell } = channels;
+    let Channels { mut told, mut quits, tell, numbers } = channels;
     let (inputs, mut incoming) = mpsc::channel(INPUTS_MAX);
     let lines = Lines::default();
     let limits = Limits { connections_max: options.ranks + STRANGERS_MAX, admitted_within: HELLO_WITHIN };
@@ -156,7 +168,10 @@ async fn serve(listener: TcpListener, options: Options, compare: Compare, channe
             Some(input) = told.recv() => input,
             Some(input) = incoming.recv() => input,
         };
-        for output in state.handle(start.elapsed(), input) {
+        let outputs = state.handle(start.elapsed(), input);
+        // Before anybody hears of the end.
+        *numbers.lock().unwrap_or_else(PoisonError::into_inner) = state.numbers();
+        for output in outputs {
             carry(&lines, &tell, output);
         }
     }

@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use crate::wire::control::Numbers;
+
 /// What a rank is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -44,6 +46,7 @@ pub struct Progress {
     stage: AtomicU8,
     bucket: AtomicUsize,
     waits_for: Mutex<Option<String>>,
+    numbers: Mutex<Option<Numbers>>,
 }
 
 /// A [`Progress`] at one moment.
@@ -90,6 +93,17 @@ impl Progress {
     /// What it waits for, as far as that is known.
     pub fn waits_for(&self, what: Option<String>) {
         *self.waits_for.lock().unwrap_or_else(PoisonError::into_inner) = what;
+    }
+
+    /// What the last step took.
+    pub fn report(&self, numbers: Numbers) {
+        *self.numbers.lock().unwrap_or_else(PoisonError::into_inner) = Some(numbers);
+    }
+
+    /// What the last step took, if there was one.
+    #[must_use]
+    pub fn numbers(&self) -> Option<Numbers> {
+        *self.numbers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Now.

@@ -306,3 +306,17 @@ fn one_rank_under_a_launcher_is_a_process_alone_and_each_goes_on_where_the_other
         assert_eq!(place.summary(name)["parameter_hash"], place.summary("alone")["parameter_hash"], "{name}");
     }
 }
+
+#[test]
+fn the_coordinator_collects_the_numbers_of_every_rank() {
+    let place = Place::with(WIDE);
+    place.train("a", &[]).ok();
+    let text = std::fs::read_to_string(place.path("runs/a/ranks.jsonl")).expect("the launcher wrote it");
+    let ranks: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(ranks.len(), 2, "{text}");
+    for (rank, numbers) in ranks.iter().enumerate() {
+        assert_eq!((&numbers["rank"], &numbers["step"]), (&rank.into(), &20.into()), "{text}");
+        assert!(numbers["wire_bytes_sent"].as_u64() > Some(0) && numbers["step_s"].as_f64() > Some(0.0), "{text}");
+    }
+    assert_ne!(ranks[0]["pid"], ranks[1]["pid"]);
+}

@@ -211,12 +211,13 @@ fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
 
 fn train(args: &Train, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     let (restarts, trusted_network) = (args.restarts, args.trusted_network);
-    let world = match ranks(|name| std::env::var(name).ok())? {
+    let ranks = ranks(|name| std::env::var(name).ok())?;
+    let request = request(args, log, tamper)?;
+    let world = match ranks {
         // One rank needs nobody to join it.
-        Some(ranks) if ranks.ranks > 1 => World::Ranks(ranks),
+        Some(ranks) if ranks.ranks > 1 || request.recipe.parallel.data > 1 => World::Ranks(ranks),
         _ => World::Local,
     };
-    let request = request(args, log, tamper)?;
     if world == World::Local && request.recipe.parallel.data == 1 && restarts == 0 {
         return Ok(code(run::start::train(request)?.ended));
     }

@@ -10,13 +10,16 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parallel::coordinator::state::{Ending, Input, Options, silence};
+use checkpoint::disk::RealDisk;
+use checkpoint::writer::give_up_all;
+use parallel::coordinator::state::{Ending, Input, Options, RankNumbers, silence};
 use parallel::coordinator::{Compare, Coordinator};
+use serde_json::json;
 
+use crate::data::cache::replace;
 use crate::error::{Error, Result};
 use crate::log::say;
 use crate::recipe::{Raw, Tag, raw};
-use crate::run::ender::remove_partial;
 use crate::run::folder::{check_name, in_use};
 use crate::run::join::{host, random, remove_nonces, trusted};
 use crate::run::signals::{Manner, Stop, TRY_AGAIN};
@@ -170,9 +173,34 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
     let pids = family.pids();
     let ending = watch(coordinator.as_ref(), family, stop, recipe.parallel.peer_timeout_s);
     family.end(if ending.code == 0 { END_WITHIN } else { quarter(recipe.parallel.peer_timeout_s) });
+    if let Some(coordinator) = &coordinator {
+        keep_numbers(coordinator, &recipe.metrics.runs_dir.join(&request.name));
+    }
     drop(coordinator);
     tidy(&recipe.metrics.runs_dir, &request.name, &pids, ending.code);
     Ok(ending)
+}
+
+/// Writes down what the coordinator has collected from all ranks, `ranks.jsonl`, one object a rank.
+fn keep_numbers(coordinator: &Coordinator, folder: &Path) {
+    let line = |rank: RankNumbers| {
+        let RankNumbers { rank, host, pid, numbers } = rank;
+        let n = numbers.unwrap_or_default();
+        let line = json!({
+            "rank": rank, "host": host, "pid": pid, "step": n.step, "step_s": n.step_s, "encode_s": n.encode_s,
+            "wait_s": n.wait_s, "wire_bytes_sent": n.wire_bytes_sent, "wire_bytes_received": n.wire_bytes_received,
+            "memory_bytes": n.memory_bytes,
+        });
+        format!("{line}\n")
+    };
+    let text: String = coordinator.numbers().into_iter().map(line).collect();
+    tracing::info!("what the ranks said last:\n{text}");
+    // A coordinator of ranks elsewhere has no run folder.
+    if folder.join("run.json").exists()
+        && let Err(error) = replace(&folder.join("ranks.jsonl"), text.as_bytes())
+    {
+        tracing::warn!("ranks.jsonl cannot be written: {error}");
+    }
 }
 
 /// What is left of the peer timeout once somebody is lost.
@@ -317,11 +345,11 @@ fn tidy(runs: &Path, name: &str, pids: &[u32], code: u8) {
     if code != 0 && !in_use(&runs.join(name)) {
         let until = Instant::now() + Duration::from_secs(1);
         let checkpoints = runs.join(name).join("checkpoints");
-        remove_partial(&checkpoints, std::process::id() as usize);
+        give_up_all(&RealDisk, &checkpoints, std::process::id() as usize);
         // A rank of another machine that shares the folder may have been at it.
         while checkpoints.is_dir() && left_over(&checkpoints) && Instant::now() < until {
             std::thread::sleep(LOOK);
-            remove_partial(&checkpoints, std::process::id() as usize);
+            give_up_all(&RealDisk, &checkpoints, std::process::id() as usize);
         }
     }
 }

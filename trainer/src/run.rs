@@ -30,6 +30,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::Device;
 use checkpoint::writer::Writer;
 use parallel::transport::Counted;
+use parallel::wire::control::Numbers;
 use serde_json::json;
 
 use crate::data::{Data, order};
@@ -295,6 +296,17 @@ impl Run {
 
     fn line(&mut self, report: &Report) -> Line {
         let before = std::mem::replace(&mut self.counted, report.wire);
+        let memory_bytes = metrics::memory_bytes();
+        // The coordinator collects them from all ranks.
+        self.stepper.progress().report(Numbers {
+            step: self.state.step,
+            step_s: report.step_s,
+            encode_s: report.encode_s,
+            wait_s: report.wait_s,
+            wire_bytes_sent: report.wire.sent,
+            wire_bytes_received: report.wire.received,
+            memory_bytes: memory_bytes.unwrap_or(0),
+        });
         let finite = |x: f64| x.is_finite().then_some(x);
         Line {
             step: self.state.step,
@@ -314,7 +326,7 @@ impl Run {
             wire_bytes_sent: report.wire.sent - before.sent,
             wire_bytes_received: report.wire.received - before.received,
             checkpoint_stall_s: 0.0,
-            memory_bytes: metrics::memory_bytes(),
+            memory_bytes,
         }
     }
 

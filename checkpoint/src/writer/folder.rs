@@ -130,8 +130,25 @@ fn discard(target: &Target, names: &[String]) -> Result<(), CheckpointError> {
 /// It is renamed first, to a name of this rank's own. A removal takes files out one by one, and the lead may be about to
 /// commit the folder: with the rename either it is committed whole or it is gone, and of several ranks one removes it.
 pub(super) fn give_up(target: &Target, step: u64) {
-    let disk = &*target.disk;
-    let (partial, mine) = (target.partial(step), target.folder.join(layout::given_up(step, target.role.rank())));
+    give_up_in(&*target.disk, &target.folder, step, target.role.rank());
+}
+
+/// Gives up every step that is half-written in `folder`, and what earlier removals left: for a process that ends
+/// because its run has ended, or that watched over one. `who` tells those apart that may do so at once.
+pub fn give_up_all(disk: &dyn Disk, folder: &Path, who: usize) {
+    // A folder that is not there, or no more, has nothing in it.
+    for name in disk.list(folder).unwrap_or_default().iter().filter(|name| layout::is_left_over(name)) {
+        match name.strip_suffix(".partial").and_then(layout::step_of) {
+            Some(step) => give_up_in(disk, folder, step, who),
+            // Another process may be removing it too.
+            None => _ = disk.remove_dir_all(&folder.join(name)),
+        }
+    }
+}
+
+fn give_up_in(disk: &dyn Disk, folder: &Path, step: u64, who: usize) {
+    let (partial, mine) =
+        (folder.join(layout::partial(&layout::committed(step))), folder.join(layout::given_up(step, who)));
     let taken = disk.rename(&partial, &mine).or_else(|fault| match fault.kind() {
         // What an earlier removal left.
         ErrorKind::AlreadyExists => disk.remove_dir_all(&mine).and_then(|()| disk.rename(&partial, &mine)),

@@ -16,7 +16,7 @@ use crate::transport::socket::words;
 use crate::wire::control::coordinator_client::CoordinatorClient;
 use crate::wire::control::from_worker::What as From;
 use crate::wire::control::to_worker::What as To;
-use crate::wire::control::{FromWorker, Mark, ToWorker, Welcome};
+use crate::wire::control::{FromWorker, ToWorker, Welcome};
 
 /// Between two tries to reach a coordinator.
 const RETRY: Duration = Duration::from_millis(100);
@@ -95,10 +95,8 @@ async fn follow(
                 if quiet > silence(peer_timeout) {
                     return gone(format!("has been silent for {:.1} s", quiet.as_secs_f64()));
                 }
-                let mark = join.progress.mark();
-                let mark = Mark { step: mark.step, progress: mark.count, text: mark.text, waits: mark.waits, slow: mark.slow };
                 match out.upgrade() {
-                    Some(out) => _ = out.send(FromWorker { what: Some(From::Beat(mark)) }),
+                    Some(out) => _ = out.send(FromWorker { what: Some(super::beat(&join.progress)) }),
                     None if now.duration_since(*let_go.get_or_insert(now)) > LEAVE_WITHIN => return None,
                     None => {}
                 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 use super::saves::Saves;
 use crate::wire::control::from_worker::What as From;
 use crate::wire::control::to_worker::What as To;
-use crate::wire::control::{Abort, Hello, Refused, Stop, Welcome};
+use crate::wire::control::{Abort, Hello, Numbers, Refused, Stop, Welcome};
 use worker::{Left, Worker};
 
 /// What the coordinator is to coordinate.
@@ -166,7 +166,32 @@ const NAME_CHARS_MAX: usize = 64;
 const MARK_CHARS_MAX: usize = 300;
 const ERROR_CHARS_MAX: usize = 8000;
 
+/// What a rank last said of itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RankNumbers {
+    /// The rank.
+    pub rank: usize,
+    /// Its host.
+    pub host: String,
+    /// Its process id.
+    pub pid: u32,
+    /// What its last step took; nothing before the first.
+    pub numbers: Option<Numbers>,
+}
+
 impl State {
+    /// What every rank last said of itself.
+    #[must_use]
+    pub fn numbers(&self) -> Vec<RankNumbers> {
+        let of = |(&rank, worker): (&usize, &Worker)| RankNumbers {
+            rank,
+            host: worker.host.clone(),
+            pid: worker.pid,
+            numbers: worker.mark.numbers,
+        };
+        self.workers.iter().map(of).collect()
+    }
+
     /// Nobody has joined yet.
     #[must_use]
     pub fn new(options: Options) -> Self {

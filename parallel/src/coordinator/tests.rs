@@ -368,7 +368,7 @@ fn a_coordinator_that_ends_is_named_once_to_each_worker() {
 
 /// A coordinator that welcomes everybody and then says nothing, or says it in vain.
 struct Mute {
-    lines: std::sync::Mutex<Vec<mpsc::UnboundedSender<Result<ToWorker, Status>>>>,
+    lines: Mutex<Vec<mpsc::UnboundedSender<Result<ToWorker, Status>>>>,
 }
 
 #[tonic::async_trait]
@@ -393,7 +393,7 @@ fn mute() -> SocketAddr {
             listener.set_nonblocking(true).expect("a socket");
             let listener = tokio::net::TcpListener::from_std(listener).expect("a socket");
             let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
-            let mute = Mute { lines: std::sync::Mutex::default() };
+            let mute = Mute { lines: Mutex::default() };
             Server::builder().add_service(CoordinatorServer::new(mute)).serve_with_incoming(incoming).await
         })
     });

@@ -1,11 +1,12 @@
 //! How a rank's process ends when the run ends for everybody, and what it takes away before.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use checkpoint::layout;
+use checkpoint::disk::RealDisk;
+use checkpoint::writer::give_up_all;
 use parallel::control::By;
 use parallel::coordinator::state::Ending;
 use parallel::data::engine::Aborter;
@@ -67,7 +68,7 @@ impl Ender {
             remove_nonces(runs, std::process::id());
         }
         if let Some(checkpoints) = &*lock(&self.0.checkpoints) {
-            remove_partial(checkpoints, std::process::id() as usize);
+            give_up_all(&RealDisk, checkpoints, std::process::id() as usize);
         }
     }
 
@@ -98,30 +99,6 @@ impl Ender {
             (true, true) => say(&format!("error: process {}: {verdict}", std::process::id())),
             (false, _) => say(&format!("error: {verdict}")),
         }
-    }
-}
-
-/// Removes checkpoints that nobody will complete. `who` tells those apart that may do so at once.
-pub fn remove_partial(checkpoints: &Path, who: usize) {
-    for entry in std::fs::read_dir(checkpoints).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if !layout::is_left_over(&name) {
-            continue;
-        }
-        let step = name.strip_suffix(".partial").and_then(layout::step_of);
-        let doomed = match step {
-            // Another name first: no file may go from a folder that somebody is about to commit.
-            Some(step) => {
-                let doomed = checkpoints.join(layout::given_up(step, who));
-                if std::fs::rename(entry.path(), &doomed).is_err() {
-                    continue;
-                }
-                doomed
-            }
-            None => entry.path(),
-        };
-        // Another process may be removing it too.
-        let _ = std::fs::remove_dir_all(doomed);
     }
 }
 

@@ -57,7 +57,14 @@ fn held(step: u64, id: &str) -> Held {
 }
 
 fn mark(step: u64, progress: u64, text: &str) -> Mark {
-    Mark { step, progress, text: text.into(), waits: text.contains("waiting"), slow: text.contains("export") }
+    Mark {
+        step,
+        progress,
+        text: text.into(),
+        waits: text.contains("waiting"),
+        slow: text.contains("export"),
+        numbers: None,
+    }
 }
 
 fn part(step: u64, json: &str) -> From {

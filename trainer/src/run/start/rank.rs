@@ -9,7 +9,7 @@ use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
 use checkpoint::writer::{Member, Writer};
 use compression::Codec;
-use parallel::control::ControlError;
+use parallel::control::{ControlError, beat};
 use parallel::data::engine::{Engine, Inbox};
 use parallel::data::exchange::{self, Exchange};
 use parallel::data::plan::{Parameter, Plan};
@@ -71,6 +71,8 @@ pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
         }
     };
     let result = result.map_err(|error| group.explain(error, peer_timeout_s));
+    // The last numbers, which a heartbeat may not have carried yet.
+    group.control.say(beat(run.stepper.progress()));
     match &result {
         Ok(left) => group.leave(Leaving {
             step: left.step,
