@@ -1,20 +1,28 @@
 //! The codecs: how the elements of one tensor become bytes and back.
 //!
-//! `docs/payload-format.md` draws every payload byte by byte. A lossy codec quantises blocks of [`BLOCK`]
+//! - `layout`: where the parts of a payload lie.
+//! - `block`: the block codecs, element by element: the reference of every faster kernel.
+//! - `bf16`, `fp32`: the codecs without blocks.
+//! - `payload`: bytes that were checked, and how they are decoded and added.
+//!
+//! `docs/payload-format.md` draws every payload byte by byte. A lossy codec quantises blocks of [`BLOCK`](crate::BLOCK)
 //! elements; what it leaves out of a block is returned exactly, so that nothing is lost if it is added to the next
 //! gradient (error feedback: Seide et al. 2014; Karimireddy et al. 2019, <https://arxiv.org/abs/1901.09847>).
-//!
-//! This file is the scalar reference. Faster kernels must give the same bits.
 
-mod bf16;
-mod int8;
+pub(crate) mod bf16;
+pub(crate) mod block;
+pub(crate) mod fp32;
+pub(crate) mod layout;
+mod payload;
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
-use crate::BLOCK;
+use crate::kernel::{Level, Stores};
+use layout::PlanesMut;
+
+pub use payload::{Part, Payload, PayloadError, par_reduce, reduce};
 
 /// How the elements of a tensor become bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -28,6 +36,15 @@ pub enum Codec {
     /// 8.125 bits an element: one bf16 scale a block, rounded up, and whole multiples of it from -127 to 127.
     #[serde(rename = "int8")]
     Int8,
+    /// 4.125 bits an element: as `int8`, from -7 to 7.
+    #[serde(rename = "int4")]
+    Int4,
+    /// 5.125 bits an element: the two largest of every four, as `int8`, and a bit for each element that says which.
+    #[serde(rename = "sparse24-int8")]
+    Sparse24Int8,
+    /// 3.125 bits an element: the two largest of every four, as `int4`, and a bit for each element that says which.
+    #[serde(rename = "sparse24-int4")]
+    Sparse24Int4,
 }
 
 /// What an encoder found in its input.
@@ -41,36 +58,13 @@ pub enum Found {
     NonFinite,
 }
 
-/// Why a payload cannot be decoded. Nothing was written.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum PayloadError {
-    /// The payload has not the length that its codec gives to so many elements.
-    #[error("a {codec} payload of {elements} elements has {expected} bytes, {found} came: it was cut, or is another's")]
-    Length {
-        /// The codec.
-        codec: Codec,
-        /// Elements that were expected.
-        elements: usize,
-        /// Bytes that were expected.
-        expected: usize,
-        /// Bytes that came.
-        found: usize,
-    },
-    /// A value that no encoder writes.
-    #[error("a {codec} payload has {what} in block {block}, which no encoder writes: it was damaged on its way")]
-    Value {
-        /// The codec.
-        codec: Codec,
-        /// Which block, counted from 0.
-        block: usize,
-        /// What stands there.
-        what: &'static str,
-    },
-}
+/// From here on an absolute value counts as not finite: sums and scales would overflow.
+pub const TOO_LARGE: f32 = f32::from_bits((127 + 126) << 23);
 
 impl Codec {
-    /// Every codec of this build, in the order in which a user should read them.
-    pub const ALL: [Self; 3] = [Self::Fp32, Self::Bf16, Self::Int8];
+    /// Every codec, in the order in which a user should read them: from the most bits to the fewest.
+    pub const ALL: [Self; 6] =
+        [Self::Fp32, Self::Bf16, Self::Int8, Self::Sparse24Int8, Self::Int4, Self::Sparse24Int4];
 
     /// The name that recipes, metrics and frames use.
     #[must_use]
@@ -79,6 +73,9 @@ impl Codec {
             Self::Fp32 => "fp32",
             Self::Bf16 => "bf16",
             Self::Int8 => "int8",
+            Self::Int4 => "int4",
+            Self::Sparse24Int8 => "sparse24-int8",
+            Self::Sparse24Int4 => "sparse24-int4",
         }
     }
 
@@ -88,10 +85,16 @@ impl Codec {
         Self::ALL.into_iter().find(|codec| codec.name() == name)
     }
 
-    /// The codec of the second stage, which carries the owner's sum back to all ranks.
+    /// The codec of the second stage, which carries the owner's sum back to all ranks. Where the first stage sends two
+    /// of four elements, the sum of several ranks has more than two; so the second stage of every codec of fewer bits
+    /// than `int8` is `int8`.
     #[must_use]
     pub const fn second_stage(self) -> Self {
-        self
+        match self {
+            Self::Fp32 => Self::Fp32,
+            Self::Bf16 => Self::Bf16,
+            Self::Int8 | Self::Int4 | Self::Sparse24Int8 | Self::Sparse24Int4 => Self::Int8,
+        }
     }
 
     /// Whether encoding leaves something out, so that there is a residual to keep.
@@ -100,115 +103,58 @@ impl Codec {
         !matches!(self, Self::Fp32)
     }
 
-    /// Bytes of the payload of `elements` elements, framing not counted.
-    #[must_use]
-    pub const fn payload_bytes(self, elements: usize) -> usize {
-        match self {
-            Self::Fp32 => 4 * elements,
-            Self::Bf16 => 2 * elements,
-            Self::Int8 => 2 * elements.div_ceil(BLOCK) + elements,
-        }
-    }
-
-    /// Encodes `y = (gradient + residual) + 0.0` into `payload`, which is replaced, and writes what is left out to
-    /// `left`: `decode(payload) + left == y`, bit for bit. The slices start on a block border of their tensor.
+    /// Encodes `y = (values + residual) + 0.0` into `payload`; `values` becomes what is left out:
+    /// `decode(payload) + left == y`, bit for bit. The slices start on a block border of their tensor. A large payload is
+    /// written past the caches if it lies on a multiple of 64 bytes. Nothing is allocated.
+    ///
+    /// What is left takes the place of the gradient, which is needed no more, and the old residual stays as it was. So a
+    /// step that is skipped leaves no trace, and a step that counts makes the one buffer the residual and the other the
+    /// next gradient's: 8 bytes an element for both.
     ///
     /// # Panics
-    /// When the three slices differ in length.
-    pub fn encode(self, gradient: &[f32], residual: &[f32], payload: &mut Vec<u8>, left: &mut [f32]) -> Found {
-        let n = gradient.len();
-        assert!(
-            residual.len() == n && left.len() == n,
-            "{n} gradients, {} and {} residuals",
-            residual.len(),
-            left.len()
-        );
-        payload.clear();
-        payload.resize(self.payload_bytes(n), 0);
-        for ((left, g), r) in left.iter_mut().zip(gradient).zip(residual) {
-            // Adding 0.0 turns -0.0 into 0.0, which has one encoding only.
-            *left = (g + r) + 0.0;
-        }
-        if largest(left) >= TOO_LARGE.to_bits().cast_signed() {
-            return Found::NonFinite;
-        }
-        match self {
-            Self::Fp32 => {
-                for (bytes, y) in payload.chunks_exact_mut(4).zip(&mut *left) {
-                    bytes.copy_from_slice(&y.to_le_bytes());
-                    *y = 0.0;
-                }
-            }
-            Self::Bf16 => bf16::encode(left, payload),
-            Self::Int8 => int8::encode(left, payload),
-        }
-        Found::Finite
+    /// When the slices differ in length, or the payload has not [`payload_bytes`](Self::payload_bytes).
+    pub fn encode(self, values: &mut [f32], residual: &[f32], payload: &mut [u8]) -> Found {
+        self.encode_with(Level::best(), Stores::for_bytes(payload.len()), values, residual, payload)
     }
 
-    /// Replaces `out` by the payload's elements.
+    /// As [`encode`](Self::encode), with these instructions and stores. The bits are the same with all.
     ///
-    /// # Errors
-    /// A payload that no encoder of this codec made from so many elements; `out` is as it was.
-    pub fn decode(self, payload: &[u8], out: &mut [f32]) -> Result<(), PayloadError> {
-        self.check(payload, out.len())?;
-        self.each(payload, out, |out, value| *out = value);
-        Ok(())
+    /// # Panics
+    /// As [`encode`](Self::encode).
+    pub fn encode_with(
+        self,
+        level: Level,
+        stores: Stores,
+        values: &mut [f32],
+        residual: &[f32],
+        payload: &mut [u8],
+    ) -> Found {
+        let out = self.check_lengths(values, residual, payload);
+        level.encode(self, stores, values, residual, out)
     }
 
-    /// Adds the payload's elements to `sum`.
+    /// As [`encode`](Self::encode), by all threads of rayon's pool.
     ///
-    /// # Errors
-    /// As [`decode`](Self::decode).
-    pub fn decode_add(self, payload: &[u8], sum: &mut [f32]) -> Result<(), PayloadError> {
-        self.check(payload, sum.len())?;
-        self.each(payload, sum, |sum, value| *sum += value);
-        Ok(())
+    /// # Panics
+    /// As [`encode`](Self::encode).
+    pub fn par_encode(self, values: &mut [f32], residual: &[f32], payload: &mut [u8]) -> Found {
+        let stores = Stores::for_bytes(payload.len());
+        let out = self.check_lengths(values, residual, payload);
+        Level::best().par_encode(self, stores, values, residual, out)
     }
 
-    fn check(self, payload: &[u8], elements: usize) -> Result<(), PayloadError> {
-        let (expected, found) = (self.payload_bytes(elements), payload.len());
-        if expected != found {
-            return Err(PayloadError::Length { codec: self, elements, expected, found });
-        }
-        let fault = match self {
-            Self::Fp32 => fp32_fault(payload),
-            Self::Bf16 => bf16::fault(payload),
-            Self::Int8 => int8::fault(payload, elements),
-        };
-        fault.map_or(Ok(()), |(block, what)| Err(PayloadError::Value { codec: self, block, what }))
+    fn check_lengths<'a>(self, values: &[f32], residual: &[f32], payload: &'a mut [u8]) -> PlanesMut<'a> {
+        let n = values.len();
+        assert_eq!(residual.len(), n, "a residual for every element");
+        assert_eq!(payload.len(), self.payload_bytes(n), "a {self} payload of {n} elements");
+        PlanesMut::of(self, payload, n)
     }
-
-    fn each(self, payload: &[u8], out: &mut [f32], put: impl Fn(&mut f32, f32)) {
-        match self {
-            Self::Fp32 => {
-                for (out, bytes) in out.iter_mut().zip(payload.chunks_exact(4)) {
-                    put(out, f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
-                }
-            }
-            Self::Bf16 => bf16::each(payload, out, put),
-            Self::Int8 => int8::each(payload, out, put),
-        }
-    }
-}
-
-/// The bits of the largest absolute value. Without their signs, floats are in the order of their bits, and infinities
-/// and NaN come last; a compiler makes wide instructions of integers' maximum, and not of floats'.
-fn largest(values: &[f32]) -> i32 {
-    values.iter().fold(0, |largest, value| largest.max((value.to_bits() & 0x7fff_ffff).cast_signed()))
 }
 
 /// Whether no value is infinite or NaN.
 #[must_use]
 pub fn all_finite(values: &[f32]) -> bool {
-    largest(values) < f32::INFINITY.to_bits().cast_signed()
-}
-
-/// From here on an absolute value counts as not finite: sums and scales would overflow.
-pub const TOO_LARGE: f32 = f32::from_bits((127 + 126) << 23);
-
-fn fp32_fault(payload: &[u8]) -> Option<(usize, &'static str)> {
-    let bad = |bytes: &[u8]| !f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]).is_finite();
-    payload.chunks_exact(4).position(bad).map(|at| (at / BLOCK, "a value that is not finite"))
+    block::largest(values) < f32::INFINITY.to_bits()
 }
 
 impl fmt::Display for Codec {
@@ -217,5 +163,3 @@ impl fmt::Display for Codec {
     }
 }
 
-#[cfg(test)]
-mod tests;

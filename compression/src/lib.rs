@@ -9,11 +9,13 @@
 //! - [`region`]: the address of a part of a tensor, shared by gradients, checkpoints and manifests.
 
 pub mod codec;
+pub mod kernel;
 pub mod ledger;
 pub mod region;
 pub mod residual;
 
-pub use codec::{Codec, Found, PayloadError};
+pub use codec::{Codec, Found, Part, Payload, PayloadError};
+pub use kernel::{Level, Stores};
 pub use region::{Region, RegionError};
 pub use residual::Residual;
 

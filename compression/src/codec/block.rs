@@ -1,0 +1,201 @@
+//! One block, element by element: the reference that every faster kernel must equal bit for bit.
+//!
+//! A block of up to 128 elements has one scale `s`, a bfloat16 rounded **up** from `largest |y| / q_max`, and whole
+//! multiples `q` of it. The scale has 8 significant bits and a multiple at most 7, so `q * s` is exact in f32, and so is
+//! what is left, `y - q * s`: error feedback (Seide et al. 2014; Karimireddy et al. 2019,
+//! <https://arxiv.org/abs/1901.09847>) loses nothing. A sparse codec sends the two largest of every four elements (2:4,
+//! Mishra et al. 2021, <https://arxiv.org/abs/2104.08378>); the other two stay behind whole.
+
+use super::layout::{Format, Planes, PlanesMut, Width};
+use super::{Found, TOO_LARGE, bf16};
+use crate::BLOCK;
+
+/// Blocks with a smaller scale are sent as zeros: 1 / scale, and what is left of the block, stay normal numbers.
+pub(crate) const SCALE_MIN: f32 = f32::from_bits((127 - 100) << 23);
+
+/// Adding and subtracting 1.5 * 2^23 rounds half to even, for absolute values below 2^22.
+const ROUND: f32 = 12_582_912.0;
+
+/// In a block of zeros the two that count as the largest are the first two: ties go to the lower index.
+const FIRST_TWO: u8 = 0b0011_0011;
+
+/// The scale of a block, as it is written.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scale {
+    pub(crate) bits: u16,
+    pub(crate) value: f32,
+    pub(crate) inverse: f32,
+}
+
+impl Scale {
+    /// The scale of a block whose largest absolute value this is; `None` when the block is sent as zeros.
+    #[inline(always)]
+    pub(crate) fn of(largest: f32, width: Width) -> Option<Self> {
+        let bits = bf16::round_up(largest / width.q_max());
+        let value = bf16::value(bits);
+        (value >= SCALE_MIN).then(|| Self { bits, value, inverse: 1.0 / value })
+    }
+
+    /// The largest that an encoder writes.
+    fn bits_max(width: Width) -> u16 {
+        bf16::round_up(f32::from_bits(TOO_LARGE.to_bits() - 1) / width.q_max())
+    }
+}
+
+/// The bits of the largest absolute value. Without their signs, floats are in the order of their bits, and infinities
+/// and NaN come last; a compiler makes wide instructions of integers' maximum, and not of floats'.
+#[inline(always)]
+pub(crate) fn largest(values: &[f32]) -> u32 {
+    values.iter().fold(0, |largest, value| largest.max((value.to_bits() & 0x7fff_ffff).cast_signed())).cast_unsigned()
+}
+
+/// Encodes the block whose elements are `y`, which becomes what is left of it.
+pub(crate) fn encode(format: Format, y: &mut [f32], out: &mut PlanesMut<'_>) -> Found {
+    let largest = largest(y);
+    if largest >= TOO_LARGE.to_bits() {
+        return Found::NonFinite;
+    }
+    let Some(scale) = Scale::of(f32::from_bits(largest), format.width) else {
+        write_zeros(format, y.len(), out);
+        return Found::Finite;
+    };
+    out.scales.copy_from_slice(&scale.bits.to_le_bytes());
+    let mut values = [0u8; BLOCK];
+    let mut kept = 0;
+    if format.sparse {
+        let mut nibbles = [0u8; BLOCK / 4];
+        for (group, nibble) in y.chunks_mut(4).zip(&mut nibbles) {
+            *nibble = two_largest(group);
+            for (at, y) in group.iter_mut().enumerate() {
+                if *nibble >> at & 1 == 1 {
+                    values[kept] = quantise(y, &scale, format.width);
+                    kept += 1;
+                }
+            }
+        }
+        for (byte, pair) in out.bitmap.iter_mut().zip(nibbles.chunks_exact(2)) {
+            *byte = pair[0] | pair[1] << 4;
+        }
+    } else {
+        kept = y.len();
+        for (y, value) in y.iter_mut().zip(&mut values) {
+            *value = quantise(y, &scale, format.width);
+        }
+    }
+    match format.width {
+        Width::Eight => out.values.copy_from_slice(&values[..kept]),
+        Width::Four => {
+            for (byte, pair) in out.values.iter_mut().zip(values.chunks_exact(2)) {
+                *byte = pair[0] & 0xf | pair[1] << 4;
+            }
+        }
+    }
+    Found::Finite
+}
+
+/// What stands for a block whose elements all stay behind.
+pub(crate) fn write_zeros(format: Format, elements: usize, out: &mut PlanesMut<'_>) {
+    out.scales.fill(0);
+    out.values.fill(0);
+    if format.sparse {
+        out.bitmap.fill(FIRST_TWO);
+        if let (Some(last), rest @ 1..) = (out.bitmap.last_mut(), elements % 8) {
+            *last &= ((1u16 << rest) - 1) as u8;
+        }
+    }
+}
+
+/// The multiple of the scale that is nearest to `y`, ties to even, in two's complement; `y` becomes what is left.
+#[inline(always)]
+fn quantise(y: &mut f32, scale: &Scale, width: Width) -> u8 {
+    // The bounds are whole, so that it is the same to clamp before rounding.
+    let shifted = (*y * scale.inverse).clamp(-width.q_max(), width.q_max()) + ROUND;
+    *y = (*y - (shifted - ROUND) * scale.value) + 0.0;
+    // The low byte of the shifted number is the multiple.
+    shifted.to_bits() as u8
+}
+
+/// Which two of up to four elements are the largest without their signs, a bit each; ties go to the lower index. Fewer
+/// than two are all kept.
+fn two_largest(group: &[f32]) -> u8 {
+    let size = |at: usize| group[at].to_bits() & 0x7fff_ffff;
+    let beats = |at: usize, other: usize| size(at) > size(other) || size(at) == size(other) && at < other;
+    (0..group.len())
+        .filter(|&at| (0..group.len()).filter(|&other| other != at && beats(other, at)).count() < 2)
+        .fold(0, |bits, at| bits | 1 << at)
+}
+
+/// Hands each element's value to `put`: 0 for one that was not sent.
+#[inline(always)]
+pub(crate) fn decode(format: Format, planes: Planes<'_>, out: &mut [f32], put: impl Fn(&mut f32, f32)) {
+    let s = bf16::value(u16::from_le_bytes([planes.scales[0], planes.scales[1]]));
+    if !format.sparse {
+        for (at, out) in out.iter_mut().enumerate() {
+            put(out, value(format.width, planes.values, at) * s);
+        }
+        return;
+    }
+    for (group, out) in out.chunks_mut(4).enumerate() {
+        let nibble = planes.bitmap[group / 2] >> (group % 2 * 4);
+        // Whatever the bitmap says, a group has two places among the values.
+        let mut next = 2 * group;
+        for (at, out) in out.iter_mut().enumerate() {
+            let is_kept = nibble >> at & 1 == 1 && next < 2 * group + 2;
+            put(out, if is_kept { value(format.width, planes.values, next) * s } else { 0.0 });
+            next += usize::from(is_kept);
+        }
+    }
+}
+
+fn value(width: Width, values: &[u8], at: usize) -> f32 {
+    match width {
+        Width::Eight => f32::from(values[at] as i8),
+        Width::Four => f32::from(((values[at / 2] << (4 - at % 2 * 4)) as i8) >> 4),
+    }
+}
+
+/// What in a block of `elements` no encoder writes.
+pub(crate) fn fault(format: Format, planes: Planes<'_>, elements: usize) -> Option<&'static str> {
+    let bits = u16::from_le_bytes([planes.scales[0], planes.scales[1]]);
+    if bits != 0 && !((SCALE_MIN.to_bits() >> 16) as u16..=Scale::bits_max(format.width)).contains(&bits) {
+        return Some("a scale out of range");
+    }
+    if format.sparse {
+        if let Some(what) = bitmap_fault(planes.bitmap, elements, bits == 0) {
+            return Some(what);
+        }
+    }
+    // Without an early end, so that a compiler makes wide instructions of it.
+    let any = |is: fn(u8) -> bool| planes.values.iter().fold(false, |found, &byte| found | is(byte));
+    if bits == 0 && any(|byte| byte != 0) {
+        return Some("values without a scale");
+    }
+    match format.width {
+        Width::Eight => any(|byte| byte == 0x80).then_some("the value -128"),
+        Width::Four if any(|byte| byte & 0xf == 8 || byte >> 4 == 8) => Some("the value -8"),
+        Width::Four if format.kept(elements) % 2 == 1 && planes.values.last().is_some_and(|last| last >> 4 != 0) => {
+            Some("half a byte after the last value")
+        }
+        Width::Four => None,
+    }
+}
+
+fn bitmap_fault(bitmap: &[u8], elements: usize, zeros: bool) -> Option<&'static str> {
+    let whole = elements / 8;
+    if zeros && bitmap[..whole].iter().fold(false, |found, &byte| found | (byte != FIRST_TWO)) {
+        return Some("a bitmap other than the first two of four, without a scale");
+    }
+    // Two ones in each half of the byte: the sum of bits, twice.
+    let pairs = |byte: u8| byte - (byte >> 1 & 0x55);
+    let fours = |byte: u8| (pairs(byte) & 0x33) + (pairs(byte) >> 2 & 0x33);
+    let mut wrong = bitmap[..whole].iter().fold(false, |wrong, &byte| wrong | (fours(byte) != 0x22));
+    if let (Some(&last), rest @ 1..) = (bitmap.last(), elements % 8) {
+        let of = |elements: usize| elements.min(2) as u32;
+        let (low, high) = (rest.min(4), rest.saturating_sub(4));
+        wrong |= u32::from(last) >> rest != 0
+            || (last & 0xf).count_ones() != of(low)
+            || (last >> 4).count_ones() != of(high)
+            || zeros && u32::from(last) != u32::from(FIRST_TWO) & ((1 << rest) - 1);
+    }
+    wrong.then_some("a bitmap that does not keep two of every four")
+}

@@ -1,0 +1,376 @@
+//! Which instructions encode and decode, and how work is shared between threads.
+//!
+//! - `blocks`: the kernels over whole blocks, written once.
+//! - `simd`: what they need of a set of vector instructions; `avx2` and `avx512` have it.
+//! - `simple`: the codecs without blocks, and what a compiler makes wide by itself.
+//! - [`copy`]: copies to measure against.
+//!
+//! Whatever the level, the cut or the number of threads, the bits are those of the reference in `codec/block.rs`, which
+//! also does the last, shorter block of every slice.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod blocks;
+pub mod copy;
+#[cfg(target_arch = "x86_64")]
+mod simd;
+mod simple;
+
+use std::fmt;
+use std::sync::OnceLock;
+
+use crate::BLOCK;
+use crate::codec::layout::{Format, Planes, PlanesMut};
+use crate::codec::{Codec, Found, Part, block};
+
+/// A set of instructions that this processor has. All give the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Level(Kind);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+/// Whether a kernel writes past the caches what is not read again soon: right for what is larger than they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stores {
+    /// Into the caches.
+    Cached,
+    /// Past them, where addresses allow: multiples of 64 bytes.
+    Stream,
+}
+
+/// Elements that a thread takes at least: 256 KiB of f32.
+const PIECE: usize = 512 * BLOCK;
+/// Elements that are summed at a time, so that they stay in the first cache while every part is added.
+const SUMMED: usize = 64 * BLOCK;
+
+impl Level {
+    /// What a compiler makes of the reference on any processor.
+    pub const PORTABLE: Self = Self(Kind::Portable);
+
+    /// Every level that this processor has, the best last.
+    #[must_use]
+    pub fn available() -> Vec<Self> {
+        #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
+        let mut levels = vec![Self::PORTABLE];
+        #[cfg(target_arch = "x86_64")]
+        {
+            macro_rules! has {
+                ($($feature:tt),*) => { true $(&& is_x86_feature_detected!($feature))* };
+            }
+            let avx2 = has!("avx2", "fma", "bmi1", "bmi2", "popcnt", "lzcnt");
+            if avx2 {
+                levels.push(Self(Kind::Avx2));
+            }
+            if avx2 && has!("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512vbmi2") {
+                levels.push(Self(Kind::Avx512));
+            }
+        }
+        levels
+    }
+
+    /// The best that this processor has.
+    #[must_use]
+    pub fn best() -> Self {
+        static BEST: OnceLock<Level> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available().pop().unwrap_or(Self::PORTABLE))
+    }
+
+    /// Its name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self.0 {
+            Kind::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => "avx512",
+        }
+    }
+
+    /// `values` and `residual` have one length, which is that of `out`.
+    pub(crate) fn encode(
+        self,
+        codec: Codec,
+        stores: Stores,
+        values: &mut [f32],
+        residual: &[f32],
+        out: PlanesMut<'_>,
+    ) -> Found {
+        let whole = values.len() / BLOCK * BLOCK;
+        let (values, tail) = values.split_at_mut(whole);
+        let (residual, tail_residual) = residual.split_at(whole);
+        let (out, mut tail_out) = out.split_at(codec, whole);
+        let found = match (self.0, codec.format()) {
+            (Kind::Portable, Some(format)) => portable_encode(codec, format, values, residual, out),
+            (Kind::Portable, None) => simple::encode(codec, values, residual, out.values),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this level was made because the processor has the instructions.
+            (Kind::Avx2, format) => unsafe { on_avx2::encode(codec, format, stores, values, residual, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Kind::Avx512, format) => unsafe { on_avx512::encode(codec, format, stores, values, residual, out) },
+        };
+        if tail.is_empty() || found == Found::NonFinite {
+            return found;
+        }
+        simple::add_residual(tail, tail_residual);
+        match codec.format() {
+            Some(format) => block::encode(format, tail, &mut tail_out),
+            None => simple::encode_sum(codec, tail, tail_out.values),
+        }
+    }
+
+    pub(crate) fn decode(self, codec: Codec, stores: Stores, planes: Planes<'_>, out: &mut [f32]) {
+        let whole = out.len() / BLOCK * BLOCK;
+        let (planes, tail) = planes.split_at(codec, whole);
+        let (out, tail_out) = out.split_at_mut(whole);
+        match (self.0, codec.format()) {
+            (Kind::Portable, Some(format)) => portable_decode(codec, format, planes, out, |out, value| *out = value),
+            (Kind::Portable, None) => simple::decode(codec, planes.values, out),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this level was made because the processor has the instructions.
+            (Kind::Avx2, format) => unsafe { on_avx2::decode(codec, format, stores, planes, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Kind::Avx512, format) => unsafe { on_avx512::decode(codec, format, stores, planes, out) },
+        }
+        match codec.format() {
+            Some(format) if !tail_out.is_empty() => block::decode(format, tail, tail_out, |out, value| *out = value),
+            _ => simple::decode(codec, tail.values, tail_out),
+        }
+    }
+
+    pub(crate) fn add(self, codec: Codec, planes: Planes<'_>, sum: &mut [f32]) {
+        let whole = sum.len() / BLOCK * BLOCK;
+        let (planes, tail) = planes.split_at(codec, whole);
+        let (sum, tail_sum) = sum.split_at_mut(whole);
+        match (self.0, codec.format()) {
+            (Kind::Portable, Some(format)) => portable_decode(codec, format, planes, sum, |sum, value| *sum += value),
+            (Kind::Portable, None) => simple::decode_add(codec, planes.values, sum),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this level was made because the processor has the instructions.
+            (Kind::Avx2, format) => unsafe { on_avx2::decode_add(codec, format, planes, sum) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            (Kind::Avx512, format) => unsafe { on_avx512::decode_add(codec, format, planes, sum) },
+        }
+        match codec.format() {
+            Some(format) if !tail_sum.is_empty() => block::decode(format, tail, tail_sum, |sum, value| *sum += value),
+            _ => simple::decode_add(codec, tail.values, tail_sum),
+        }
+    }
+
+    /// `sum` becomes zero plus the elements from `start` on of every part, in the order of the parts.
+    pub(crate) fn reduce<B: AsRef<[u8]>>(self, parts: &[Part<'_, B>], start: usize, sum: &mut [f32]) {
+        for (piece, sum) in sum.chunks_mut(SUMMED).enumerate() {
+            let start = start + piece * SUMMED;
+            sum.fill(0.0);
+            for part in parts {
+                match part {
+                    Part::Values(values) => simple::add_values(&values[start..start + sum.len()], sum),
+                    Part::Encoded(payload) => {
+                        let (_, rest) = payload.planes().split_at(payload.codec(), start);
+                        let (planes, _) = rest.split_at(payload.codec(), sum.len());
+                        self.add(payload.codec(), planes, sum);
+                    }
+                }
+            }
+        }
+    }
+
+    /// As [`encode`](Self::encode), by all threads of rayon's pool.
+    pub(crate) fn par_encode(
+        self,
+        codec: Codec,
+        stores: Stores,
+        values: &mut [f32],
+        residual: &[f32],
+        out: PlanesMut<'_>,
+    ) -> Found {
+        let Some(middle) = middle(values.len()) else { return self.encode(codec, stores, values, residual, out) };
+        let (values, values_rest) = values.split_at_mut(middle);
+        let (residual, residual_rest) = residual.split_at(middle);
+        let (out, out_rest) = out.split_at(codec, middle);
+        let (a, b) = rayon::join(
+            || self.par_encode(codec, stores, values, residual, out),
+            || self.par_encode(codec, stores, values_rest, residual_rest, out_rest),
+        );
+        if a == Found::Finite { b } else { a }
+    }
+
+    /// As [`decode`](Self::decode), by all threads of rayon's pool.
+    pub(crate) fn par_decode(self, codec: Codec, stores: Stores, planes: Planes<'_>, out: &mut [f32]) {
+        let Some(middle) = middle(out.len()) else { return self.decode(codec, stores, planes, out) };
+        let (planes, planes_rest) = planes.split_at(codec, middle);
+        let (out, out_rest) = out.split_at_mut(middle);
+        rayon::join(
+            || self.par_decode(codec, stores, planes, out),
+            || self.par_decode(codec, stores, planes_rest, out_rest),
+        );
+    }
+
+    /// As [`add`](Self::add), by all threads of rayon's pool.
+    pub(crate) fn par_add(self, codec: Codec, planes: Planes<'_>, sum: &mut [f32]) {
+        let Some(middle) = middle(sum.len()) else { return self.add(codec, planes, sum) };
+        let (planes, planes_rest) = planes.split_at(codec, middle);
+        let (sum, sum_rest) = sum.split_at_mut(middle);
+        rayon::join(|| self.par_add(codec, planes, sum), || self.par_add(codec, planes_rest, sum_rest));
+    }
+
+    /// As [`reduce`](Self::reduce), by all threads of rayon's pool.
+    pub(crate) fn par_reduce<B: AsRef<[u8]> + Sync>(self, parts: &[Part<'_, B>], start: usize, sum: &mut [f32]) {
+        let Some(middle) = middle(sum.len()) else { return self.reduce(parts, start, sum) };
+        let (sum, rest) = sum.split_at_mut(middle);
+        rayon::join(|| self.par_reduce(parts, start, sum), || self.par_reduce(parts, start + middle, rest));
+    }
+}
+
+/// Where to cut so many elements between threads, on a block border; `None` when they are few.
+const fn middle(elements: usize) -> Option<usize> {
+    if elements < 2 * PIECE { None } else { Some(elements / 2 / BLOCK * BLOCK) }
+}
+
+impl Stores {
+    /// By the size of what is written: what is larger than a core's share of the caches is streamed.
+    #[must_use]
+    pub const fn for_bytes(bytes: usize) -> Self {
+        if bytes >= 16 << 20 { Self::Stream } else { Self::Cached }
+    }
+}
+
+fn portable_encode(
+    codec: Codec,
+    format: Format,
+    values: &mut [f32],
+    residual: &[f32],
+    mut out: PlanesMut<'_>,
+) -> Found {
+    for (values, residual) in values.chunks_exact_mut(BLOCK).zip(residual.chunks_exact(BLOCK)) {
+        let mut here;
+        (here, out) = out.split_at(codec, BLOCK);
+        simple::add_residual(values, residual);
+        if block::encode(format, values, &mut here) == Found::NonFinite {
+            return Found::NonFinite;
+        }
+    }
+    Found::Finite
+}
+
+fn portable_decode(
+    codec: Codec,
+    format: Format,
+    mut planes: Planes<'_>,
+    out: &mut [f32],
+    put: impl Fn(&mut f32, f32) + Copy,
+) {
+    for out in out.chunks_exact_mut(BLOCK) {
+        let here;
+        (here, planes) = planes.split_at(codec, BLOCK);
+        block::decode(format, here, out, put);
+    }
+}
+
+/// The kernels compiled with a level's instructions: one copy for each way to write a block.
+#[cfg(target_arch = "x86_64")]
+macro_rules! compiled_with {
+    ($name:ident, $simd:ty, $features:literal) => {
+        mod $name {
+            use super::*;
+            use crate::codec::layout::Width::{Eight, Four};
+
+            macro_rules! for_each_format {
+                ($format:expr, |$f:ident| $body:expr) => {
+                    match $format {
+                        Format { width: Eight, sparse: false } => {
+                            const $f: Format = Format { width: Eight, sparse: false };
+                            $body
+                        }
+                        Format { width: Four, sparse: false } => {
+                            const $f: Format = Format { width: Four, sparse: false };
+                            $body
+                        }
+                        Format { width: Eight, sparse: true } => {
+                            const $f: Format = Format { width: Eight, sparse: true };
+                            $body
+                        }
+                        Format { width: Four, sparse: true } => {
+                            const $f: Format = Format { width: Four, sparse: true };
+                            $body
+                        }
+                    }
+                };
+            }
+
+            #[target_feature(enable = $features)]
+            pub(super) fn encode(
+                codec: Codec,
+                format: Option<Format>,
+                stores: Stores,
+                values: &mut [f32],
+                residual: &[f32],
+                out: PlanesMut<'_>,
+            ) -> Found {
+                match format {
+                    None => simple::encode(codec, values, residual, out.values),
+                    // SAFETY: this function is compiled with the instructions.
+                    Some(format) => for_each_format!(format, |F| unsafe {
+                        blocks::encode::<$simd>(F, stores, values, residual, out)
+                    }),
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            pub(super) fn decode(
+                codec: Codec,
+                format: Option<Format>,
+                stores: Stores,
+                planes: Planes<'_>,
+                out: &mut [f32],
+            ) {
+                match format {
+                    None => simple::decode(codec, planes.values, out),
+                    // SAFETY: as above.
+                    Some(format) => for_each_format!(format, |F| unsafe {
+                        blocks::decode::<$simd>(F, stores, planes, out)
+                    }),
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            pub(super) fn decode_add(codec: Codec, format: Option<Format>, planes: Planes<'_>, sum: &mut [f32]) {
+                match format {
+                    None => simple::decode_add(codec, planes.values, sum),
+                    // SAFETY: as above.
+                    Some(format) => for_each_format!(format, |F| unsafe {
+                        blocks::decode_add::<$simd>(F, planes, sum)
+                    }),
+                }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+compiled_with!(on_avx2, avx2::Avx2, "avx2,fma,bmi1,bmi2,popcnt,lzcnt");
+#[cfg(target_arch = "x86_64")]
+compiled_with!(
+    on_avx512,
+    avx512::Avx512,
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,fma,bmi1,bmi2,popcnt,lzcnt"
+);
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
