@@ -63,8 +63,7 @@ pub const TOO_LARGE: f32 = f32::from_bits((127 + 126) << 23);
 
 impl Codec {
     /// Every codec, in the order in which a user should read them: from the most bits to the fewest.
-    pub const ALL: [Self; 6] =
-        [Self::Fp32, Self::Bf16, Self::Int8, Self::Sparse24Int8, Self::Int4, Self::Sparse24Int4];
+    pub const ALL: [Self; 6] = [Self::Fp32, Self::Bf16, Self::Int8, Self::Sparse24Int8, Self::Int4, Self::Sparse24Int4];
 
     /// The name that recipes, metrics and frames use.
     #[must_use]
@@ -143,6 +142,18 @@ impl Codec {
         Level::best().par_encode(self, stores, values, residual, out)
     }
 
+    /// Writes the payload of `elements` zeros.
+    ///
+    /// # Panics
+    /// When the payload has not [`payload_bytes`](Self::payload_bytes).
+    pub fn write_zeros(self, elements: usize, payload: &mut [u8]) {
+        assert_eq!(payload.len(), self.payload_bytes(elements), "a {self} payload of {elements} elements");
+        match self.format() {
+            Some(format) => block::write_zeros(format, elements, &mut PlanesMut::of(self, payload, elements)),
+            None => payload.fill(0),
+        }
+    }
+
     fn check_lengths<'a>(self, values: &[f32], residual: &[f32], payload: &'a mut [u8]) -> PlanesMut<'a> {
         let n = values.len();
         assert_eq!(residual.len(), n, "a residual for every element");
@@ -163,3 +174,5 @@ impl fmt::Display for Codec {
     }
 }
 
+#[cfg(test)]
+pub(crate) mod tests;

@@ -340,9 +340,9 @@ macro_rules! compiled_with {
                 match format {
                     None => simple::decode(codec, planes.values, out),
                     // SAFETY: as above.
-                    Some(format) => for_each_format!(format, |F| unsafe {
-                        blocks::decode::<$simd>(F, stores, planes, out)
-                    }),
+                    Some(format) => {
+                        for_each_format!(format, |F| unsafe { blocks::decode::<$simd>(F, stores, planes, out) })
+                    }
                 }
             }
 
@@ -351,9 +351,9 @@ macro_rules! compiled_with {
                 match format {
                     None => simple::decode_add(codec, planes.values, sum),
                     // SAFETY: as above.
-                    Some(format) => for_each_format!(format, |F| unsafe {
-                        blocks::decode_add::<$simd>(F, planes, sum)
-                    }),
+                    Some(format) => {
+                        for_each_format!(format, |F| unsafe { blocks::decode_add::<$simd>(F, planes, sum) })
+                    }
                 }
             }
         }

@@ -4,7 +4,8 @@
 //! the very same kernels as the gradients.
 //!
 //! - [`codec`]: the family of codecs: encode, decode, decode-and-add, and the exact size of what each one writes.
-//! - [`residual`]: what error feedback remembers, committed or left as it was.
+//! - [`kernel`]: which instructions do it, on how many threads; the bits are the same with all.
+//! - [`residual`]: what error feedback remembers, and how it follows a change of the mesh.
 //! - [`ledger`]: exact sums of f32, to prove that nothing is lost.
 //! - [`region`]: the address of a part of a tensor, shared by gradients, checkpoints and manifests.
 
@@ -17,7 +18,7 @@ pub mod residual;
 pub use codec::{Codec, Found, Part, Payload, PayloadError};
 pub use kernel::{Level, Stores};
 pub use region::{Region, RegionError};
-pub use residual::Residual;
+pub use residual::{Residual, ResidualError, Side};
 
 /// Elements a block: each block has one scale, and every cut of a tensor falls on a block border.
 pub const BLOCK: usize = 128;

@@ -4,6 +4,8 @@
 //! interval of the elements inside that box. Tensor and pipeline parallelism cut boxes; data parallelism and sharded
 //! optimisers cut flat intervals, always on borders of [`BLOCK`](crate::BLOCK) elements counted from the box's origin.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -84,6 +86,30 @@ impl Region {
         self.len() == 0
     }
 
+    /// The places of the region's elements in the whole tensor, row-major, as runs in ascending order; together they are
+    /// as many as the region's elements. The region lies inside a tensor of this shape.
+    pub fn runs(&self, shape: &[usize]) -> impl Iterator<Item = Range<usize>> + use<> {
+        // A run is at most a row of the box: its last dimension.
+        let row = self.end.iter().zip(&self.start).next_back().map_or(1, |(end, start)| end - start);
+        let (start, end, shape) = (self.start.clone(), self.end.clone(), shape.to_vec());
+        let (flat_start, flat_end) = (self.flat_start, self.flat_end);
+        let first = if row == 0 { 0 } else { flat_start / row };
+        let rows = if row == 0 { 0 } else { flat_end.div_ceil(row) };
+        (first..rows).map(move |number| {
+            // The row's place: its coordinates in the box, without the last dimension, in mixed radix.
+            let (mut rest, mut place, mut stride) = (number, 0, shape.last().copied().unwrap_or(1));
+            for dim in (0..shape.len().saturating_sub(1)).rev() {
+                let size = end[dim] - start[dim];
+                place += (start[dim] + rest % size) * stride;
+                rest /= size;
+                stride *= shape[dim];
+            }
+            place += start.last().copied().unwrap_or(0);
+            let inside = flat_start.max(number * row) - number * row..flat_end.min((number + 1) * row) - number * row;
+            place + inside.start..place + inside.end
+        })
+    }
+
     /// Checks that the region lies inside a tensor of this shape.
     ///
     /// # Errors
@@ -134,6 +160,16 @@ mod tests {
         let long = Region { flat_end: 25, ..whole };
         assert_eq!(long.check(&[4, 6]), Err(RegionError::Flat { start: 0, end: 25, elements: 24 }));
         assert!(matches!(Region::whole(&[usize::MAX, 2]), Err(RegionError::Overflow { .. })));
+    }
+
+    #[test]
+    fn the_runs_of_a_box_are_its_rows() {
+        let region = Region { start: vec![1, 0, 2], end: vec![3, 2, 5], flat_start: 2, flat_end: 11 };
+        let runs: Vec<_> = region.runs(&[3, 2, 6]).collect();
+        // Elements 2..11 of a box of 2 x 2 x 3.
+        assert_eq!(runs, [16..17, 20..23, 26..29, 32..34]);
+        assert_eq!(Region::whole(&[]).expect("one element").runs(&[]).collect::<Vec<_>>(), [0..1]);
+        assert_eq!(Region::whole(&[3, 0]).expect("none").runs(&[3, 0]).flatten().count(), 0);
     }
 
     proptest! {

@@ -1,72 +1,187 @@
-//! What error feedback remembers of one region.
+//! What error feedback remembers, addressed by logical tensor and region, and how it follows a change of the mesh.
 //!
-//! An encoder reads the residual of the last committed step and writes the next one beside it. When all ranks agree
-//! that the step counts, the two swap; when the step is skipped, the old one stays as it was, and the next encode writes
-//! over the other. So a skipped step leaves no trace. Memory: 8 bytes an element while a run trains; 4 are kept.
+//! There are two sides. A sender remembers, for each region that it encodes, what it left out; the owner of a region
+//! remembers what it left out of the sum. Both are addressed by tensor and [`Region`], never by bucket, so that buckets,
+//! world size and mesh may change: [`recut`] folds everything that all sides remember of a tensor into what the owners of
+//! another mesh remember. Nothing is lost but what f32 additions round, and every such rounding can be entered in a
+//! ledger.
+//!
+//! Memory: [`Codec::encode`](crate::Codec::encode) replaces a gradient by what it left out, so a sender has its gradient's
+//! buffer and one more of 4 bytes an element; the two change places when a step counts. An owner has two of 4 bytes for
+//! each element that it owns. So N ranks need 4 + 8 / N bytes an element each, beside the gradient. All of it is
+//! released while tensors travel in a codec that leaves nothing out.
 
-/// The two buffers of one region.
+use thiserror::Error;
+
+use crate::ledger::lost;
+use crate::region::{Region, RegionError, elements};
+
+/// Whose it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Side {
+    /// Of the sums of a region.
+    Owner,
+    /// Of this rank's own gradient.
+    Sender {
+        /// Which rank.
+        rank: usize,
+    },
+}
+
+/// What one side left out of one region of a tensor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Residual {
-    committed: Vec<f32>,
-    next: Vec<f32>,
+    /// Whose it is.
+    pub side: Side,
+    /// Which part of the tensor.
+    pub region: Region,
+    /// One for each element of the region, in row-major order.
+    pub values: Vec<f32>,
+}
+
+/// Why residuals cannot be used. Nothing was changed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ResidualError {
+    /// There are not as many values as elements.
+    #[error("{side:?}: a residual of {expected} elements was expected, {found} came: it is of another shape")]
+    Length {
+        /// Whose.
+        side: Side,
+        /// Elements of the region.
+        expected: usize,
+        /// Values.
+        found: usize,
+    },
+    /// The region is not one of the tensor.
+    #[error("{side:?}: {error}")]
+    Region {
+        /// Whose.
+        side: Side,
+        /// What is wrong.
+        error: RegionError,
+    },
+    /// One side remembers an element twice.
+    #[error("{side:?}: element {element} of the tensor is remembered twice")]
+    Twice {
+        /// Whose.
+        side: Side,
+        /// Its place in the whole tensor, row-major.
+        element: usize,
+    },
 }
 
 impl Residual {
-    /// Nothing remembered yet, for a region of so many elements.
-    #[must_use]
-    pub fn zeros(elements: usize) -> Self {
-        Self::restore(vec![0.0; elements])
+    fn check(&self, shape: &[usize]) -> Result<(), ResidualError> {
+        let side = self.side;
+        self.region.check(shape).map_err(|error| ResidualError::Region { side, error })?;
+        match (self.region.len(), self.values.len()) {
+            (expected, found) if expected != found => Err(ResidualError::Length { side, expected, found }),
+            _ => Ok(()),
+        }
     }
+}
 
-    /// What a checkpoint kept.
-    #[must_use]
-    pub fn restore(committed: Vec<f32>) -> Self {
-        Self { next: vec![0.0; committed.len()], committed }
+/// What the owners of `regions` remember when the mesh changes: for each element what its owner remembered, plus what
+/// the senders did, in the order of their ranks. Senders start at zero. What an addition rounded away is handed to
+/// `rounded`, which a proof enters in its ledger.
+///
+/// # Errors
+/// A residual or a region that does not fit a tensor of this shape, or an element that one side remembers twice.
+pub fn recut(
+    shape: &[usize],
+    residuals: &[Residual],
+    regions: &[Region],
+    mut rounded: impl FnMut(f32),
+) -> Result<Vec<Vec<f32>>, ResidualError> {
+    let owner = Side::Owner;
+    let outside = |error| ResidualError::Region { side: owner, error };
+    residuals.iter().try_for_each(|residual| residual.check(shape))?;
+    regions.iter().try_for_each(|region| region.check(shape).map_err(outside))?;
+    let mut order: Vec<&Residual> = residuals.iter().collect();
+    order.sort_by_key(|residual| residual.side);
+    let n = elements(shape).map_err(outside)?;
+    let (mut folded, mut seen) = (vec![0.0f32; n], vec![None; n]);
+    for Residual { side, region, values } in order {
+        let places = region.runs(shape).flatten();
+        for (element, value) in places.zip(values) {
+            if seen[element] == Some(*side) {
+                return Err(ResidualError::Twice { side: *side, element });
+            }
+            seen[element] = Some(*side);
+            rounded(lost(folded[element], *value));
+            folded[element] += value;
+        }
     }
-
-    /// What the committed steps left out: what a checkpoint keeps.
-    #[must_use]
-    pub fn committed(&self) -> &[f32] {
-        &self.committed
-    }
-
-    /// The committed residual of some elements, and the place for what this step leaves out of them.
-    ///
-    /// # Panics
-    /// When the range leaves the region.
-    pub fn split(&mut self, range: std::ops::Range<usize>) -> (&[f32], &mut [f32]) {
-        (&self.committed[range.clone()], &mut self.next[range])
-    }
-
-    /// The step counts: what it left out is remembered. Every element must have been encoded in this step.
-    pub const fn commit(&mut self) {
-        std::mem::swap(&mut self.committed, &mut self.next);
-    }
+    let cut = |region: &Region| region.runs(shape).flat_map(|run| &folded[run]).copied().collect();
+    Ok(regions.iter().map(cut).collect())
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
-    use crate::Codec;
+    use crate::ledger::Exact;
+
+    fn part(side: Side, start: [usize; 2], end: [usize; 2], values: Vec<f32>) -> Residual {
+        let inside = (end[0] - start[0]) * (end[1] - start[1]);
+        let region = Region { start: start.to_vec(), end: end.to_vec(), flat_start: 0, flat_end: inside };
+        Residual { side, region, values }
+    }
 
     #[test]
-    fn a_skipped_step_leaves_no_trace() {
-        let mut residual = Residual::zeros(3);
-        let mut payload = Vec::new();
-        let mut encode = |residual: &mut Residual, gradient: &[f32]| {
-            let (old, new) = residual.split(0..3);
-            let _ = Codec::Int8.encode(gradient, old, &mut payload, new);
-            payload.clone()
-        };
-        encode(&mut residual, &[1.0, 0.3, -0.7]);
-        residual.commit();
-        let before = residual.committed().to_vec();
-        assert_ne!(before, [0.0; 3]);
-        let sent = encode(&mut residual.clone(), &[0.1, 0.2, 0.3]);
-        // Not committed: neither a good gradient nor a bad one changes what the next step sends.
-        encode(&mut residual, &[9.0, 9.0, 9.0]);
-        encode(&mut residual, &[f32::NAN, 0.0, 0.0]);
-        assert_eq!(residual.committed(), before);
-        assert_eq!(encode(&mut residual, &[0.1, 0.2, 0.3]), sent);
+    fn two_senders_and_column_owners_become_row_owners() {
+        let kept = [
+            part(Side::Sender { rank: 1 }, [0, 0], [2, 2], vec![10.0, 20.0, 30.0, 40.0]),
+            part(Side::Owner, [0, 0], [2, 1], vec![1.0, 3.0]),
+            part(Side::Sender { rank: 0 }, [0, 0], [2, 2], vec![100.0, 200.0, 300.0, 400.0]),
+            part(Side::Owner, [0, 1], [2, 2], vec![2.0, 4.0]),
+        ];
+        let rows = [0, 1].map(|row| part(Side::Owner, [row, 0], [row + 1, 2], Vec::new()).region);
+        let cut = recut(&[2, 2], &kept, &rows, |_| {}).expect("they fit");
+        assert_eq!(cut, [vec![111.0, 222.0], vec![333.0, 444.0]]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let short = part(Side::Owner, [0, 0], [2, 1], vec![1.0]);
+        let error = recut(&[2, 2], &[short], &[], |_| {}).expect_err("one value of two");
+        assert_eq!(error, ResidualError::Length { side: Side::Owner, expected: 2, found: 1 });
+        let outside = part(Side::Sender { rank: 3 }, [0, 0], [3, 1], vec![1.0; 3]);
+        let error = recut(&[2, 2], &[outside], &[], |_| {}).expect_err("a row too many").to_string();
+        assert!(error.contains("rank: 3") && error.contains("dimension 0: the region takes 0..3"), "{error}");
+        let twice = [0, 1].map(|start| part(Side::Owner, [start, 0], [2, 1], vec![1.0; 2 - start]));
+        let error = recut(&[2, 2], &twice, &[], |_| {}).expect_err("row 1 has two owners");
+        assert_eq!(error, ResidualError::Twice { side: Side::Owner, element: 2 });
+    }
+
+    proptest! {
+        /// Whatever is remembered before is remembered after, with the roundings.
+        #[test]
+        fn nothing_is_lost_by_another_cut(
+            values in prop::collection::vec(prop::collection::vec(-1.0f32..1.0, 12), 1..5),
+            column in 0usize..5,
+            row in 0usize..4,
+        ) {
+            let mut exact = Exact::default();
+            values.iter().flatten().for_each(|value| exact.add(*value));
+            let side = |rank: usize| if rank == 0 { Side::Owner } else { Side::Sender { rank } };
+            let kept: Vec<_> =
+                values.iter().enumerate().map(|(rank, values)| part(side(rank), [0, 0], [3, 4], values.clone())).collect();
+            let boxes = [[0, 0, row, column], [0, column, row, 4], [row, 0, 3, column], [row, column, 3, 4]];
+            let regions = boxes.map(|[a, b, c, d]| part(Side::Owner, [a, b], [c.max(a), d.max(b)], Vec::new()).region);
+            let mut roundings = Vec::new();
+            let cut = recut(&[3, 4], &kept, &regions, |rounded| roundings.push(rounded)).expect("they fit");
+            roundings.iter().for_each(|rounded| exact.add(-*rounded));
+            let all: Vec<f32> = cut.concat();
+            all.iter().for_each(|value| exact.add(-*value));
+            prop_assert_eq!(all.len(), 12);
+            prop_assert!(exact.is_zero());
+            // The control: one owner's part is forgotten.
+            if let Some(value) = cut[3].first().filter(|value| **value != 0.0) {
+                exact.add(*value);
+                prop_assert!(!exact.is_zero());
+            }
+        }
     }
 }

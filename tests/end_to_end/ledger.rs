@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use checkpoint::reader::Checkpoint;
-use compression::Codec;
 use compression::ledger::{Exact, lost};
+use compression::{Codec, Payload};
 use parallel::data::Parameter;
 use parallel::data::exchange::codec_of;
 use parallel::data::shard::shard;
@@ -96,9 +96,10 @@ impl Tensor {
 /// What a decoder makes of `values` and what was left out before; `left` becomes what is left out now.
 fn through(codec: Codec, feedback: bool, values: &[f32], left: &mut [f32], balance: &mut Exact) -> Vec<f32> {
     values.iter().zip(&*left).for_each(|(value, left)| enter(balance, lost(*value, *left)));
-    let (mut payload, mut next, mut decoded) = (Vec::new(), vec![0.0; left.len()], vec![0.0; left.len()]);
-    let _ = codec.encode(values, left, &mut payload, &mut next);
-    codec.decode(&payload, &mut decoded).expect("our own");
+    let (mut payload, mut next) = (vec![0; codec.payload_bytes(left.len())], values.to_vec());
+    let _ = codec.encode(&mut next, left, &mut payload);
+    let mut decoded = vec![0.0; left.len()];
+    Payload::new(codec, left.len(), payload).expect("our own").decode(&mut decoded);
     if feedback {
         left.copy_from_slice(&next);
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use checkpoint::reader::Checkpoint;
 use checkpoint::writer::{PieceSpec, Snapshot, TensorSpec};
-use compression::Codec;
+use compression::{Codec, Side};
 use parallel::data::exchange::{Exchange, codec_of};
 use parallel::data::shard::shard;
 use serde::{Deserialize, Serialize};
@@ -130,15 +130,19 @@ impl State {
     /// are those of [`pieces`].
     pub fn snapshot_share(&self, snapshot: &mut Snapshot<'_>, share: &Share, exchange: &Exchange) {
         let mut next = 0;
-        let mut put = |values: &[f32]| {
-            snapshot.tensor(next).copy_from_slice(values);
-            next += 1;
-        };
         for values in self.tensors() {
-            put(&values[shard(values.len(), share.index, share.of)]);
+            snapshot.tensor(next).copy_from_slice(&values[shard(values.len(), share.index, share.of)]);
+            next += 1;
         }
-        for index in (0..self.weights.len()).filter(|&index| exchange.codec(index).is_lossy()) {
-            exchange.residuals(index).into_iter().for_each(&mut put);
+        let rank = Side::Sender { rank: share.rank };
+        for index in (0..self.weights.len()).filter(|&index| is_lossy(exchange, index)) {
+            for side in [rank, Side::Owner] {
+                match exchange.residual(index, side) {
+                    Some(values) => snapshot.tensor(next).copy_from_slice(values),
+                    None => snapshot.tensor(next).fill(0.0),
+                }
+                next += 1;
+            }
         }
     }
 
@@ -203,7 +207,7 @@ pub fn pieces(config: &Config, share: &Share, codec: Codec) -> Vec<PieceSpec> {
 pub fn restore_residuals(checkpoint: &Checkpoint, exchange: &mut Exchange) -> Result<()> {
     let (plan, group) = (exchange.plan().clone(), exchange.group());
     for (index, parameter) in plan.parameters().iter().enumerate() {
-        if !exchange.codec(index).is_lossy() {
+        if !is_lossy(exchange, index) {
             continue;
         }
         let all: usize = parameter.shape.iter().product();
@@ -211,9 +215,13 @@ pub fn restore_residuals(checkpoint: &Checkpoint, exchange: &mut Exchange) -> Re
         let (mut sender, mut owner) = (vec![0.0; all], vec![0.0; own.len()]);
         checkpoint.tensor(&sender_name(&parameter.name, group.rank), &parameter.shape, &mut sender)?;
         checkpoint.region(&format!("{}.owner", parameter.name), &parameter.shape, own, &mut owner)?;
-        exchange.restore(index, sender, owner);
+        exchange.restore(index, &sender, owner).expect("the shapes are the plan's");
     }
     Ok(())
+}
+
+fn is_lossy(exchange: &Exchange, index: usize) -> bool {
+    codec_of(&exchange.plan().parameters()[index], exchange.codec()).is_lossy()
 }
 
 fn sender_name(parameter: &str, rank: usize) -> String {

@@ -129,9 +129,14 @@ impl Stepper {
         &self.progress
     }
 
-    /// This rank's own gradient of a parameter in the last step.
+    /// From the next step on, keeps a copy of this rank's own gradients.
+    pub fn keep_own_gradients(&self) {
+        self.stream.keep_own();
+    }
+
+    /// This rank's own gradient of a parameter in the last step; `None` unless it is kept.
     #[must_use]
-    pub fn own_gradient(&self, index: usize) -> Vec<f32> {
+    pub fn own_gradient(&self, index: usize) -> Option<Vec<f32>> {
         self.stream.own(index)
     }
 

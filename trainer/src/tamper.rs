@@ -64,6 +64,13 @@ impl Tamper {
         Ok(tamper)
     }
 
+    /// Makes a rank keep what is to be recorded.
+    pub fn prepare(&self, stepper: &Stepper) {
+        if self.record.is_some() {
+            stepper.keep_own_gradients();
+        }
+    }
+
     /// Fails before a rank's step, if that is wanted.
     ///
     /// # Errors
@@ -100,7 +107,7 @@ impl Tamper {
         let path = folder.join(format!("rank-{rank}-step-{step}{}.bin", if skipped { "-skipped" } else { "" }));
         let mut bytes = Vec::new();
         for index in 0..stepper.plan().parameters().len() {
-            let own = stepper.own_gradient(index);
+            let own = stepper.own_gradient(index).unwrap_or_default();
             let exchange = engine.exchange();
             for value in own.iter().chain(exchange.sum(index)) {
                 bytes.extend(value.to_le_bytes());

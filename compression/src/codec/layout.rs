@@ -95,7 +95,6 @@ impl Format {
     pub(crate) const fn value_bytes(self, elements: usize) -> usize {
         self.width.bytes(self.kept(elements))
     }
-
 }
 
 /// The planes of a payload, or of a run of its blocks.

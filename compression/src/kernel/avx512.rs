@@ -204,7 +204,9 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     unsafe fn prefetch(from: *const f32) {
-        unsafe { rows!(row in [0, 1, 2, 3, 4, 5, 6, 7] => _mm_prefetch(from.wrapping_add(16 * row).cast(), _MM_HINT_T0)) };
+        unsafe {
+            rows!(row in [0, 1, 2, 3, 4, 5, 6, 7] => _mm_prefetch(from.wrapping_add(16 * row).cast(), _MM_HINT_T0))
+        };
     }
 
     #[inline(always)]

@@ -3,8 +3,8 @@
 //! A block goes through registers once: gradient and residual are read, and values and what is left written, a single
 //! time; what is left replaces the gradient, so that no other memory is touched. Everything here is inlined into functions that turn the instructions on.
 
-use super::simd::Simd;
 use super::Stores;
+use super::simd::Simd;
 use crate::BLOCK;
 use crate::codec::block::{self, Scale};
 use crate::codec::layout::{Format, Planes, PlanesMut, Width};

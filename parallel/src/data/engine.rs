@@ -81,8 +81,8 @@ pub struct Settled {
     pub first_encode: Option<Instant>,
     /// When the whole sum was here.
     pub last_decode: Instant,
-    /// The buffers that were given, to be filled again, with their buckets.
-    pub(super) buffers: Vec<(usize, Vec<f32>)>,
+    /// Buffers to be filled again, one a bucket.
+    pub(super) buffers: Vec<Vec<f32>>,
 }
 
 #[derive(Debug)]

@@ -11,18 +11,26 @@
 //!    have the same bits.
 //!
 //! The step ends with a vote: if any rank found a value that is not finite, all skip the step, and no residual changes.
+//!
+//! Encoding replaces a gradient by what it leaves out. So a bucket's buffer comes in as this rank's gradient, and if the
+//! step counts it stays as the new residual, while the old residual's buffer goes back to be filled with the next
+//! gradient. If the step is skipped the buffer goes back, and the old residual is as it was.
+
+mod error;
+mod place;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use compression::codec::all_finite;
-use compression::{BLOCK, Codec, Found, PayloadError, Residual};
-use thiserror::Error;
+use compression::codec::{all_finite, reduce};
+use compression::{BLOCK, Codec, Found, Part, Payload, Region, Residual, ResidualError, Side};
 
 use super::plan::{Parameter, Plan};
 use super::shard::shard;
-use crate::frame::{FrameError, HEADER_BYTES, Header, Phase};
+use crate::frame::{Header, Phase};
+
+pub use error::ExchangeError;
 
 /// A frame that is to be sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,51 +72,13 @@ pub enum Verdict {
     Skip,
 }
 
-/// Why the sum cannot be completed. Nothing was taken from the frame.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum ExchangeError {
-    /// Not a frame of this step.
-    #[error("rank {from}: {error}")]
-    Frame {
-        /// Who sent it.
-        from: usize,
-        /// What is wrong.
-        error: FrameError,
-    },
-    /// A payload that its codec does not write.
-    #[error("rank {from}, step {step}, parameter {parameter}: {error}")]
-    Payload {
-        /// Who sent it.
-        from: usize,
-        /// The step.
-        step: u64,
-        /// The parameter's logical name.
-        parameter: String,
-        /// What is wrong.
-        error: PayloadError,
-    },
-    /// A frame that has no place here: another cut of the tensor, another owner, another codec, or a second one.
-    #[error("rank {from}, step {step}, {place}: {what}; do all ranks run the same recipe and build?")]
-    Place {
-        /// Who sent it.
-        from: usize,
-        /// The step.
-        step: u64,
-        /// Where it claims to belong.
-        place: String,
-        /// Expected, found.
-        what: String,
-    },
-}
-
 /// Tensors of fewer elements travel as `fp32`: they are a small part of the bytes and sensitive.
 pub const SMALL_ELEMENTS: usize = 64 << 10;
 
 /// The codec that a parameter's gradient travels in when the recipe asks for `codec`.
 #[must_use]
 pub fn codec_of(parameter: &Parameter, codec: Codec) -> Codec {
-    let elements: usize = parameter.shape.iter().product();
-    if parameter.shape.len() < 2 || elements < SMALL_ELEMENTS { Codec::Fp32 } else { codec }
+    if parameter.shape.len() < 2 || parameter.elements() < SMALL_ELEMENTS { Codec::Fp32 } else { codec }
 }
 
 /// A rank's side of the sum.
@@ -117,32 +87,45 @@ pub struct Exchange {
     plan: Arc<Plan>,
     group: Group,
     step: u64,
+    /// What tensors travel in, where their kind allows it; and whether this step sends everything as it is.
+    codec: Codec,
+    flushing: bool,
     tensors: Vec<Tensor>,
+    buckets: Vec<Bucket>,
     finite: bool,
     /// Chunks of all tensors whose sum is not here yet, and how many of them are our own.
     missing: usize,
     own_missing: usize,
     payload: Vec<u8>,
+    /// As long as the longest chunk.
+    zeros: Vec<f32>,
     feedback: bool,
 }
 
 /// One tensor of the plan.
 #[derive(Debug)]
 struct Tensor {
+    /// What it travels in in this step.
     codec: Codec,
-    /// What this rank left out when it sent to owners; zero in its own shard.
-    sender: Residual,
-    /// What this rank left out of the sums that it owns.
-    owner: Residual,
-    /// Our own gradient of our own shard, and whether it is here.
-    own: Vec<f32>,
-    given: bool,
+    /// What this rank left out of the sums that it owns; empty for nothing.
+    owner: Vec<f32>,
+    /// The sum of our own shard, and then what is left out of it.
+    reduced: Vec<f32>,
     /// For each chunk of our own shard, what the other ranks sent.
-    parts: Vec<Vec<Option<Bytes>>>,
+    parts: Vec<Vec<Option<Payload<Bytes>>>>,
     /// The sum, as far as `done` says.
     sum: Vec<f32>,
     /// For each chunk of each shard, whether its sum is here.
     done: Vec<Vec<bool>>,
+}
+
+/// One bucket of the plan.
+#[derive(Debug, Default)]
+struct Bucket {
+    /// What this rank left out when it sent to owners, zero in its own shards; empty for nothing.
+    sender: Vec<f32>,
+    /// Once it was given: our own gradient in our own shards, and what is left of it in all others.
+    given: Option<Vec<f32>>,
 }
 
 impl Exchange {
@@ -154,23 +137,34 @@ impl Exchange {
     pub fn new(plan: Arc<Plan>, group: Group, codec: Codec) -> Self {
         assert!(group.rank < group.ranks && group.chunk_blocks > 0, "{group:?}");
         let tensors = plan.parameters().iter().map(|parameter| {
-            let elements = parameter.shape.iter().product();
-            let owned = shard(elements, group.rank, group.ranks).len();
+            let elements = parameter.elements();
             let chunks = |owner| chunks(shard(elements, owner, group.ranks), group.chunk_blocks).count();
             Tensor {
                 codec: codec_of(parameter, codec),
-                sender: Residual::zeros(elements),
-                owner: Residual::zeros(owned),
-                own: vec![0.0; owned],
-                given: false,
+                owner: Vec::new(),
+                reduced: Vec::new(),
                 parts: vec![vec![None; group.ranks]; chunks(group.rank)],
                 sum: vec![0.0; elements],
                 done: (0..group.ranks).map(|owner| vec![false; chunks(owner)]).collect(),
             }
         });
-        let tensors = tensors.collect();
-        let payload = Vec::new();
-        Self { plan, group, step: 0, tensors, finite: true, missing: 0, own_missing: 0, payload, feedback: true }
+        let tensors: Vec<Tensor> = tensors.collect();
+        let longest = tensors.iter().map(|tensor| tensor.sum.len()).max().unwrap_or(0);
+        Self {
+            buckets: plan.buckets().iter().map(|_| Bucket::default()).collect(),
+            zeros: vec![0.0; longest.min(group.chunk_blocks * BLOCK)],
+            plan,
+            group,
+            step: 0,
+            codec,
+            flushing: false,
+            tensors,
+            finite: true,
+            missing: 0,
+            own_missing: 0,
+            payload: Vec::new(),
+            feedback: true,
+        }
     }
 
     /// A side that forgets what it left out: the control of error feedback's proofs, and of no other use.
@@ -182,9 +176,7 @@ impl Exchange {
 
     /// Forgets what this rank left out as an owner: the control of a test, and of no other use.
     pub fn forget_owner(&mut self) {
-        for tensor in &mut self.tensors {
-            tensor.owner = Residual::zeros(tensor.own.len());
-        }
+        self.tensors.iter_mut().for_each(|tensor| tensor.owner = Vec::new());
     }
 
     /// What it sums.
@@ -199,21 +191,71 @@ impl Exchange {
         self.group
     }
 
-    /// Goes on with what a checkpoint kept of one tensor: what this rank left out as a sender, and as an owner.
-    ///
-    /// # Panics
-    /// When the lengths are not those of [`residuals`](Self::residuals).
-    pub fn restore(&mut self, index: usize, sender: Vec<f32>, owner: Vec<f32>) {
-        let tensor = &mut self.tensors[index];
-        assert!(sender.len() == tensor.sum.len() && owner.len() == tensor.own.len(), "the plan's shape");
-        tensor.sender = Residual::restore(sender);
-        tensor.owner = Residual::restore(owner);
+    /// From the next step on, tensors travel in another codec where their kind allows it. What was left out before is
+    /// sent with the next gradient, whatever the codec; one that leaves nothing out sends all of it.
+    pub const fn set_codec(&mut self, codec: Codec) {
+        self.codec = codec;
     }
 
-    /// The codec that one tensor travels in.
+    /// The next step that counts sends everything uncompressed, with everything that was left out: all residuals are
+    /// zero after it.
+    pub const fn flush(&mut self) {
+        self.flushing = true;
+    }
+
+    /// What tensors travel in from the next step on, where their kind allows it.
     #[must_use]
-    pub fn codec(&self, index: usize) -> Codec {
-        self.tensors[index].codec
+    pub const fn codec(&self) -> Codec {
+        self.codec
+    }
+
+    /// Goes on with what a checkpoint kept of one tensor: what this rank left out as a sender, and as an owner.
+    ///
+    /// # Errors
+    /// They are not of the tensor, or of this rank's shard; nothing is changed.
+    pub fn restore(&mut self, index: usize, sender: &[f32], owner: Vec<f32>) -> Result<(), ResidualError> {
+        let (elements, owned) = (self.tensors[index].sum.len(), self.owned(index).len());
+        let rank = Side::Sender { rank: self.group.rank };
+        for (side, expected, found) in [(rank, elements, sender.len()), (Side::Owner, owned, owner.len())] {
+            if expected != found {
+                return Err(ResidualError::Length { side, expected, found });
+            }
+        }
+        let slot = self.plan.slot(index).clone();
+        let bucket = &mut self.buckets[slot.bucket].sender;
+        bucket.resize(self.plan.buckets()[slot.bucket].elements, 0.0);
+        bucket[slot.range].copy_from_slice(sender);
+        self.tensors[index].owner = owner;
+        Ok(())
+    }
+
+    /// What this rank's committed steps left out of one tensor, as a sender over the whole tensor or as the owner of its
+    /// shard; `None` for nothing, that is zeros.
+    #[must_use]
+    pub fn residual(&self, index: usize, side: Side) -> Option<&[f32]> {
+        let slot = self.plan.slot(index);
+        let (values, range) = match side {
+            Side::Sender { .. } => (&self.buckets[slot.bucket].sender, slot.range.clone()),
+            Side::Owner => (&self.tensors[index].owner, 0..self.owned(index).len()),
+        };
+        if values.is_empty() { None } else { Some(&values[range]) }
+    }
+
+    /// Everything that this rank left out of one tensor, by regions: what another mesh starts from
+    /// ([`recut`](compression::residual::recut)).
+    ///
+    /// # Panics
+    /// When the tensor's shape is none.
+    #[must_use]
+    pub fn residuals(&self, index: usize) -> Vec<Residual> {
+        let whole = Region::whole(&self.plan.parameters()[index].shape).expect("the plan has checked the shape");
+        let owned = self.owned(index);
+        let owned = Region { flat_start: owned.start, flat_end: owned.end, ..whole.clone() };
+        let sides = [(Side::Sender { rank: self.group.rank }, whole), (Side::Owner, owned)];
+        let residual = |(side, region)| {
+            self.residual(index, side).map(|values| Residual { side, region, values: values.to_vec() })
+        };
+        sides.into_iter().filter_map(residual).collect()
     }
 
     /// Starts a step.
@@ -223,74 +265,82 @@ impl Exchange {
         self.missing = 0;
         self.own_missing = 0;
         let rank = self.group.rank;
-        for tensor in &mut self.tensors {
-            tensor.given = false;
+        self.buckets.iter_mut().for_each(|bucket| bucket.given = None);
+        for (tensor, parameter) in self.tensors.iter_mut().zip(self.plan.parameters()) {
+            tensor.codec = if self.flushing { Codec::Fp32 } else { codec_of(parameter, self.codec) };
             tensor.parts.iter_mut().flatten().for_each(|part| *part = None);
             tensor.done.iter_mut().flatten().for_each(|done| *done = false);
+            tensor.reduced.resize(shard(tensor.sum.len(), rank, self.group.ranks).len(), 0.0);
             self.missing += tensor.done.iter().map(Vec::len).sum::<usize>();
             self.own_missing += tensor.done[rank].len();
         }
     }
 
-    /// Gives this rank's gradient of one tensor, and hands the frames that follow from it to `out` one by one, first
+    /// Gives this rank's gradient of one bucket, and hands the frames that follow from it to `out` one by one, first
     /// those to the next rank (so that every link has one inflow at a time).
     ///
-    /// # Errors
-    /// A part that another rank sent before cannot be decoded.
-    ///
     /// # Panics
-    /// When the gradient has not the tensor's length, or was given before.
-    pub fn give(&mut self, index: usize, gradient: &[f32], out: &mut dyn FnMut(Outgoing)) -> Result<(), ExchangeError> {
+    /// When the gradient has not the bucket's length, or was given before.
+    pub fn give(&mut self, bucket: usize, mut values: Vec<f32>, out: &mut dyn FnMut(Outgoing)) {
         let Group { rank, ranks, chunk_blocks, .. } = self.group;
-        assert!(!self.tensors[index].given, "one gradient a step");
-        assert_eq!(gradient.len(), self.tensors[index].sum.len(), "the plan's shape");
-        for to in (1..ranks).map(|k| (rank + k) % ranks) {
-            for range in chunks(shard(gradient.len(), to, ranks), chunk_blocks) {
-                let tensor = &mut self.tensors[index];
-                let (old, new) = tensor.sender.split(range.clone());
-                let found = tensor.codec.encode(&gradient[range.clone()], old, &mut self.payload, new);
-                self.finite &= found == Found::Finite;
-                if found == Found::NonFinite {
-                    // The owner must not wait: it gets zeros, and the vote makes everybody skip.
-                    self.payload.fill(0);
+        let plan = self.plan.clone();
+        assert!(self.buckets[bucket].given.is_none(), "one gradient a step");
+        assert_eq!(values.len(), plan.buckets()[bucket].elements, "the plan's shape");
+        for &index in &plan.buckets()[bucket].parameters {
+            let gradient = &mut values[plan.slot(index).range.clone()];
+            for to in (1..ranks).map(|k| (rank + k) % ranks) {
+                for range in chunks(shard(gradient.len(), to, ranks), chunk_blocks) {
+                    self.encode(index, &range, &mut gradient[range.clone()]);
+                    out(Outgoing { to, frame: self.frame(Phase::Scatter, index, &range) });
                 }
-                out(Outgoing { to, frame: self.frame(Phase::Scatter, index, &range) });
+            }
+            self.finite &= all_finite(&gradient[self.owned(index)]);
+        }
+        self.buckets[bucket].given = Some(values);
+        for &index in &plan.buckets()[bucket].parameters {
+            for chunk in 0..self.tensors[index].parts.len() {
+                self.reduce(index, chunk, out);
             }
         }
-        let own = shard(gradient.len(), rank, ranks);
-        self.finite &= all_finite(&gradient[own.clone()]);
-        let tensor = &mut self.tensors[index];
-        tensor.own.copy_from_slice(&gradient[own]);
-        tensor.given = true;
-        for chunk in 0..self.tensors[index].parts.len() {
-            self.reduce(index, chunk, out)?;
+    }
+
+    /// Encodes a chunk of our gradient, with what was left out before.
+    fn encode(&mut self, index: usize, range: &Range<usize>, values: &mut [f32]) {
+        let (codec, slot) = (self.tensors[index].codec, self.plan.slot(index));
+        let sender = &self.buckets[slot.bucket].sender;
+        let residual = match sender.is_empty() {
+            true => &self.zeros[..values.len()],
+            false => &sender[slot.range.start + range.start..slot.range.start + range.end],
+        };
+        self.payload.resize(codec.payload_bytes(values.len()), 0);
+        if codec.encode(values, residual, &mut self.payload) == Found::NonFinite {
+            // The owner must not wait: it gets zeros, and the vote makes everybody skip.
+            self.finite = false;
+            codec.write_zeros(values.len(), &mut self.payload);
         }
-        Ok(())
     }
 
     /// Takes a frame that `from` sent, and hands the frames that follow from it to `out`.
     ///
     /// # Errors
-    /// A frame that is damaged or has no place here.
+    /// A frame that is damaged or has no place here; nothing is taken from it.
     pub fn receive(&mut self, from: usize, frame: &Bytes, out: &mut dyn FnMut(Outgoing)) -> Result<(), ExchangeError> {
         let wrong = |error| ExchangeError::Frame { from, error };
         let (header, payload) = Header::read(frame).map_err(wrong)?;
         header.check_now(self.group.epoch, self.step).map_err(wrong)?;
         let (index, owner, chunk, range) = self.place(from, &header)?;
+        let payload = Payload::new(header.codec, range.len(), payload).map_err(|error| {
+            let parameter = self.plan.parameters()[index].name.clone();
+            ExchangeError::Payload { from, step: self.step, parameter, error }
+        })?;
+        let tensor = &mut self.tensors[index];
         match header.phase {
             Phase::Scatter => {
-                self.tensors[index].parts[chunk][from] = Some(frame.slice(HEADER_BYTES..));
-                self.reduce(index, chunk, out)?;
+                tensor.parts[chunk][from] = Some(payload);
+                self.reduce(index, chunk, out);
             }
             Phase::Gather => {
-                let (step, tensor) = (self.step, &mut self.tensors[index]);
-                let parameter = || self.plan.parameters()[index].name.clone();
-                header.codec.decode(payload, &mut tensor.sum[range]).map_err(|error| ExchangeError::Payload {
-                    from,
-                    step,
-                    parameter: parameter(),
-                    error,
-                })?;
+                payload.decode(&mut tensor.sum[range]);
                 tensor.done[owner][chunk] = true;
                 self.missing -= 1;
             }
@@ -312,11 +362,11 @@ impl Exchange {
         let others = || (0..ranks).filter(move |&other| other != rank);
         let of = |index: usize| {
             let tensor = &self.tensors[index];
-            let part = |other: &usize| tensor.parts.iter().any(|parts| parts[*other].is_none());
+            let waits = |chunk: usize, other: usize| !tensor.done[rank][chunk] && tensor.parts[chunk][other].is_none();
+            let part = |other: &usize| (0..tensor.parts.len()).any(|chunk| waits(chunk, *other));
             let sum = |other: &usize| tensor.done[*other].iter().any(|done| !done);
             // Whoever has not sent its part delays the sum of every other.
-            let late = others().find(|other| !tensor.done[rank].iter().all(|&done| done) && part(other));
-            late.or_else(|| others().find(sum)).map(|other| (other, index))
+            others().find(part).or_else(|| others().find(sum)).map(|other| (other, index))
         };
         self.plan.buckets().iter().flat_map(|bucket| &bucket.parameters).find_map(|&index| of(index))
     }
@@ -333,21 +383,49 @@ impl Exchange {
         Vote { step: self.step, finite: self.finite }
     }
 
-    /// Ends the step as all ranks' votes say.
+    /// Ends the step as all ranks' votes say, and gives back buffers for the next gradients, one a bucket. They may be
+    /// empty, and hold whatever they hold.
     ///
     /// # Panics
     /// When the sum is not complete, or the votes are not one of each rank for this step.
-    pub fn close(&mut self, votes: &[Vote]) -> Verdict {
+    pub fn close(&mut self, votes: &[Vote]) -> (Verdict, Vec<Vec<f32>>) {
         assert!(self.is_complete(), "{} chunks are missing", self.missing);
         assert!(votes.len() == self.group.ranks && votes.iter().all(|vote| vote.step == self.step), "{votes:?}");
-        if votes.iter().any(|vote| !vote.finite) {
-            return Verdict::Skip;
+        let verdict = if votes.iter().all(|vote| vote.finite) { Verdict::Commit } else { Verdict::Skip };
+        if verdict == Verdict::Commit {
+            self.flushing = false;
+            if self.feedback {
+                self.commit();
+            }
         }
-        for tensor in self.tensors.iter_mut().filter(|_| self.feedback) {
-            tensor.sender.commit();
-            tensor.owner.commit();
+        let buffers = self.buckets.iter_mut().map(|bucket| bucket.given.take().unwrap_or_default());
+        (verdict, buffers.collect())
+    }
+
+    /// What this step left out is remembered.
+    fn commit(&mut self) {
+        let plan = self.plan.clone();
+        for (number, places) in plan.buckets().iter().enumerate() {
+            let is_lossy = places.parameters.iter().any(|&index| self.tensors[index].codec.is_lossy());
+            if !is_lossy {
+                // Everything was sent.
+                self.buckets[number].sender = Vec::new();
+                continue;
+            }
+            let mut left = self.buckets[number].given.take().expect("a sum is complete once every bucket was given");
+            for &index in &places.parameters {
+                // Our own shard was added as it is.
+                left[plan.slot(index).range.clone()][self.owned(index)].fill(0.0);
+            }
+            self.buckets[number].given = Some(std::mem::replace(&mut self.buckets[number].sender, left));
         }
-        Verdict::Commit
+        for tensor in &mut self.tensors {
+            if tensor.codec.second_stage().is_lossy() {
+                std::mem::swap(&mut tensor.owner, &mut tensor.reduced);
+            } else {
+                tensor.owner = Vec::new();
+            }
+        }
     }
 
     /// The sum of one tensor over all ranks, the same bits on each.
@@ -356,53 +434,46 @@ impl Exchange {
         &self.tensors[index].sum
     }
 
-    /// What this rank's committed steps left out of one tensor: as a sender over the whole tensor, and as the owner of
-    /// its shard.
-    #[must_use]
-    pub fn residuals(&self, index: usize) -> [&[f32]; 2] {
-        [self.tensors[index].sender.committed(), self.tensors[index].owner.committed()]
+    /// The elements of a tensor that this rank owns.
+    fn owned(&self, index: usize) -> Range<usize> {
+        shard(self.tensors[index].sum.len(), self.group.rank, self.group.ranks)
     }
 
     /// Adds a chunk of our own shard as soon as every rank's part is here.
-    fn reduce(&mut self, index: usize, chunk: usize, out: &mut dyn FnMut(Outgoing)) -> Result<(), ExchangeError> {
+    fn reduce(&mut self, index: usize, chunk: usize, out: &mut dyn FnMut(Outgoing)) {
         let Group { rank, ranks, chunk_blocks, .. } = self.group;
+        let (whole, slot) = (self.owned(index), self.plan.slot(index).clone());
+        let Some(range) = chunks(whole.clone(), chunk_blocks).nth(chunk) else { return };
+        let Some(given) = &self.buckets[slot.bucket].given else { return };
         let tensor = &mut self.tensors[index];
-        let whole = shard(tensor.sum.len(), rank, ranks);
-        let Some(range) = chunks(whole.clone(), chunk_blocks).nth(chunk) else { return Ok(()) };
-        let others = tensor.parts[chunk].iter().enumerate().filter(|&(from, _)| from != rank);
-        if !tensor.given || tensor.done[rank][chunk] || others.clone().any(|(_, part)| part.is_none()) {
-            return Ok(());
+        let missing = |(from, part): (usize, &Option<_>)| from != rank && part.is_none();
+        if tensor.done[rank][chunk] || tensor.parts[chunk].iter().enumerate().any(missing) {
+            return;
         }
+        let own = &given[slot.range][range.clone()];
+        let parts: Vec<_> =
+            tensor.parts[chunk].iter().map(|part| part.as_ref().map_or(Part::Values(own), Part::Encoded)).collect();
         let inside = range.start - whole.start..range.end - whole.start;
-        let mut sum = vec![0.0f32; range.len()];
-        for (from, part) in tensor.parts[chunk].iter().enumerate() {
-            match part {
-                Some(part) if from != rank => tensor.codec.decode_add(part, &mut sum).map_err(|error| {
-                    let parameter = self.plan.parameters()[index].name.clone();
-                    ExchangeError::Payload { from, step: self.step, parameter, error }
-                })?,
-                _ => sum.iter_mut().zip(&tensor.own[inside.clone()]).for_each(|(sum, own)| *sum += own),
-            }
-        }
+        let sum = &mut tensor.reduced[inside.clone()];
+        reduce(&parts, sum);
         let second = tensor.codec.second_stage();
-        let (old, new) = tensor.owner.split(inside);
-        let found = second.encode(&sum, old, &mut self.payload, new);
-        self.finite &= found == Found::Finite;
-        if found == Found::NonFinite {
-            self.payload.fill(0);
+        let residual = if tensor.owner.is_empty() { &self.zeros[..sum.len()] } else { &tensor.owner[inside] };
+        self.payload.resize(second.payload_bytes(sum.len()), 0);
+        if second.encode(sum, residual, &mut self.payload) == Found::NonFinite {
+            self.finite = false;
+            second.write_zeros(range.len(), &mut self.payload);
         }
-        let decoded = second.decode(&self.payload, &mut tensor.sum[range.clone()]);
-        assert_eq!(decoded, Ok(()), "an encoder's payload can be decoded");
+        let payload = Payload::new(second, range.len(), &self.payload).expect("an encoder's payload");
+        payload.decode(&mut tensor.sum[range.clone()]);
         tensor.done[rank][chunk] = true;
         // Their memory goes back as soon as they are added.
-        tensor.parts[chunk].iter_mut().for_each(|part| *part = part.take().map(|_| Bytes::new()));
+        tensor.parts[chunk].fill(None);
         self.missing -= 1;
         self.own_missing -= 1;
         if ranks > 1 {
             let frame = self.frame(Phase::Gather, index, &range);
             (1..ranks).for_each(|k| out(Outgoing { to: (rank + k) % ranks, frame: frame.clone() }));
         }
-        Ok(())
     }
 
     fn frame(&self, phase: Phase, index: usize, range: &Range<usize>) -> Bytes {
@@ -420,48 +491,7 @@ impl Exchange {
             start: range.start as u64,
             elements: range.len() as u32,
         };
-        let mut frame = Vec::new();
-        header.write(&self.payload, &mut frame);
-        frame.into()
-    }
-
-    /// Where a frame belongs: tensor, owner, chunk of the owner's shard, and elements.
-    fn place(&self, from: usize, header: &Header) -> Result<(usize, usize, usize, Range<usize>), ExchangeError> {
-        let Group { rank, ranks, chunk_blocks, .. } = self.group;
-        let index = header.tensor as usize;
-        let name = self.plan.parameters().get(index).map_or("no parameter", |parameter| &parameter.name);
-        let misplaced = |what: String| {
-            let place = format!("{name}, element {}", header.start);
-            ExchangeError::Place { from, step: self.step, place, what }
-        };
-        if from >= ranks || from == rank {
-            return Err(misplaced(format!("expected another rank of {ranks}, this is rank {rank}")));
-        }
-        let Some(tensor) = self.tensors.get(index) else {
-            return Err(misplaced(format!("expected one of {} parameters, found number {index}", self.tensors.len())));
-        };
-        let (owner, codec) = match header.phase {
-            Phase::Scatter => (rank, tensor.codec),
-            Phase::Gather => (from, tensor.codec.second_stage()),
-        };
-        if header.codec != codec {
-            return Err(misplaced(format!("expected {codec}, found {}", header.codec)));
-        }
-        let mut list = chunks(shard(tensor.sum.len(), owner, ranks), chunk_blocks).enumerate();
-        let fits = |range: &Range<usize>| {
-            range.start as u64 == header.start && range.len() as u64 == u64::from(header.elements)
-        };
-        let Some((chunk, range)) = list.find(|(_, range)| fits(range)) else {
-            return Err(misplaced(format!("no chunk of rank {owner}'s shard has these {} elements", header.elements)));
-        };
-        let second = match header.phase {
-            Phase::Scatter => tensor.parts[chunk][from].is_some(),
-            Phase::Gather => tensor.done[owner][chunk],
-        };
-        if second {
-            return Err(misplaced("a second frame for one chunk".into()));
-        }
-        Ok((index, owner, chunk, range))
+        header.frame(&self.payload)
     }
 }
 

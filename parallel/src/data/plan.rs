@@ -19,6 +19,14 @@ pub struct Parameter {
     pub shape: Vec<usize>,
 }
 
+impl Parameter {
+    /// How many elements it has.
+    #[must_use]
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
 /// Where a parameter's gradient lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slot {

@@ -89,6 +89,8 @@ struct State {
     missing: Vec<usize>,
     micro_batch: usize,
     micro_batches: usize,
+    /// A copy of each complete bucket, where somebody wants it.
+    own: Option<Vec<Vec<f32>>>,
     /// Buckets in the order in which they became complete.
     complete: Vec<usize>,
     /// The first fault of the step. `add` runs inside the backward pass, from which nothing can be returned.
@@ -155,17 +157,24 @@ impl GradientStream {
             missing: vec![0; plan.buckets().len()],
             micro_batch: 0,
             micro_batches: 0,
+            own: None,
             complete: Vec::with_capacity(plan.buckets().len()),
             fault: None,
         };
         Self { plan, state: Mutex::new(state), engine }
     }
 
-    /// This rank's own gradient of parameter `index` in the last finished step, micro-batches added.
+    /// From the next step on, keeps a copy of this rank's own gradient, which the way to the other ranks uses up.
+    pub fn keep_own(&self) {
+        self.lock().own = Some(vec![Vec::new(); self.plan.buckets().len()]);
+    }
+
+    /// This rank's own gradient of parameter `index` in the last finished step, micro-batches added; `None` unless it is
+    /// kept.
     #[must_use]
-    pub fn own(&self, index: usize) -> Vec<f32> {
+    pub fn own(&self, index: usize) -> Option<Vec<f32>> {
         let slot = self.plan.slot(index);
-        self.lock().buffers[slot.bucket][slot.range.clone()].to_vec()
+        self.lock().own.as_ref().map(|own| own[slot.bucket][slot.range.clone()].to_vec())
     }
 
     /// What is summed.
@@ -230,7 +239,7 @@ impl GradientStream {
             && let Some(engine) = self.engine()
         {
             let bucket = self.plan.slot(index).bucket;
-            engine.give(bucket, std::mem::take(&mut state.buffers[bucket]));
+            engine.give(bucket, state.take(bucket));
         }
     }
 
@@ -258,13 +267,11 @@ impl GradientStream {
         };
         for bucket in 0..self.plan.buckets().len() {
             if !state.complete.contains(&bucket) {
-                engine.give(bucket, std::mem::take(&mut state.buffers[bucket]));
+                engine.give(bucket, state.take(bucket));
             }
         }
         let settled = engine.settle(ballot)?;
-        for (bucket, buffer) in settled.buffers {
-            state.buffers[bucket] = buffer;
-        }
+        state.buffers = settled.buffers;
         let timing = Timing {
             encode_s: settled.encode_s,
             wait_s: start.elapsed().as_secs_f64(),
@@ -281,6 +288,14 @@ impl GradientStream {
 }
 
 impl State {
+    fn take(&mut self, bucket: usize) -> Vec<f32> {
+        let values = std::mem::take(&mut self.buffers[bucket]);
+        if let Some(own) = &mut self.own {
+            own[bucket].clone_from(&values);
+        }
+        values
+    }
+
     fn add(&mut self, plan: &Plan, index: usize, gradient: Gradient<'_>) -> Result<(), StreamError> {
         let name = || plan.parameters()[index].name.clone();
         if self.given[index] > self.micro_batch {

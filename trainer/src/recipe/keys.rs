@@ -130,7 +130,7 @@ pub const KEYS: &[Key] = &[
     key("parallel.join_timeout_s", Real(1.0, 604_800.0), DefaultReal(300.0), Free, "seconds in which all ranks must have joined and read their text"),
     key("parallel.verify_every", Integer(0, MANY), DefaultInteger(50), Free, "steps between two comparisons of all ranks' parameters by hash, which also come before every checkpoint; 0 for none but the last"),
     key("parallel.pin", Flag, DefaultFlag(true), Local, "whether each local rank keeps to its share of the cores"),
-    key("compression.codec", Choice(&["fp32", "bf16", "int8"]), DefaultText("int8"), Fixed, "how gradients travel between ranks, with what is left out added to the next one; with one rank nothing travels"),
+    key("compression.codec", Choice(&["fp32", "bf16", "int8", "sparse24-int8", "int4", "sparse24-int4"]), DefaultText("int8"), Fixed, "how gradients travel between ranks, with what is left out added to the next one; with one rank nothing travels"),
     key("checkpoint.every", Integer(0, MANY), DefaultInteger(100), Free, "steps between two checkpoints; 0 for none but the last"),
     key("checkpoint.keep_last", Integer(0, MANY), DefaultInteger(2), Free, "checkpoints to keep; 0 for all"),
     key("checkpoint.grace_s", Real(1.0, 86_400.0), DefaultReal(25.0), Free, "seconds that a signalled run has to write its checkpoint; Kubernetes kills after 30"),

@@ -41,7 +41,6 @@ pub(super) struct Work {
     values: Vec<VecDeque<(u64, Vec<f64>)>>,
     gathering: bool,
     round: u64,
-    buffers: Vec<(usize, Vec<f32>)>,
     encode_s: f64,
     first_encode: Option<Instant>,
     fault: Option<EngineError>,
@@ -76,7 +75,6 @@ impl Work {
             early: Vec::new(),
             gathering: false,
             round: 0,
-            buffers: Vec::new(),
             encode_s: 0.0,
             first_encode: None,
             fault: None,
@@ -120,7 +118,10 @@ impl Work {
     fn event(&mut self, event: Event) -> Result<(), EngineError> {
         match event {
             Event::Begin(step) => self.begin(step),
-            Event::Bucket(bucket, values) => self.bucket(bucket, values),
+            Event::Bucket(bucket, values) => {
+                self.bucket(bucket, values);
+                Ok(())
+            }
             Event::Settle(ballot) => {
                 self.own = Some((ballot, false));
                 Ok(())
@@ -156,21 +157,13 @@ impl Work {
         Ok(())
     }
 
-    fn bucket(&mut self, bucket: usize, values: Vec<f32>) -> Result<(), EngineError> {
+    fn bucket(&mut self, bucket: usize, values: Vec<f32>) {
         let start = Instant::now();
         self.first_encode.get_or_insert(start);
         let (transport, handed) = (&*self.transport, &*self.handed);
-        let mut exchange = lock(&self.exchange);
-        let plan = exchange.plan().clone();
-        for &index in &plan.buckets()[bucket].parameters {
-            let gradient = &values[plan.slot(index).range.clone()];
-            exchange.give(index, gradient, &mut |out| hand(transport, handed, out))?;
-        }
-        drop(exchange);
+        lock(&self.exchange).give(bucket, values, &mut |out| hand(transport, handed, out));
         self.encode_s += start.elapsed().as_secs_f64();
         self.progress.advance();
-        self.buffers.push((bucket, values));
-        Ok(())
     }
 
     fn message(&mut self, from: usize, bytes: Bytes) -> Result<(), EngineError> {
@@ -243,12 +236,11 @@ impl Work {
                 let ballots: Vec<Ballot> = self.ballots.iter().copied().flatten().collect();
                 let votes: Vec<Vote> =
                     ballots.iter().map(|ballot| Vote { step: self.step, finite: ballot.finite }).collect();
-                let verdict = exchange.close(&votes);
+                let (verdict, buffers) = exchange.close(&votes);
                 drop(exchange);
                 self.own = None;
                 self.open = false;
                 let (encode_s, first_encode) = (self.encode_s, self.first_encode);
-                let buffers = std::mem::take(&mut self.buffers);
                 let settled = Settled { verdict, ballots, encode_s, first_encode, last_decode, buffers };
                 self.progress.waits_for(None);
                 return self.reply(Reply::Settled(Box::new(settled)));

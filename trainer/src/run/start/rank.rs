@@ -266,6 +266,7 @@ fn connect(
     let engine = Engine::start(exchange, transport.clone(), inbox, joined.progress.clone())
         .map_err(Error::io("start a thread in", "this process"))?;
     let stepper = Stepper::across(&ready.config, &ready.device, engine);
+    request.tamper.prepare(&stepper);
     let books = match folder {
         Some(folder) if rank == 0 => {
             Some(open_books(request, folder, begun.state.step, joined.control.welcome().restart)?)

@@ -1,0 +1,52 @@
+//! What the codecs promise, each with the control that breaks it.
+//!
+//! - `inputs`: numbers and slices that are hard on a codec; the kernels' tests use them too.
+//! - `format`: names, sizes, and payloads written out by hand.
+//! - `exact`: nothing is lost (invariants 1, 2 and 4 of `DESIGN.md`).
+//! - `descent`: what error feedback is for (invariant 3).
+//! - `ranks`: sums over many ranks (invariant 6).
+//! - `finite`: what cannot be sent is found, what can be sent stays finite.
+//! - `refused`: payloads that no encoder writes.
+
+mod descent;
+mod exact;
+mod finite;
+mod format;
+pub(crate) mod inputs;
+mod ranks;
+mod refused;
+
+use super::*;
+use crate::BLOCK;
+
+/// The codecs that leave something out.
+const LOSSY: [Codec; 5] = [Codec::Bf16, Codec::Int8, Codec::Sparse24Int8, Codec::Int4, Codec::Sparse24Int4];
+
+/// What encoding `y` finds, writes and leaves.
+fn encode(codec: Codec, y: &[f32]) -> (Found, Vec<u8>, Vec<f32>) {
+    encode_with_residual(codec, y, &vec![0.0; y.len()])
+}
+
+fn encode_with_residual(codec: Codec, gradient: &[f32], residual: &[f32]) -> (Found, Vec<u8>, Vec<f32>) {
+    // Nothing may be left of what stood there before.
+    let mut payload = vec![0xa5; codec.payload_bytes(gradient.len())];
+    let mut values = gradient.to_vec();
+    let found = codec.encode(&mut values, residual, &mut payload);
+    (found, payload, values)
+}
+
+/// What a decoder reads in bytes that an encoder has written.
+fn decode(codec: Codec, payload: &[u8], elements: usize) -> Vec<f32> {
+    let mut out = vec![f32::NAN; elements];
+    Payload::new(codec, elements, payload).expect("our own payload").decode(&mut out);
+    out
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
+/// The Euclidean norm.
+fn norm(values: impl IntoIterator<Item = f64>) -> f64 {
+    values.into_iter().map(|x| x * x).sum::<f64>().sqrt()
+}

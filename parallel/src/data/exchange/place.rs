@@ -1,0 +1,52 @@
+//! Where a frame belongs.
+
+use std::ops::Range;
+
+use super::{Exchange, ExchangeError, Group, chunks};
+use crate::data::shard::shard;
+use crate::frame::{Header, Phase};
+
+impl Exchange {
+    /// Where a frame belongs: tensor, owner, chunk of the owner's shard, and elements.
+    pub(super) fn place(
+        &self,
+        from: usize,
+        header: &Header,
+    ) -> Result<(usize, usize, usize, Range<usize>), ExchangeError> {
+        let Group { rank, ranks, chunk_blocks, .. } = self.group;
+        let index = header.tensor as usize;
+        let name = self.plan.parameters().get(index).map_or("no parameter", |parameter| &parameter.name);
+        let misplaced = |what: String| {
+            let place = format!("{name}, element {}", header.start);
+            ExchangeError::Place { from, step: self.step, place, what }
+        };
+        if from >= ranks || from == rank {
+            return Err(misplaced(format!("expected another rank of {ranks}, this is rank {rank}")));
+        }
+        let Some(tensor) = self.tensors.get(index) else {
+            return Err(misplaced(format!("expected one of {} parameters, found number {index}", self.tensors.len())));
+        };
+        let (owner, codec) = match header.phase {
+            Phase::Scatter => (rank, tensor.codec),
+            Phase::Gather => (from, tensor.codec.second_stage()),
+        };
+        if header.codec != codec {
+            return Err(misplaced(format!("expected {codec}, found {}", header.codec)));
+        }
+        let mut list = chunks(shard(tensor.sum.len(), owner, ranks), chunk_blocks).enumerate();
+        let fits = |range: &Range<usize>| {
+            range.start as u64 == header.start && range.len() as u64 == u64::from(header.elements)
+        };
+        let Some((chunk, range)) = list.find(|(_, range)| fits(range)) else {
+            return Err(misplaced(format!("no chunk of rank {owner}'s shard has these {} elements", header.elements)));
+        };
+        let second = match header.phase {
+            Phase::Scatter => tensor.done[owner][chunk] || tensor.parts[chunk][from].is_some(),
+            Phase::Gather => tensor.done[owner][chunk],
+        };
+        if second {
+            return Err(misplaced("a second frame for one chunk".into()));
+        }
+        Ok((index, owner, chunk, range))
+    }
+}
