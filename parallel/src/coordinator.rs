@@ -5,10 +5,12 @@
 //! newest checkpoint that every folder has, and starts the run. From then on it collects heartbeats, commits
 //! checkpoints, and ends the run for everybody when somebody is lost, with a verdict that names the culprit.
 //!
-//! - [`state`]: every decision, as a pure function of time and input; `saves`: checkpoints on their way.
+//! - [`state`]: every decision, as a pure function of time and input; `saves`: checkpoints on their way; `codec`: which
+//!   codec all ranks are to use.
 //! - `front`: the gRPC service, which only carries messages.
 //! - this file: the thread in which both meet.
 
+mod codec;
 mod front;
 mod saves;
 pub mod state;

@@ -3,26 +3,32 @@
 //! ```text
 //!  0  magic    4 bytes  "TRIN"
 //!  4  version  u16      1
-//!  6  kind     u8       0 ballot, 1 values
-//!  7  flags    u8       of a ballot: bit 0 finite, bit 1 stop, bit 2 busy, bit 3 the hash counts
+//!  6  kind     u8       0 ballot, 1 values, 2 filler
+//!  7  flags    u8       of a ballot: bit 0 finite, bit 1 stop, bit 2 busy, bit 3 the hash counts, bit 4 the codec counts
 //!  8  epoch    u32
 //! 12  length   u32      bytes of the payload
-//! 16  step     u64
+//! 16  step     u64      of values: which round; of filler: which note of the burst
 //! 24  crc32c   u32      of bytes 0..24 and of the payload
-//! 28  payload  a ballot: the loss (f64) and a BLAKE3 hash (32 bytes); values: f64 each
+//! 28  payload  a ballot: the loss (f64), a BLAKE3 hash (32 bytes) and the number of a codec (u8), zeros where they do
+//!              not count; values: f64 each; filler: 256 KiB, with which the rate of a link is measured
 //! ```
 //!
 //! All little-endian.
 
 use bytes::Bytes;
+use compression::Codec;
 use thiserror::Error;
+
+use crate::frame::{codec_number, codec_of_number};
 
 const MAGIC: [u8; 4] = *b"TRIN";
 const VERSION: u16 = 1;
 const HEADER_BYTES: usize = 28;
-const BALLOT_BYTES: usize = 40;
+const BALLOT_BYTES: usize = 41;
 /// The most values that one message carries.
 pub const VALUES_MAX: usize = 1 << 18;
+/// The payload of a filler.
+pub const FILLER_BYTES: usize = 256 << 10;
 
 /// What a rank says at the end of a step; all of them together decide what every rank does with it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,6 +43,8 @@ pub struct Ballot {
     pub loss: f64,
     /// BLAKE3 of the parameters before this step, where they are compared.
     pub parameters: Option<[u8; 32]>,
+    /// What tensors are to travel in from the next step on. Only what rank 0 says counts, and it says it once.
+    pub codec: Option<Codec>,
 }
 
 /// A message.
@@ -46,6 +54,8 @@ pub enum Note {
     Ballot(Ballot),
     /// Numbers that all ranks gather.
     Values(Vec<f64>),
+    /// Bytes without a meaning, with which the rate of a link is measured.
+    Filler,
 }
 
 /// Why bytes are not a message. Nothing is taken from such bytes.
@@ -73,13 +83,16 @@ impl Note {
                 let flags = u8::from(ballot.finite)
                     | u8::from(ballot.stop) << 1
                     | u8::from(ballot.busy) << 2
-                    | u8::from(ballot.parameters.is_some()) << 3;
-                (0, flags, [&ballot.loss.to_le_bytes()[..], &ballot.parameters.unwrap_or_default()].concat())
+                    | u8::from(ballot.parameters.is_some()) << 3
+                    | u8::from(ballot.codec.is_some()) << 4;
+                let (hash, codec) = (ballot.parameters.unwrap_or_default(), ballot.codec.map_or(0, codec_number));
+                (0, flags, [&ballot.loss.to_le_bytes()[..], &hash, &[codec]].concat())
             }
             Self::Values(values) => {
                 assert!(values.len() <= VALUES_MAX, "{} values in one message", values.len());
                 (1, 0, values.iter().flat_map(|value| value.to_le_bytes()).collect())
             }
+            Self::Filler => (2, 0, vec![0; FILLER_BYTES]),
         };
         let mut out = Vec::with_capacity(HEADER_BYTES + payload.len());
         out.extend(MAGIC);
@@ -118,20 +131,25 @@ impl Note {
         let step = u64::from(word(16)) | u64::from(word(20)) << 32;
         let double = |bytes: &[u8]| f64::from_le_bytes(bytes.try_into().expect("eight bytes"));
         let note = match (header[6], payload.len()) {
-            (0, BALLOT_BYTES) if header[7] < 16 => {
+            (0, BALLOT_BYTES) if header[7] < 32 => {
                 let flag = |bit: u8| header[7] >> bit & 1 == 1;
-                let hash = payload[8..].try_into().expect("32 bytes");
+                let hash = payload[8..40].try_into().expect("32 bytes");
+                let Some(codec) = codec_of_number(payload[40]) else {
+                    return fault(format!("no codec has the number {}", payload[40]));
+                };
                 Self::Ballot(Ballot {
                     finite: flag(0),
                     stop: flag(1),
                     busy: flag(2),
                     loss: double(&payload[..8]),
                     parameters: flag(3).then_some(hash),
+                    codec: flag(4).then_some(codec),
                 })
             }
             (1, length) if length % 8 == 0 && length / 8 <= VALUES_MAX && header[7] == 0 => {
                 Self::Values(payload.chunks_exact(8).map(double).collect())
             }
+            (2, FILLER_BYTES) if header[7] == 0 => Self::Filler,
             (kind, length) => return fault(format!("kind {kind} with flags {} and {length} bytes", header[7])),
         };
         Ok((note, word(8), step))
@@ -142,9 +160,15 @@ impl Note {
 mod tests {
     use super::*;
 
-    fn notes() -> [Note; 3] {
-        let ballot = Ballot { finite: true, stop: false, busy: true, loss: 0.1, parameters: Some([7; 32]) };
-        [Note::Ballot(ballot), Note::Values(vec![1.5, -0.0, f64::INFINITY]), Note::Values(Vec::new())]
+    fn notes() -> [Note; 4] {
+        let ballot = Ballot { finite: true, stop: false, busy: true, loss: 0.1, parameters: Some([7; 32]), codec: None };
+        let chosen = Ballot { parameters: None, codec: Some(Codec::Int4), ..ballot };
+        [
+            Note::Ballot(ballot),
+            Note::Ballot(chosen),
+            Note::Values(vec![1.5, -0.0, f64::INFINITY]),
+            Note::Values(Vec::new()),
+        ]
     }
 
     #[test]
@@ -160,5 +184,29 @@ mod tests {
             assert!(Note::read(&bytes[..bytes.len() - 1]).is_err());
             assert!(Note::read(&[&bytes[..], &[0]].concat()).is_err());
         }
+    }
+
+    #[test]
+    fn a_filler_has_its_size_and_no_other() {
+        let bytes = Note::Filler.write(3, 7);
+        assert_eq!(bytes.len(), HEADER_BYTES + FILLER_BYTES);
+        assert_eq!(Note::read(&bytes), Ok((Note::Filler, 3, 7)));
+        let mut short = bytes[..HEADER_BYTES + 8].to_vec();
+        short[12..16].copy_from_slice(&8u32.to_le_bytes());
+        let checksum = crc32c::crc32c_append(crc32c::crc32c(&short[..24]), &short[28..]);
+        short[24..28].copy_from_slice(&checksum.to_le_bytes());
+        let error = Note::read(&short).expect_err("8 bytes").to_string();
+        assert!(error.contains("kind 2 with flags 0 and 8 bytes"), "{error}");
+    }
+
+    #[test]
+    fn a_codec_that_nobody_knows_is_refused() {
+        let ballot = Ballot { finite: true, stop: false, busy: false, loss: 0.0, parameters: None, codec: None };
+        let mut bytes = Note::Ballot(ballot).write(1, 1).to_vec();
+        bytes[HEADER_BYTES + 40] = 200;
+        let checksum = crc32c::crc32c_append(crc32c::crc32c(&bytes[..24]), &bytes[28..]);
+        bytes[24..28].copy_from_slice(&checksum.to_le_bytes());
+        let error = Note::read(&bytes).expect_err("no codec").to_string();
+        assert!(error.contains("no codec has the number 200"), "{error}");
     }
 }

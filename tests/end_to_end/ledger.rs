@@ -7,7 +7,7 @@ use checkpoint::reader::Checkpoint;
 use compression::ledger::{Exact, lost};
 use compression::{Codec, Payload};
 use parallel::data::Parameter;
-use parallel::data::exchange::codec_of;
+use parallel::data::rules::codec_of;
 use parallel::data::shard::shard;
 use trainer::model::Config;
 

@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use checkpoint::reader::Checkpoint;
 use compression::Codec;
-use parallel::data::exchange::codec_of;
+use parallel::data::rules::codec_of;
 use parallel::data::shard::payload_bytes_sent;
 use serde_json::Value;
 use trainer::model::Config;

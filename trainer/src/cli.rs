@@ -18,7 +18,8 @@ use crate::export::Export;
 use crate::generate::{Ending, Sampling, generate, prompt_tokens};
 use crate::launch::{self, Orders, Ranks, World};
 use crate::log::{self, RunLog};
-use crate::recipe::resolved::DeviceKeys;
+use crate::recipe::fault::Origin;
+use crate::recipe::resolved::{CodecChoice, DeviceKeys};
 use crate::recipe::{self, Raw, keys};
 use crate::run::ender::Ender;
 use crate::run::join::{self, Ticket};
@@ -238,7 +239,9 @@ fn request(args: &Train, log: RunLog, tamper: Tamper) -> Result<run::Request> {
     let (raw, recipe) = recipe::read(&path, &text, &args.sets)?;
     let stem = args.recipe.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
     let name = args.name.clone().unwrap_or(stem);
-    Ok(run::Request { raw, recipe, name, resume: args.resume, registry: registry(), log, tamper })
+    let by_set = raw.origin("compression.codec") == Origin::Set;
+    let choose_codec_anew = by_set && recipe.compression.codec == CodecChoice::Auto;
+    Ok(run::Request { raw, recipe, name, resume: args.resume, choose_codec_anew, registry: registry(), log, tamper })
 }
 
 fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
@@ -283,6 +286,7 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         recipe: joined.recipe.clone(),
         name: welcome.name.clone(),
         resume: welcome.resume,
+        choose_codec_anew: welcome.choose_codec_anew,
         registry: registry(),
         log,
         tamper,

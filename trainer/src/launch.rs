@@ -269,6 +269,7 @@ fn coordinate(orders: &Orders, restart: u32, listener: TcpListener) -> Result<Co
         name: request.name.clone(),
         resume: request.resume,
         restart,
+        choose_codec_anew: request.choose_codec_anew,
         peer_timeout: Duration::from_secs_f64(parallel.peer_timeout_s),
         join_within: Duration::from_secs_f64(parallel.join_timeout_s),
         epoch: restart + 1,

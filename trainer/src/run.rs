@@ -5,12 +5,14 @@
 //! - [`progress`]: what a person sees.
 //! - [`mod@evaluate`]: the loss on held-out text.
 //! - [`signals`]: being asked to stop.
+//! - [`codec`]: which codec gradients travel in.
 //! - [`save`]: checkpoints of a run, and the way back from them.
 //! - [`join`]: a rank's way into a run over several processes; [`group`]: its tie to the others; [`ender`]: how its process
 //!   ends with theirs.
 //! - [`start`]: everything before the first step.
 //! - [`finish`]: what happens after the last step.
 
+pub mod codec;
 pub mod ender;
 pub mod evaluate;
 pub mod finish;
@@ -42,6 +44,7 @@ use crate::state::State;
 use crate::step::{Report, Stepper, Word};
 use crate::tamper::Tamper;
 
+use codec::Codecs;
 use evaluate::{Place, evaluate};
 use folder::{Folder, Status};
 use group::Group;
@@ -64,6 +67,8 @@ pub struct Request {
     pub registry: PathBuf,
     /// Where log lines go once there is a folder.
     pub log: RunLog,
+    /// Whether a codec that the run chose before is to be chosen anew.
+    pub choose_codec_anew: bool,
     /// Faults for tests.
     pub tamper: Tamper,
 }
@@ -107,6 +112,8 @@ struct Run {
     progress: Option<Progress>,
     /// The other ranks, if there are any.
     group: Option<Group>,
+    /// What gradients travel in; `None` with one rank.
+    codecs: Option<Codecs>,
     tamper: Tamper,
     /// Whether any rank was asked to stop, and whether any cannot take a snapshot, as of the last step.
     stopping: bool,
@@ -137,6 +144,9 @@ impl Run {
         self.say_what();
         self.keep_summary(folder, Status::Running)?;
         let last = self.recipe.train.stop_at_step.unwrap_or(u64::MAX).min(self.recipe.train.steps);
+        if self.state.step < last {
+            self.measure_for_codec()?;
+        }
         while self.state.step < last && !self.stopping() {
             let mut line = self.step()?;
             let step = line.step;
@@ -162,6 +172,9 @@ impl Run {
             let outcomes = self.writer.outcomes();
             self.note(outcomes, ", training goes on");
             self.listen(Duration::ZERO)?;
+            if self.state.step < last && !self.stopping() {
+                self.agree_on_codec()?;
+            }
         }
         if let Some(progress) = &self.progress {
             progress.finish();
@@ -230,7 +243,7 @@ impl Run {
         let batch = train.seq_len * train.micro_batch_size * train.micro_batches * ranks;
         let over = match ranks {
             1 => String::new(),
-            _ => format!(", {ranks} ranks, gradients as {}", self.recipe.codec),
+            _ => format!(", {ranks} ranks"),
         };
         self.say(&format!(
             "{millions:.2} M parameters, {batch} tokens a step, {:.2} M tokens of text ({:.1} MB), on {}{over}",
@@ -261,8 +274,9 @@ impl Run {
                 evaluate::batch(&self.data.train, &starts, train.seq_len)
             })
             .collect();
-        let word = self.word();
         let step = self.state.step + 1;
+        self.put_codec_in_force(step);
+        let word = self.word();
         let tamper = &self.tamper;
         tamper.before(rank, step)?;
         let spoil = |_: usize, loss| tamper.loss(rank, step, loss);
@@ -271,6 +285,7 @@ impl Run {
         self.tamper.after(rank, step, &mut self.state, &self.config)?;
         self.tokens += report.tokens;
         (self.stopping, self.busy) = (report.stop, report.busy);
+        self.learn_codec(&report);
         let finite = |x: f64| x.is_finite().then_some(x);
         self.last_loss = finite(report.loss).or(self.last_loss);
         if report.skipped {
@@ -286,11 +301,13 @@ impl Run {
             return Word::default();
         }
         let (before, next) = (self.state.step, self.state.step + 1);
+        let (rank, _) = self.place();
         let compare = std::mem::take(&mut self.first) || due(before, self.recipe.parallel.verify_every);
         Word {
             stop: self.stop.asked(),
             busy: !self.writer.ready(next),
             parameters: compare.then(|| *self.state.parameter_hash(&self.config).as_bytes()),
+            codec: self.codecs.as_mut().and_then(|codecs| codecs.to_say(rank)),
         }
     }
 
@@ -325,6 +342,7 @@ impl Run {
             overlap: report.overlap,
             wire_bytes_sent: report.wire.sent - before.sent,
             wire_bytes_received: report.wire.received - before.received,
+            codec: self.codecs.as_ref().map(|codecs| codecs.codec(self.state.step)),
             checkpoint_stall_s: 0.0,
             memory_bytes,
         }

@@ -5,12 +5,14 @@ use std::sync::Arc;
 use checkpoint::reader::Checkpoint;
 use checkpoint::writer::{PieceSpec, Snapshot, TensorSpec};
 use compression::{Codec, Side};
-use parallel::data::exchange::{Exchange, codec_of};
+use parallel::data::exchange::Exchange;
+use parallel::data::rules::may_be_lossy;
 use parallel::data::shard::shard;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::model::{Config, init};
+use crate::recipe::raw::{self, Reader};
 
 /// Everything that a step changes: together with the recipe it decides every later step.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,6 +60,48 @@ pub struct Meta {
     pub model: Config,
     /// The token between documents.
     pub end_of_text: String,
+    /// How gradients travelled; `None` with one rank, and where an older version wrote it.
+    #[serde(default)]
+    pub compression: Option<Travelled>,
+}
+
+/// How gradients travelled up to a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Travelled {
+    /// In its step.
+    pub codec: Codec,
+    /// Whether what was left out is in it, of every tensor of which something may be.
+    pub residuals: bool,
+    /// What `auto` chose.
+    pub chosen: Option<Chosen>,
+}
+
+/// What `compression.codec = "auto"` chose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chosen {
+    /// In force from the step after `step` on.
+    pub codec: Codec,
+    /// The step whose ballots carried the choice.
+    pub step: u64,
+}
+
+/// What a run can go on with of how its gradients travelled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Whether the checkpoint has what was left out.
+    pub residuals: bool,
+    /// What `auto` chose.
+    pub chosen: Option<Chosen>,
+    /// Whether its step sent everything and counted: all residuals are zero.
+    sent: bool,
+}
+
+impl Held {
+    /// Whether something may be left out that was not sent yet.
+    #[must_use]
+    pub const fn has_unsent(&self) -> bool {
+        self.residuals && !self.sent
+    }
 }
 
 impl State {
@@ -135,7 +179,8 @@ impl State {
             next += 1;
         }
         let rank = Side::Sender { rank: share.rank };
-        for index in (0..self.weights.len()).filter(|&index| is_lossy(exchange, index)) {
+        let parameters = exchange.plan().parameters().iter().enumerate();
+        for (index, _) in parameters.filter(|(_, parameter)| share.residuals && may_be_lossy(parameter)) {
             for side in [rank, Side::Owner] {
                 match exchange.residual(index, side) {
                     Some(values) => snapshot.tensor(next).copy_from_slice(values),
@@ -176,12 +221,15 @@ pub struct Share {
     pub index: usize,
     /// Ranks that share it.
     pub of: usize,
+    /// Whether it writes what was left out.
+    pub residuals: bool,
 }
 
-/// The pieces that a rank of several writes: its share of [`specs`], and of every tensor that travels in a lossy codec
-/// what it left out as a sender (`NAME.sender.0001`, the whole tensor) and as an owner (`NAME.owner`, its shard).
+/// The pieces that a rank of several writes: its share of [`specs`], and of every tensor that may travel in a lossy codec
+/// what it left out as a sender (`NAME.sender.0001`, the whole tensor) and as an owner (`NAME.owner`, its shard). They are
+/// the same whatever codec is in force, so that it may change.
 #[must_use]
-pub fn pieces(config: &Config, share: &Share, codec: Codec) -> Vec<PieceSpec> {
+pub fn pieces(config: &Config, share: &Share) -> Vec<PieceSpec> {
     let elements = |shape: &[usize]| shape.iter().product();
     let mut pieces: Vec<PieceSpec> = specs(config)
         .into_iter()
@@ -190,7 +238,7 @@ pub fn pieces(config: &Config, share: &Share, codec: Codec) -> Vec<PieceSpec> {
             PieceSpec { tensor: name, shape, range }
         })
         .collect();
-    for parameter in config.parameters().into_iter().filter(|parameter| codec_of(parameter, codec).is_lossy()) {
+    for parameter in config.parameters().into_iter().filter(|parameter| share.residuals && may_be_lossy(parameter)) {
         let (all, shape) = (elements(&parameter.shape), parameter.shape);
         let sender = sender_name(&parameter.name, share.rank);
         pieces.push(PieceSpec { tensor: sender, shape: shape.clone(), range: 0..all });
@@ -207,7 +255,7 @@ pub fn pieces(config: &Config, share: &Share, codec: Codec) -> Vec<PieceSpec> {
 pub fn restore_residuals(checkpoint: &Checkpoint, exchange: &mut Exchange) -> Result<()> {
     let (plan, group) = (exchange.plan().clone(), exchange.group());
     for (index, parameter) in plan.parameters().iter().enumerate() {
-        if !is_lossy(exchange, index) {
+        if !may_be_lossy(parameter) {
             continue;
         }
         let all: usize = parameter.shape.iter().product();
@@ -220,8 +268,23 @@ pub fn restore_residuals(checkpoint: &Checkpoint, exchange: &mut Exchange) -> Re
     Ok(())
 }
 
-fn is_lossy(exchange: &Exchange, index: usize) -> bool {
-    codec_of(&exchange.plan().parameters()[index], exchange.codec()).is_lossy()
+/// What a checkpoint of several ranks says of how gradients travelled. Older versions did not say it; what they left out
+/// is there unless their recipe, which is in the checkpoint, let everything travel as it is.
+///
+/// # Errors
+/// The checkpoint was not written by this trainer.
+pub fn held(checkpoint: &Checkpoint) -> Result<Held> {
+    let meta = meta(checkpoint)?;
+    if let Some(Travelled { codec, residuals, chosen }) = meta.compression {
+        let sent = codec == Codec::Fp32 && meta.good_step == meta.step;
+        return Ok(Held { residuals, chosen, sent });
+    }
+    let recipe = checkpoint.attachment("recipe.toml")?;
+    let (raw, _) = raw::read(&String::from_utf8_lossy(&recipe), &[]);
+    let keys = Reader(&raw);
+    let several = keys.count("parallel.data").is_some_and(|ranks| ranks > 1);
+    let residuals = several && keys.text("compression.codec").is_some_and(|codec| codec != Codec::Fp32.name());
+    Ok(Held { residuals, chosen: None, sent: false })
 }
 
 fn sender_name(parameter: &str, rank: usize) -> String {

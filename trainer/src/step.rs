@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use burn::Tensor;
 use burn::tensor::{Device, Int, TensorData};
+use compression::Codec;
 use parallel::data::engine::Engine;
 use parallel::data::exchange::Verdict;
 use parallel::data::{Gradient, GradientStream, Plan, Sum, Timing};
@@ -39,6 +40,8 @@ pub struct Word {
     pub busy: bool,
     /// BLAKE3 of its parameters before this step, where they are compared.
     pub parameters: Option<[u8; 32]>,
+    /// The codec that all ranks are to use from the next step on; only rank 0 says it.
+    pub codec: Option<Codec>,
 }
 
 /// What a step did. Everything but seconds and bytes is the same on every rank.
@@ -72,6 +75,10 @@ pub struct Report {
     pub overlap: Option<f64>,
     /// Bytes at the sockets so far. Some of a step's bytes leave after it, and some of the next one's come before it.
     pub wire: Counted,
+    /// Seconds of the last backward pass in which gradients could travel behind it; 0 with one rank.
+    pub window_s: f64,
+    /// What rank 0 said that all ranks are to use from the next step on.
+    pub codec_chosen: Option<Codec>,
     /// Seconds of the whole step.
     pub step_s: f64,
 }
@@ -134,6 +141,13 @@ impl Stepper {
         self.stream.keep_own();
     }
 
+    /// From the next step on, gradients travel in this codec where their kind allows it. To be called between steps.
+    pub fn set_codec(&self, codec: Codec) {
+        if let Some(engine) = self.engine() {
+            engine.exchange().set_codec(codec);
+        }
+    }
+
     /// This rank's own gradient of a parameter in the last step; `None` unless it is kept.
     #[must_use]
     pub fn own_gradient(&self, index: usize) -> Option<Vec<f32>> {
@@ -186,8 +200,8 @@ impl Stepper {
         }
         let exposed = Instant::now();
         self.progress.enter(Stage::Waiting);
-        let Word { stop, busy, parameters } = word;
-        let finished = self.stream.finish(Ballot { finite: loss.is_finite(), stop, busy, loss, parameters })?;
+        let Word { stop, busy, parameters, codec } = word;
+        let finished = self.stream.finish(Ballot { finite: loss.is_finite(), stop, busy, loss, parameters, codec })?;
         self.progress.enter(Stage::Updating);
         drop(model);
 
@@ -224,6 +238,8 @@ impl Stepper {
             wait_s: finished.timing.wait_s,
             overlap,
             wire: self.stream.counted(),
+            window_s: finished.timing.span.map_or(0.0, |(first, _)| exposed.saturating_duration_since(first).as_secs_f64()),
+            codec_chosen: ballots[0].codec,
             step_s: start.elapsed().as_secs_f64(),
         })
     }

@@ -12,7 +12,7 @@ use crate::state::State;
 use crate::step::Stepper;
 
 /// What is to go wrong.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tamper {
     /// The loss of (rank, step) is multiplied with NaN.
     nan: Vec<(usize, u64)>,
@@ -28,6 +28,8 @@ pub struct Tamper {
     pub no_feedback: bool,
     /// A resume forgets what owners left out.
     pub forget_owner: bool,
+    /// What every rank believes to be the rate of its link.
+    pub link_bytes_per_s: Option<f64>,
     /// Gradients and sums of every step are written below this folder.
     record: Option<PathBuf>,
     /// The hash of the parameters after every step is written below this folder.
@@ -35,8 +37,8 @@ pub struct Tamper {
 }
 
 impl Tamper {
-    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,fail:1:4,no-feedback,forget-owner,record:DIR,hashes:DIR`. What it
-    /// does not know it refuses.
+    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,fail:1:4,no-feedback,forget-owner,link:1e6,
+    /// record:DIR,hashes:DIR`. What it does not know it refuses.
     ///
     /// # Errors
     /// The first item that is none.
@@ -56,6 +58,7 @@ impl Tamper {
                 ("fail", Some(place)) => tamper.fail.push(place),
                 ("no-feedback", None) => tamper.no_feedback = true,
                 ("forget-owner", None) => tamper.forget_owner = true,
+                ("link", None) => tamper.link_bytes_per_s = Some(rest.parse().map_err(|_| format!("no rate: {item}"))?),
                 ("record", None) => tamper.record = Some(rest.into()),
                 ("hashes", None) => tamper.hashes = Some(rest.into()),
                 _ => return Err(format!("no such fault: {item}")),
@@ -142,10 +145,11 @@ mod tests {
 
     #[test]
     fn a_list_is_read_and_what_is_no_fault_is_refused() {
-        let tamper = Tamper::parse("nan:1:5,no-feedback,record:/tmp/x").expect("known faults");
-        assert_eq!(tamper.nan, [(1, 5)]);
+        let tamper = Tamper::parse("nan:1:5,no-feedback,record:/tmp/x,link:2.5e7").expect("known faults");
+        assert_eq!((&tamper.nan[..], tamper.link_bytes_per_s), (&[(1, 5)][..], Some(2.5e7)));
         assert!(tamper.no_feedback && !tamper.forget_owner && tamper.record.is_some());
         assert!(Tamper::parse("nan:1").is_err() && Tamper::parse("nna:1:5").is_err());
+        assert!(Tamper::parse("link:fast").is_err() && Tamper::parse("link").is_err());
         assert_eq!(Tamper::parse(""), Ok(Tamper::default()));
     }
 }

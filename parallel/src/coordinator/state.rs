@@ -12,6 +12,7 @@ mod worker;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use super::codec::Calibration;
 use super::saves::Saves;
 use crate::wire::control::from_worker::What as From;
 use crate::wire::control::to_worker::What as To;
@@ -37,6 +38,8 @@ pub struct Options {
     pub resume: bool,
     /// How often the run was started again after it had lost a peer.
     pub restart: u32,
+    /// Whether a codec that the run chose before is to be chosen anew.
+    pub choose_codec_anew: bool,
     /// After so long everybody has ended when somebody is lost.
     pub peer_timeout: Duration,
     /// All ranks must have joined and prepared after so long.
@@ -129,6 +132,7 @@ pub struct State {
     phase: Phase,
     lead_of: Vec<usize>,
     saves: Saves,
+    calibration: Calibration,
     /// Ranks that others could not reach: who said so, about whom, when, why.
     losses: BTreeMap<(usize, usize), (Duration, String)>,
     last_tick: Duration,
@@ -198,6 +202,7 @@ impl State {
         assert!(options.ranks > 0, "a mesh has at least one rank");
         Self {
             saves: Saves::new(options.ranks, &options.token),
+            calibration: Calibration::new(options.ranks),
             options,
             workers: BTreeMap::new(),
             phase: Phase::Joining,
@@ -259,6 +264,7 @@ impl State {
                     restart: self.options.restart,
                     host: self.options.host.clone(),
                     pid: self.options.pid,
+                    choose_codec_anew: self.options.choose_codec_anew,
                 };
                 out.push(Output::Send { connection, what: To::Welcome(welcome) });
                 self.workers.insert(rank, Worker::new(now, connection, line(&hello.host, NAME_CHARS_MAX), hello.pid));
@@ -333,6 +339,12 @@ impl State {
             From::Committed(committed) if self.phase == Phase::Running => {
                 let sends = self.saves.committed(rank, committed);
                 self.send_all(sends, out);
+            }
+            From::CodecFacts(facts) => {
+                if let Some(choice) = self.calibration.take(rank, facts) {
+                    tracing::info!(codec = choice.codec, reason = choice.reason, "chose a codec for all ranks");
+                    self.to_all(&To::CodecChoice(choice), out);
+                }
             }
             From::Part(_) | From::Committed(_) => tracing::warn!(rank, "a checkpoint before the start is ignored"),
             From::Leaving(leaving) => {

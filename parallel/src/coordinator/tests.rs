@@ -28,6 +28,7 @@ fn coordinator(ranks: usize) -> Coordinator {
         name: "run".into(),
         resume: false,
         restart: 0,
+        choose_codec_anew: false,
         peer_timeout: Duration::from_secs(2),
         join_within: GUARD,
         epoch: 7,

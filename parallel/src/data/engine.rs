@@ -4,9 +4,12 @@
 //! hands frames to the transport, decodes, adds, votes. The thread that trains meets it three times a step:
 //! [`Engine::begin`], [`Engine::give`] for each full bucket, and [`Engine::settle`], which waits.
 //!
+//! - `work`: what the thread does, one event after the other; `burst`: how it measures the rate of a link.
+//!
 //! A rank can be ahead of another by one step at the most, because every step ends with the votes of all: what comes for
 //! the next step is kept until it begins. So everything that waits here is bounded by what a step sends.
 
+mod burst;
 mod work;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -91,6 +94,7 @@ enum Event {
     Bucket(usize, Vec<f32>),
     Settle(Ballot),
     Gather(Vec<f64>),
+    Burst,
     Incoming(Incoming),
     Abort(String),
     Quit,
@@ -100,6 +104,7 @@ enum Event {
 enum Reply {
     Settled(Box<Settled>),
     Gathered(Vec<Vec<f64>>),
+    Burst(f64),
 }
 
 /// Where events wait for the thread. It exists before the transport does, whose messages go to it.
@@ -196,7 +201,7 @@ impl Engine {
         self.event(Event::Settle(ballot));
         match self.reply()? {
             Reply::Settled(settled) => Ok(*settled),
-            Reply::Gathered(_) => Err(EngineError::Gone),
+            Reply::Gathered(_) | Reply::Burst(_) => Err(EngineError::Gone),
         }
     }
 
@@ -208,7 +213,22 @@ impl Engine {
         self.event(Event::Gather(values));
         match self.reply()? {
             Reply::Gathered(values) => Ok(values),
-            Reply::Settled(_) => Err(EngineError::Gone),
+            Reply::Settled(_) | Reply::Burst(_) => Err(EngineError::Gone),
+        }
+    }
+
+    /// Measures the link from the rank before this one, in bytes a second, while every rank sends to the next one. All
+    /// ranks call it at the same place, once, before the first step.
+    ///
+    /// # Errors
+    /// As [`settle`](Self::settle).
+    pub fn link_bytes_per_s(&self) -> Result<f64, EngineError> {
+        // All begin together, so that every link is as busy as it will be.
+        self.gather(Vec::new())?;
+        self.event(Event::Burst);
+        match self.reply()? {
+            Reply::Burst(bytes_per_s) => Ok(bytes_per_s),
+            Reply::Settled(_) | Reply::Gathered(_) => Err(EngineError::Gone),
         }
     }
 

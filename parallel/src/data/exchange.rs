@@ -26,7 +26,8 @@ use bytes::Bytes;
 use compression::codec::{all_finite, reduce};
 use compression::{BLOCK, Codec, Found, Part, Payload, Region, Residual, ResidualError, Side};
 
-use super::plan::{Parameter, Plan};
+use super::plan::Plan;
+use super::rules::codec_of;
 use super::shard::shard;
 use crate::frame::{Header, Phase};
 
@@ -70,15 +71,6 @@ pub enum Verdict {
     Commit,
     /// Nothing of this step counts.
     Skip,
-}
-
-/// Tensors of fewer elements travel as `fp32`: they are a small part of the bytes and sensitive.
-pub const SMALL_ELEMENTS: usize = 64 << 10;
-
-/// The codec that a parameter's gradient travels in when the recipe asks for `codec`.
-#[must_use]
-pub fn codec_of(parameter: &Parameter, codec: Codec) -> Codec {
-    if parameter.shape.len() < 2 || parameter.elements() < SMALL_ELEMENTS { Codec::Fp32 } else { codec }
 }
 
 /// A rank's side of the sum.

@@ -29,7 +29,7 @@ pub struct Recipe {
     /// `[parallel]`.
     pub parallel: Parallel,
     /// `[compression]`.
-    pub codec: Codec,
+    pub compression: Compression,
     /// `[checkpoint]`.
     pub checkpoint: Checkpoint,
     /// `[device]`.
@@ -190,6 +190,24 @@ pub struct Parallel {
     pub pin: bool,
 }
 
+/// `[compression]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compression {
+    /// How gradients travel between ranks.
+    pub codec: CodecChoice,
+    /// Steps in `int8` where the codec has fewer bits.
+    pub warmup_steps: u64,
+}
+
+/// How gradients are to travel between ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CodecChoice {
+    /// In what turns out to give the shortest step.
+    Auto,
+    /// In this codec.
+    Fixed(Codec),
+}
+
 /// `[checkpoint]`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Checkpoint {
@@ -305,7 +323,13 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
             verify_every: keys.count("parallel.verify_every")? as u64,
             pin: keys.flag("parallel.pin")?,
         },
-        codec: Codec::from_name(&keys.text("compression.codec")?)?,
+        compression: Compression {
+            codec: match keys.text("compression.codec")?.as_str() {
+                "auto" => CodecChoice::Auto,
+                name => CodecChoice::Fixed(Codec::from_name(name)?),
+            },
+            warmup_steps: keys.count("compression.warmup_steps")? as u64,
+        },
         checkpoint: Checkpoint {
             every: keys.count("checkpoint.every")? as u64,
             keep_last: keys.count("checkpoint.keep_last")?,

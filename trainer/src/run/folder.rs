@@ -29,8 +29,8 @@ pub struct Summary {
     pub wall_s: f64,
     /// `data x pipeline x tensor`.
     pub mesh: String,
-    /// How gradients travel.
-    pub codec: String,
+    /// What gradients travel in; null with one rank.
+    pub codec: Option<String>,
     /// Of Tributary.
     pub version: String,
 }

@@ -111,6 +111,14 @@ impl Run {
                     }
                 }
                 To::Settled(settled) => self.settled(settled),
+                To::CodecChoice(choice) => {
+                    let heard = To::CodecChoice(choice.clone());
+                    if !self.hear_codec(choice)
+                        && let Some(group) = &self.group
+                    {
+                        return Err(group.control.out_of_turn(&heard).into());
+                    }
+                }
                 other => return Err(group.control.out_of_turn(&other).into()),
             }
         }

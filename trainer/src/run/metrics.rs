@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
+use compression::Codec;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -48,6 +49,8 @@ pub struct Line {
     pub wire_bytes_sent: u64,
     /// Bytes received from peers since the line before this one; 0 with one rank.
     pub wire_bytes_received: u64,
+    /// What gradients travelled in; null with one rank.
+    pub codec: Option<Codec>,
     /// The copy into the snapshot that was taken since the line before this one; 0 without one.
     pub checkpoint_stall_s: f64,
     /// Resident memory of the process; null where the system does not tell.
@@ -215,6 +218,7 @@ mod tests {
             overlap: None,
             wire_bytes_sent: 0,
             wire_bytes_received: 0,
+            codec: Some(Codec::Int4),
             checkpoint_stall_s: 0.0,
             memory_bytes: None,
         }

@@ -8,7 +8,7 @@ use super::folder::{Folder, Status, Summary};
 use super::{Run, mesh};
 use crate::data::Data;
 use crate::error::{Error, Result};
-use crate::state::{self, Meta};
+use crate::state::{self, Meta, Travelled};
 
 impl Run {
     /// Offers a snapshot; the writer does the rest while training goes on.
@@ -28,6 +28,7 @@ impl Run {
             recipe_hash: self.recipe_hash.clone(),
             model: self.config.clone(),
             end_of_text: self.data.tokenizer.end_of_text_name().to_owned(),
+            compression: self.travelled(),
         };
         let attachments = state::attachments(self.data.tokenizer.json(), &self.recipe_toml);
         let (state, step, stepper) = (&self.state, self.state.step, &self.stepper);
@@ -52,6 +53,13 @@ impl Run {
                 self.event("snapshot_skipped", step, json!({ "why": why }));
             }
         }
+    }
+
+    /// What a checkpoint says of how gradients travelled.
+    fn travelled(&self) -> Option<Travelled> {
+        let (codecs, group) = (self.codecs.as_ref()?, self.group.as_ref()?);
+        let (codec, chosen) = (codecs.codec(self.state.step), codecs.chosen());
+        Some(Travelled { codec, residuals: group.share.residuals, chosen })
     }
 
     /// The checkpoint that a run must not end without.
@@ -113,7 +121,7 @@ impl Run {
             tokens: self.tokens,
             wall_s: self.wall_before_s + self.started.elapsed().as_secs_f64(),
             mesh: mesh(&self.recipe),
-            codec: self.recipe.codec.to_string(),
+            codec: self.codecs.as_ref().map(|codecs| codecs.codec(self.state.step + 1).to_string()),
             version: crate::VERSION.into(),
         }
     }

@@ -15,6 +15,7 @@ use checkpoint::reader::{self, Checkpoint};
 use checkpoint::writer::{Retention, Writer};
 use serde_json::json;
 
+use super::codec::Codecs;
 use super::folder::{Folder, Status};
 use super::group::Group;
 use super::metrics::Metrics;
@@ -89,7 +90,7 @@ pub fn train(request: Request) -> Result<Left> {
             return Err(error);
         }
     };
-    let parts = Parts { request, started, stop, ready, begun, stepper, writer, books: Some(books), group: None };
+    let parts = Parts { request, started, stop, ready, begun, stepper, writer, books: Some(books), group: None, codecs: None };
     let mut run = parts.run();
     work(&mut run, Some(&folder))
 }
@@ -156,6 +157,7 @@ struct Parts {
     writer: Writer,
     books: Option<Books>,
     group: Option<Group>,
+    codecs: Option<Codecs>,
 }
 
 fn make_runs(runs: &Path) -> Result<()> {
@@ -243,7 +245,7 @@ impl Books {
 
 impl Parts {
     fn run(self) -> Run {
-        let Self { request, started, stop, ready, begun, stepper, writer, books, group } = self;
+        let Self { request, started, stop, ready, begun, stepper, writer, books, group, codecs } = self;
         let Ready { device, data, config, from: _ } = ready;
         let Begun { state, tokens, last_loss, committed } = begun;
         let (metrics, progress, wall_before_s) = match books {
@@ -264,6 +266,7 @@ impl Parts {
             metrics,
             progress,
             group,
+            codecs,
             tamper: request.tamper,
             stopping: false,
             busy: false,

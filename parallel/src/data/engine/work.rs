@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+use super::burst::Burst;
 use super::{EngineError, Event, Reply, Settled};
 use crate::data::exchange::{Exchange, Group, Outgoing, Vote};
 use crate::frame::{HEADER_BYTES, PAYLOAD_BYTES_MAX};
@@ -41,6 +42,8 @@ pub(super) struct Work {
     values: Vec<VecDeque<(u64, Vec<f64>)>>,
     gathering: bool,
     round: u64,
+    burst: Burst,
+    bursting: bool,
     encode_s: f64,
     first_encode: Option<Instant>,
     fault: Option<EngineError>,
@@ -75,6 +78,8 @@ impl Work {
             early: Vec::new(),
             gathering: false,
             round: 0,
+            burst: Burst::new(group),
+            bursting: false,
             encode_s: 0.0,
             first_encode: None,
             fault: None,
@@ -91,7 +96,7 @@ impl Work {
                     continue;
                 }
             };
-            let asks = matches!(event, Event::Settle(_) | Event::Gather(_));
+            let asks = matches!(event, Event::Settle(_) | Event::Gather(_) | Event::Burst);
             let waited = self.waits();
             if self.fault.is_none() {
                 self.fault = self.event(event).and_then(|()| self.answer()).err();
@@ -105,7 +110,7 @@ impl Work {
     }
 
     fn waits(&self) -> bool {
-        self.own.is_some() || self.gathering
+        self.own.is_some() || self.gathering || self.bursting
     }
 
     fn reply_fault(&mut self) {
@@ -131,6 +136,11 @@ impl Work {
                 self.to_all(&note);
                 self.values[self.group.rank].push_back((self.round, values));
                 self.gathering = true;
+                Ok(())
+            }
+            Event::Burst => {
+                self.burst.send(&*self.transport);
+                self.bursting = true;
                 Ok(())
             }
             Event::Incoming(Incoming::Message { from, bytes }) => self.message(from, bytes),
@@ -196,6 +206,13 @@ impl Work {
                 queue.push_back((number, values));
                 Ok(())
             }
+            Note::Filler => match self.burst.take(from, number, Instant::now()) {
+                Ok(()) => {
+                    self.progress.advance();
+                    Ok(())
+                }
+                Err(what) => out_of_turn(what),
+            },
             Note::Ballot(_) if !self.open || number == self.step + 1 => self.keep(from, bytes),
             Note::Ballot(ballot) if number == self.step && self.ballots[from].is_none() => {
                 self.ballots[from] = Some(ballot);
@@ -253,6 +270,12 @@ impl Work {
             let values = self.values.iter_mut().filter_map(VecDeque::pop_front).map(|(_, values)| values).collect();
             return self.reply(Reply::Gathered(values));
         }
+        if self.bursting
+            && let Some(bytes_per_s) = self.burst.bytes_per_s()
+        {
+            self.bursting = false;
+            return self.reply(Reply::Burst(bytes_per_s));
+        }
         Ok(())
     }
 
@@ -277,6 +300,9 @@ impl Work {
         if self.gathering {
             let late = self.values.iter().position(VecDeque::is_empty)?;
             return Some(format!("rank {late}'s numbers"));
+        }
+        if self.bursting {
+            return Some(self.burst.missing());
         }
         let exchange = lock(&self.exchange);
         if let Some((rank, index)) = exchange.first_missing() {

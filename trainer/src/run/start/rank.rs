@@ -16,20 +16,22 @@ use parallel::data::plan::{Parameter, Plan};
 use parallel::data::shard::payload_bytes_sent;
 use parallel::transport::Incoming;
 use parallel::transport::grpc::{self, GrpcTransport};
-use parallel::wire::control::{Held, Leaving, Property, Start};
+use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start};
 use serde_json::json;
 
 use super::{Begun, Books, Parts, Ready, make_runs, peek, prepare, retention, work};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::log::say;
+use crate::recipe::resolved::CodecChoice;
+use crate::run::codec::Codecs;
 use crate::run::folder::Folder;
 use crate::run::group::Group;
 use crate::run::join::{Joined, Met, addresses, leave_with};
 use crate::run::save::newest_good;
 use crate::run::signals::TRY_AGAIN;
 use crate::run::{Ended, Left, Request, Run};
-use crate::state::{self, Share};
+use crate::state::{self, Held, Share};
 use crate::step::Stepper;
 
 /// Blocks of a chunk: 256 KiB as `int8`.
@@ -123,7 +125,7 @@ struct RunFolder {
 }
 
 /// Opens the run's folder on the lead of it, and says which checkpoints are there and good.
-fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<Vec<Held>> {
+fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<Vec<HeldCheckpoint>> {
     let existing = match request.resume {
         true => Folder::resume(runs, &request.name, &request.raw)?,
         false => None,
@@ -144,7 +146,7 @@ fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<
         newest_good(&folder)?;
         let open = |(step, path): (u64, std::path::PathBuf)| {
             let id = Checkpoint::open(&path).ok()?.id().to_owned();
-            Some(Held { step, id })
+            Some(HeldCheckpoint { step, id })
         };
         Ok(reader::list(&folder.checkpoints())?.into_iter().filter_map(open).collect())
     };
@@ -200,11 +202,12 @@ fn open_rank(
     started: Instant,
 ) -> std::result::Result<Run, (Box<Joined>, Error)> {
     match connect(&request, &mut joined, &ready, (met, folder)) {
-        Ok(Connected { begun, stepper, writer, books, share, transport, f32_bytes }) => {
+        Ok(Connected { begun, stepper, writer, books, share, transport, f32_bytes, codecs }) => {
             let Joined { control, ender, stop, .. } = joined;
             let (saving, committing, writing) = Default::default();
             let group = Group { share, control, transport, ender, f32_bytes, saving, committing, writing };
-            Ok(Parts { request, started, stop, ready, begun, stepper, writer, books, group: Some(group) }.run())
+            let group = Some(group);
+            Ok(Parts { request, started, stop, ready, begun, stepper, writer, books, group, codecs }.run())
         }
         Err(error) => Err((Box::new(joined), error)),
     }
@@ -219,6 +222,7 @@ struct Connected {
     share: Share,
     transport: Arc<GrpcTransport>,
     f32_bytes: Option<u64>,
+    codecs: Option<Codecs>,
 }
 
 fn connect(
@@ -238,9 +242,12 @@ fn connect(
         None => None,
     };
     let begun = ready.begin(request, newest.as_ref())?;
-    let share = share(met, rank);
+    let held = newest.as_ref().map(state::held).transpose()?.unwrap_or_default();
+    let share = share(met, rank, recipe.compression.codec, held);
     // With one rank nothing travels, and nothing is encoded.
-    let codec = if share.ranks == 1 { Codec::Fp32 } else { recipe.codec };
+    let chosen = held.chosen.filter(|_| !request.choose_codec_anew);
+    let codecs = (share.ranks > 1).then(|| Codecs::new(recipe.compression, chosen));
+    let codec = codecs.as_ref().map_or(Codec::Fp32, |codecs| codecs.codec(begun.state.step + 1));
     let plan = Plan::new(ready.config.parameters(), recipe.parallel.bucket_bytes_max);
     let plan = plan.map_err(|error| Error::Usage(error.to_string()))?;
     let f32_bytes = (share.ranks > 1).then(|| f32_bytes(&plan, &share));
@@ -250,14 +257,16 @@ fn connect(
         exchange = exchange.without_feedback();
     }
     if let Some(newest) = &newest {
-        state::restore_residuals(newest, &mut exchange)?;
+        if held.residuals {
+            state::restore_residuals(newest, &mut exchange)?;
+        }
         if request.tamper.forget_owner {
             exchange.forget_owner();
         }
     }
     // The lead's writer puts the folder in order before any other rank can write: all wait for each other below.
     let member = Member { rank, lead: met.lead_of[rank] == rank };
-    let pieces = state::pieces(&ready.config, &share, codec);
+    let pieces = state::pieces(&ready.config, &share);
     let writer = Writer::member(Arc::new(RealDisk), checkpoints, pieces, member, retention(recipe))?;
 
     let inbox = Inbox::default();
@@ -273,15 +282,17 @@ fn connect(
         }
         _ => None,
     };
-    Ok(Connected { begun, stepper, writer, books, share, transport, f32_bytes })
+    Ok(Connected { begun, stepper, writer, books, share, transport, f32_bytes, codecs })
 }
 
-/// Which part of a checkpoint this rank writes.
-fn share(met: &Met, rank: usize) -> Share {
+/// Which part of a checkpoint this rank writes. `held` is what the checkpoint that it goes on from has.
+fn share(met: &Met, rank: usize, codec: CodecChoice, held: Held) -> Share {
     let ranks = met.lead_of.len();
     let mates: Vec<usize> = (0..ranks).filter(|&other| met.lead_of[other] == met.lead_of[rank]).collect();
     let index = mates.iter().position(|&mate| mate == rank).unwrap_or(0);
-    Share { rank, ranks, index, of: mates.len() }
+    // What a checkpoint kept is sent with the first step that counts; until then it has to be kept on.
+    let residuals = ranks > 1 && (codec != CodecChoice::Fixed(Codec::Fp32) || held.has_unsent());
+    Share { rank, ranks, index, of: mates.len(), residuals }
 }
 
 /// Bytes that a rank would send a step if everything travelled as f32.
