@@ -148,7 +148,7 @@ impl Random {
             }
             // Multiples of halves of a scale that is a power of two.
             _ => {
-                if at % 128 == 0 {
+                if at.is_multiple_of(128) {
                     127.0
                 } else {
                     (self.below(255) as f32 - 127.0) / 2.0

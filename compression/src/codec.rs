@@ -13,7 +13,7 @@ pub(crate) mod bf16;
 pub(crate) mod block;
 pub(crate) mod fp32;
 pub(crate) mod layout;
-mod payload;
+pub(crate) mod payload;
 
 use std::fmt;
 

@@ -24,7 +24,7 @@ use std::sync::OnceLock;
 
 use crate::BLOCK;
 use crate::codec::layout::{Format, Planes, PlanesMut};
-use crate::codec::{Codec, Found, Part, block};
+use crate::codec::{Codec, Found, Part, block, payload};
 
 /// A set of instructions that this processor has. All give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,6 +127,19 @@ impl Level {
         match codec.format() {
             Some(format) => block::encode(format, tail, &mut tail_out),
             None => simple::encode_sum(codec, tail, tail_out.values),
+        }
+    }
+
+    /// The first block that no encoder writes, and why.
+    pub(crate) fn fault(self, codec: Codec, planes: Planes<'_>, elements: usize) -> Option<(usize, &'static str)> {
+        match self.0 {
+            Kind::Portable => payload::first_fault(codec, planes, elements),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this level was made because the processor has the instructions.
+            Kind::Avx2 => unsafe { on_avx2::fault(codec, planes, elements) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Kind::Avx512 => unsafe { on_avx512::fault(codec, planes, elements) },
         }
     }
 
@@ -318,14 +331,27 @@ macro_rules! compiled_with {
                 stores: Stores,
                 values: &mut [f32],
                 residual: &[f32],
-                out: PlanesMut<'_>,
+                mut out: PlanesMut<'_>,
             ) -> Found {
                 match format {
                     None => simple::encode(codec, values, residual, out.values),
                     // SAFETY: this function is compiled with the instructions.
                     Some(format) => for_each_format!(format, |F| unsafe {
-                        blocks::encode::<$simd>(F, stores, values, residual, out)
+                        blocks::encode::<$simd>(F, stores, values, residual, &mut out)
                     }),
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            pub(super) fn fault(codec: Codec, planes: Planes<'_>, elements: usize) -> Option<(usize, &'static str)> {
+                // Known where it is inlined, so that each codec has a loop of its own.
+                match codec {
+                    Codec::Fp32 => payload::first_fault(Codec::Fp32, planes, elements),
+                    Codec::Bf16 => payload::first_fault(Codec::Bf16, planes, elements),
+                    Codec::Int8 => payload::first_fault(Codec::Int8, planes, elements),
+                    Codec::Int4 => payload::first_fault(Codec::Int4, planes, elements),
+                    Codec::Sparse24Int8 => payload::first_fault(Codec::Sparse24Int8, planes, elements),
+                    Codec::Sparse24Int4 => payload::first_fault(Codec::Sparse24Int4, planes, elements),
                 }
             }
 
@@ -339,10 +365,10 @@ macro_rules! compiled_with {
             ) {
                 match format {
                     None => simple::decode(codec, planes.values, out),
-                    // SAFETY: as above.
-                    Some(format) => {
-                        for_each_format!(format, |F| unsafe { blocks::decode::<$simd>(F, stores, planes, out) })
-                    }
+                    Some(format) => for_each_format!(format, |F| {
+                        // SAFETY: as above.
+                        unsafe { blocks::decode::<$simd>(F, stores, planes, out) }
+                    }),
                 }
             }
 
@@ -350,10 +376,10 @@ macro_rules! compiled_with {
             pub(super) fn decode_add(codec: Codec, format: Option<Format>, planes: Planes<'_>, sum: &mut [f32]) {
                 match format {
                     None => simple::decode_add(codec, planes.values, sum),
-                    // SAFETY: as above.
-                    Some(format) => {
-                        for_each_format!(format, |F| unsafe { blocks::decode_add::<$simd>(F, planes, sum) })
-                    }
+                    Some(format) => for_each_format!(format, |F| {
+                        // SAFETY: as above.
+                        unsafe { blocks::decode_add::<$simd>(F, planes, sum) }
+                    }),
                 }
             }
         }
@@ -374,3 +400,6 @@ impl fmt::Display for Level {
         f.write_str(self.name())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,7 +6,8 @@
 //! - [`codec`]: the family of codecs: encode, decode, decode-and-add, and the exact size of what each one writes.
 //! - [`kernel`]: which instructions do it, on how many threads; the bits are the same with all.
 //! - [`residual`]: what error feedback remembers, and how it follows a change of the mesh.
-//! - [`cost`]: which codec gives the shortest step; [`second`]: whether zstd on top of it is worth its time.
+//! - [`cost`]: which codec gives the shortest step.
+//! - [`weights`]: matrices in few bits, for export.
 //! - [`ledger`]: exact sums of f32, to prove that nothing is lost.
 //! - [`region`]: the address of a part of a tensor, shared by gradients, checkpoints and manifests.
 
@@ -16,12 +17,13 @@ pub mod kernel;
 pub mod ledger;
 pub mod region;
 pub mod residual;
-pub mod second;
+pub mod weights;
 
 pub use codec::{Codec, Found, Part, Payload, PayloadError};
 pub use kernel::{Level, Stores};
 pub use region::{Region, RegionError};
 pub use residual::{Residual, ResidualError, Side};
+pub use weights::{Quantised, WeightsError};
 
 /// Elements a block: each block has one scale, and every cut of a tensor falls on a block border.
 pub const BLOCK: usize = 128;

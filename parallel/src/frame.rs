@@ -160,7 +160,7 @@ impl Header {
         self.write(0, payload)
     }
 
-    fn write(&self, flags: u8, body: &[u8]) -> Bytes {
+    pub(crate) fn write(&self, flags: u8, body: &[u8]) -> Bytes {
         let mut out = Vec::with_capacity(HEADER_BYTES + body.len());
         out.extend(MAGIC);
         out.extend(VERSION.to_le_bytes());
@@ -266,16 +266,24 @@ pub(crate) fn codec_of_number(number: u8) -> Option<Codec> {
     Codec::ALL.into_iter().find(|&codec| codec_number(codec) == number)
 }
 
-/// Puts the payload of a frame into a zstd frame; `None` when that saves nothing, or the frame has one already. The
-/// frame is one that [`Header::frame`] made.
+/// Puts the payload of a frame that [`Header::frame`] made into a zstd frame; `None` when that saves nothing.
 ///
 /// # Panics
-/// When it is not.
+/// When it is not such a frame.
 #[must_use]
 pub fn pack(frame: &Bytes, packer: &mut Packer) -> Option<Bytes> {
-    let (header, payload) = Header::read(frame).expect("our own frame");
-    let packed = packer.compress(&payload)?;
-    Some(header.write(ZSTD, packed))
+    let (header, payload) = frame.split_at(HEADER_BYTES);
+    assert!(header[..4] == MAGIC && header[8] == 0, "our own frame, not packed yet");
+    let packed = packer.compress(payload)?;
+    let mut out = Vec::with_capacity(HEADER_BYTES + packed.len());
+    out.extend(&header[..8]);
+    out.push(ZSTD);
+    out.extend(&header[9..44]);
+    out.extend((packed.len() as u32).to_le_bytes());
+    let checksum = crc32c::crc32c_append(crc32c::crc32c(&out), packed);
+    out.extend(checksum.to_le_bytes());
+    out.extend(packed);
+    Some(out.into())
 }
 
 /// A zstd compressor and its memory, kept from frame to frame.

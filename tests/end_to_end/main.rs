@@ -4,6 +4,7 @@ mod bad_input;
 mod documents;
 mod dying;
 mod export;
+mod fuzzing;
 mod joining;
 mod ledger;
 mod processes;

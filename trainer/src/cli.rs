@@ -162,8 +162,10 @@ struct Generate {
 
 #[derive(Debug, Subcommand)]
 enum Bench {
+    /// The kernels of the codecs, against copies of the same elements
+    Codec(bench::codec::Options),
     /// One training step
-    Step(bench::Step),
+    Step(bench::step::Step),
 }
 
 /// Runs the command of this process and returns its exit code: 0 done, 1 failed, 2 bad usage or recipe, 75 try again.
@@ -205,7 +207,8 @@ fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         Command::Worker(args) => worker(args, log, tamper),
         Command::Export(args) => export(&args),
         Command::Generate(args) => say(&args),
-        Command::Bench(Bench::Step(args)) => bench::step(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(Bench::Codec(args)) => bench::codec::codec(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(Bench::Step(args)) => bench::step::step(&args).map(|()| ExitCode::SUCCESS),
         Command::Keys => print(&keys::markdown()),
     }
 }

@@ -155,24 +155,24 @@ fn value(width: Width, values: &[u8], at: usize) -> f32 {
 }
 
 /// What in a block of `elements` no encoder writes.
+#[inline(always)]
 pub(crate) fn fault(format: Format, planes: Planes<'_>, elements: usize) -> Option<&'static str> {
     let bits = u16::from_le_bytes([planes.scales[0], planes.scales[1]]);
     if bits != 0 && !((SCALE_MIN.to_bits() >> 16) as u16..=Scale::bits_max(format.width)).contains(&bits) {
         return Some("a scale out of range");
     }
-    if format.sparse {
-        if let Some(what) = bitmap_fault(planes.bitmap, elements, bits == 0) {
-            return Some(what);
-        }
+    if format.sparse
+        && let Some(what) = bitmap_fault(planes.bitmap, elements, bits == 0)
+    {
+        return Some(what);
     }
-    // Without an early end, so that a compiler makes wide instructions of it.
-    let any = |is: fn(u8) -> bool| planes.values.iter().fold(false, |found, &byte| found | is(byte));
-    if bits == 0 && any(|byte| byte != 0) {
+    if bits == 0 && any(planes.values, |byte| byte != 0) {
         return Some("values without a scale");
     }
     match format.width {
-        Width::Eight => any(|byte| byte == 0x80).then_some("the value -128"),
-        Width::Four if any(|byte| byte & 0xf == 8 || byte >> 4 == 8) => Some("the value -8"),
+        Width::Eight => any(planes.values, |byte| byte == 0x80).then_some("the value -128"),
+        // Low half and high half: 8 is the only one whose sign bit stands alone.
+        Width::Four if any(planes.values, |byte| byte & 0x0f == 0x08 || byte & 0xf0 == 0x80) => Some("the value -8"),
         Width::Four if format.kept(elements) % 2 == 1 && planes.values.last().is_some_and(|last| last >> 4 != 0) => {
             Some("half a byte after the last value")
         }
@@ -180,15 +180,22 @@ pub(crate) fn fault(format: Format, planes: Planes<'_>, elements: usize) -> Opti
     }
 }
 
+/// Whether it is so of any byte. Without an early end, so that a compiler makes wide instructions of it.
+#[inline(always)]
+fn any(bytes: &[u8], is: impl Fn(u8) -> bool) -> bool {
+    bytes.iter().fold(0u8, |found, &byte| found | u8::from(is(byte))) != 0
+}
+
+#[inline(always)]
 fn bitmap_fault(bitmap: &[u8], elements: usize, zeros: bool) -> Option<&'static str> {
     let whole = elements / 8;
-    if zeros && bitmap[..whole].iter().fold(false, |found, &byte| found | (byte != FIRST_TWO)) {
+    if zeros && any(&bitmap[..whole], |byte| byte != FIRST_TWO) {
         return Some("a bitmap other than the first two of four, without a scale");
     }
     // Two ones in each half of the byte: the sum of bits, twice.
     let pairs = |byte: u8| byte - (byte >> 1 & 0x55);
     let fours = |byte: u8| (pairs(byte) & 0x33) + (pairs(byte) >> 2 & 0x33);
-    let mut wrong = bitmap[..whole].iter().fold(false, |wrong, &byte| wrong | (fours(byte) != 0x22));
+    let mut wrong = any(&bitmap[..whole], |byte| fours(byte) != 0x22);
     if let (Some(&last), rest @ 1..) = (bitmap.last(), elements % 8) {
         let of = |elements: usize| elements.min(2) as u32;
         let (low, high) = (rest.min(4), rest.saturating_sub(4));

@@ -143,19 +143,28 @@ impl<B: AsRef<[u8]>> Payload<B> {
 
     /// The first block that no encoder writes, and why.
     fn fault(&self) -> Option<(usize, &'static str)> {
-        let mut planes = self.planes();
-        (0..self.elements.div_ceil(BLOCK)).find_map(|number| {
-            let elements = BLOCK.min(self.elements - number * BLOCK);
-            let here;
-            (here, planes) = planes.split_at(self.codec, elements);
-            let what = match self.codec {
-                Codec::Fp32 => fp32::has_non_finite(here.values).then_some("a value that is not finite"),
-                Codec::Bf16 => bf16::has_non_finite(here.values).then_some("a value that is not finite"),
-                _ => self.codec.format().and_then(|format| block::fault(format, here, elements)),
-            };
-            what.map(|what| (number, what))
-        })
+        Level::best().fault(self.codec, self.planes(), self.elements)
     }
+}
+
+/// The first block that no encoder writes, and why.
+#[inline(always)]
+pub(crate) fn first_fault(codec: Codec, mut planes: Planes<'_>, elements: usize) -> Option<(usize, &'static str)> {
+    for number in 0..elements.div_ceil(BLOCK) {
+        let elements = BLOCK.min(elements - number * BLOCK);
+        let here;
+        (here, planes) = planes.split_at(codec, elements);
+        let what = match (codec.format(), codec) {
+            (Some(format), _) => block::fault(format, here, elements),
+            (None, Codec::Fp32) if fp32::has_non_finite(here.values) => Some("a value that is not finite"),
+            (None, Codec::Bf16) if bf16::has_non_finite(here.values) => Some("a value that is not finite"),
+            _ => None,
+        };
+        if let Some(what) = what {
+            return Some((number, what));
+        }
+    }
+    None
 }
 
 /// `sum` becomes zero plus every part, in their order: whoever owns a shard adds what all ranks sent, in the order of

@@ -27,7 +27,7 @@ pub(super) unsafe fn encode<S: Simd>(
     stores: Stores,
     values: &mut [f32],
     residual: &[f32],
-    out: PlanesMut<'_>,
+    out: &mut PlanesMut<'_>,
 ) -> Found {
     let n = values.len();
     assert!(n.is_multiple_of(BLOCK) && residual.len() == n, "whole blocks");

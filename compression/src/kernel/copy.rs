@@ -30,6 +30,20 @@ pub fn par_stream(level: Level, from: &[f32], to: &mut [f32]) {
     }
 }
 
+/// Copies as the standard library does, by all threads of rayon's pool.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn par_cached(from: &[f32], to: &mut [f32]) {
+    match super::middle(to.len()) {
+        None => to.copy_from_slice(from),
+        Some(middle) => {
+            let ((from, from_rest), (to, to_rest)) = (from.split_at(middle), to.split_at_mut(middle));
+            rayon::join(|| par_cached(from, to), || par_cached(from_rest, to_rest));
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx")]
 fn stream_avx(from: &[f32], to: &mut [f32]) {

@@ -10,6 +10,7 @@
 //! the next step is kept until it begins. So everything that waits here is bounded by what a step sends.
 
 mod burst;
+pub mod packing;
 mod work;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +21,7 @@ use std::time::Instant;
 
 use thiserror::Error;
 
+use self::packing::Packing;
 use super::exchange::{Exchange, ExchangeError, Group, Verdict};
 use crate::note::{Ballot, NoteError};
 use crate::progress::Progress;
@@ -86,6 +88,17 @@ pub struct Settled {
     pub last_decode: Instant,
     /// Buffers to be filled again, one a bucket.
     pub(super) buffers: Vec<Vec<f32>>,
+    /// What zstd serves.
+    pub packed: Packed,
+}
+
+/// What zstd serves, as of one step.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Packed {
+    /// Buckets that were packed.
+    pub buckets: usize,
+    /// Buckets that are packed since this step, or no longer.
+    pub changes: Vec<packing::Change>,
 }
 
 #[derive(Debug)]
@@ -96,6 +109,7 @@ enum Event {
     Gather(Vec<f64>),
     Burst,
     Incoming(Incoming),
+    Pack(Box<Packing>),
     Abort(String),
     Quit,
 }
@@ -230,6 +244,16 @@ impl Engine {
             Reply::Burst(bytes_per_s) => Ok(bytes_per_s),
             Reply::Settled(_) | Reply::Gathered(_) => Err(EngineError::Gone),
         }
+    }
+
+    /// From the next step on, packs with zstd what that saves time for on a link of so many bytes a second.
+    ///
+    /// # Errors
+    /// There is no memory for it.
+    pub fn pack(&self, link_bytes_per_s: f64) -> std::io::Result<()> {
+        let buckets = self.exchange().plan().buckets().len();
+        self.event(Event::Pack(Box::new(Packing::new(buckets, link_bytes_per_s)?)));
+        Ok(())
     }
 
     /// The sums of the last settled step, and the residuals. Not to be held while a step is under way.

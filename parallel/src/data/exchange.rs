@@ -38,6 +38,8 @@ pub use error::ExchangeError;
 pub struct Outgoing {
     /// The rank that it goes to.
     pub to: usize,
+    /// The bucket that it is of.
+    pub bucket: usize,
     /// Header and payload. The frames of one sum to all ranks share their bytes.
     pub frame: Bytes,
 }
@@ -283,7 +285,7 @@ impl Exchange {
             for to in (1..ranks).map(|k| (rank + k) % ranks) {
                 for range in chunks(shard(gradient.len(), to, ranks), chunk_blocks) {
                     self.encode(index, &range, &mut gradient[range.clone()]);
-                    out(Outgoing { to, frame: self.frame(Phase::Scatter, index, &range) });
+                    out(Outgoing { to, bucket, frame: self.frame(Phase::Scatter, index, &range) });
                 }
             }
             self.finite &= all_finite(&gradient[self.owned(index)]);
@@ -442,7 +444,7 @@ impl Exchange {
         if tensor.done[rank][chunk] || tensor.parts[chunk].iter().enumerate().any(missing) {
             return;
         }
-        let own = &given[slot.range][range.clone()];
+        let own = &given[slot.range.clone()][range.clone()];
         let parts: Vec<_> =
             tensor.parts[chunk].iter().map(|part| part.as_ref().map_or(Part::Values(own), Part::Encoded)).collect();
         let inside = range.start - whole.start..range.end - whole.start;
@@ -464,7 +466,8 @@ impl Exchange {
         self.own_missing -= 1;
         if ranks > 1 {
             let frame = self.frame(Phase::Gather, index, &range);
-            (1..ranks).for_each(|k| out(Outgoing { to: (rank + k) % ranks, frame: frame.clone() }));
+            let bucket = slot.bucket;
+            (1..ranks).for_each(|k| out(Outgoing { to: (rank + k) % ranks, bucket, frame: frame.clone() }));
         }
     }
 

@@ -34,15 +34,18 @@ fn block() -> impl Strategy<Value = Vec<f32>> {
         number().prop_flat_map(move |x| many(sign().prop_map(move |sign| sign * x).boxed())),
         // Few sizes: ties between some of four, at every place.
         many(prop::sample::select(vec![0.0f32, -0.0, 1.0, -1.0, 2.0, -2.0, 3.0]).boxed()),
-        // Halves of a scale that is a power of two: ties in rounding.
-        (-90i32..100, prop::bool::ANY).prop_flat_map(move |(exponent, narrow)| {
-            let (scale, q_max) = (2.0f32.powi(exponent), if narrow { 7 } else { 127 });
-            many((-2 * q_max..=2 * q_max).prop_map(move |halves| halves as f32 / 2.0 * scale).boxed()).prop_map(
-                move |mut block| {
-                    block[5] = q_max as f32 * scale;
-                    block
-                },
-            )
+        // Halves of a scale, or the next number to one: ties in rounding, and what y / s and y * (1 / s) round apart.
+        (0x1280u16..0x7180, any::<bool>(), any::<bool>()).prop_flat_map(move |(bits, narrow, is_power)| {
+            let scale = f32::from_bits(u32::from(if is_power { bits & 0xff80 } else { bits }) << 16);
+            let q_max = if narrow { 7 } else { 127 };
+            let near = (1 - 2 * q_max..2 * q_max, -1i32..=1).prop_map(move |(halves, ulps)| {
+                let half = halves as f32 / 2.0 * scale;
+                if halves == 0 { half } else { f32::from_bits(half.to_bits().wrapping_add_signed(ulps)) }
+            });
+            many(near.boxed()).prop_map(move |mut block| {
+                block[5] = q_max as f32 * scale;
+                block
+            })
         }),
         // Nothing but denormals.
         many(any::<u32>().prop_map(|m| f32::from_bits(m & 0x807f_ffff)).boxed()),
@@ -58,22 +61,15 @@ fn block() -> impl Strategy<Value = Vec<f32>> {
         many(
             (0u32..0x90_0000, sign()).prop_map(|(less, sign)| sign * f32::from_bits(LARGEST.to_bits() - less)).boxed()
         ),
-        // A largest element whose scale is just below, at or above 2^-100, of which smaller ones are sent as zeros.
-        (any::<bool>(), -3i32..=3, 0..BLOCK, many((-1.0f32..1.0).boxed())).prop_map(|(narrow, ulps, at, mut block)| {
-            let largest = (if narrow { 7.0 } else { 127.0f32 }) * 2.0f32.powi(-100);
-            block.iter_mut().for_each(|x| *x *= largest * 0.9);
-            block[at] = f32::from_bits(largest.to_bits().wrapping_add_signed(ulps));
-            block
-        }),
-        // A largest element whose scale is just below, at or above a bf16.
-        (0x30_00u16..0x60_00, any::<bool>(), -2i32..=2, many((-1.0f32..1.0).boxed())).prop_map(
-            |(scale, narrow, ulps, mut block)| {
+        // A largest element whose scale is just below, at or above a bf16; often one of those around 2^-100 (0x0d80),
+        // below which a block is sent as zeros.
+        (prop_oneof![0x0d7eu16..=0x0d80, 0x3000u16..0x6000], any::<bool>(), -2i32..=2, many((-1.0f32..1.0).boxed()))
+            .prop_map(|(scale, narrow, ulps, mut block)| {
                 let largest = (if narrow { 7.0 } else { 127.0f32 }) * f32::from_bits(u32::from(scale) << 16);
                 block.iter_mut().for_each(|x| *x *= largest * 0.9);
                 block[77] = f32::from_bits(largest.to_bits().wrapping_add_signed(ulps));
                 block
-            }
-        ),
+            }),
     ]
 }
 

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::inputs::{Chance, gradient_and_residual};
 use super::*;
+use crate::codec::layout::Planes;
 
 /// Where the planes of a payload begin: scales at 0, then bitmaps, then values.
 fn planes(codec: Codec, elements: usize) -> (usize, usize) {
@@ -24,6 +25,10 @@ fn check(codec: Codec, tail: usize, block: usize, what: &str, spoil: impl Fn(&mu
     assert!(Payload::new(codec, elements, &payload[..]).is_ok(), "the control: {codec}");
     let (bitmap, values) = planes(codec, elements);
     spoil(&mut payload, bitmap, values);
+    for level in Level::available() {
+        let fault = level.fault(codec, Planes::of(codec, &payload, elements), elements);
+        assert_eq!(fault, Some((block, what)), "{codec} at {level} with a tail of {tail}");
+    }
     match Payload::new(codec, elements, &payload[..]) {
         Err(PayloadError::Value { codec: of, block: at, what: found }) => {
             assert_eq!((of, at, found), (codec, block, what), "{codec} with a tail of {tail}");
@@ -101,7 +106,7 @@ fn values_under_a_scale_of_zero_are_refused() {
     for codec in [Codec::Int8, Codec::Int4] {
         for block in 0..4 {
             check(codec, 10, block, "values without a scale", |payload, _, _| {
-                payload[2 * block..2 * block + 2].fill(0)
+                payload[2 * block..2 * block + 2].fill(0);
             });
         }
     }
@@ -190,15 +195,23 @@ fn a_number_that_is_not_finite_is_refused() {
         for bits in [0x7f80u16, 0xff80, 0x7fc1, 0xffff] {
             let [low, high] = bits.to_le_bytes();
             check(Codec::Fp32, 5, at / 128, what, |payload, _, _| {
-                payload[4 * at + 2..][..2].copy_from_slice(&[low, high])
+                payload[4 * at + 2..][..2].copy_from_slice(&[low, high]);
             });
             check(Codec::Bf16, 5, at / 128, what, |payload, _, _| payload[2 * at..][..2].copy_from_slice(&[low, high]));
         }
     }
 }
 
-/// Decodes at every level what is not refused: one result, and it is finite.
+/// Decodes at every level what is not refused: one result, and it is finite. Every level refuses the same.
 fn decode_or_refuse(codec: Codec, elements: usize, bytes: &[u8]) -> Result<bool, TestCaseError> {
+    if bytes.len() == codec.payload_bytes(elements) {
+        let planes = Planes::of(codec, bytes, elements);
+        let expected = Level::PORTABLE.fault(codec, planes, elements);
+        for level in Level::available() {
+            prop_assert_eq!(level.fault(codec, planes, elements), expected, "{} at {}", codec, level);
+        }
+        prop_assert_eq!(Payload::new(codec, elements, bytes).is_ok(), expected.is_none());
+    }
     let Ok(payload) = Payload::new(codec, elements, bytes) else { return Ok(false) };
     let mut first: Option<Vec<u32>> = None;
     for level in Level::available() {

@@ -8,6 +8,7 @@ use compression::Codec;
 use super::*;
 use crate::data::exchange::Group;
 use crate::data::{Gradient, GradientStream, Parameter, Plan};
+use crate::note::Note;
 use crate::transport::channel::{ChannelTransport, network};
 
 const RANKS: usize = 3;
@@ -168,4 +169,54 @@ fn a_mark_says_what_a_rank_waits_for() {
     });
 }
 
-use crate::note::Note;
+#[test]
+fn ranks_time_their_links_and_go_on_as_if_nothing_had_been() {
+    let ranks = streams(Codec::Int8);
+    std::thread::scope(|scope| {
+        for (rank, (stream, _)) in ranks.iter().enumerate() {
+            scope.spawn(move || {
+                let engine = stream.engine().expect("several ranks");
+                let before = engine.progress().mark().count;
+                let rate = engine.link_bytes_per_s().expect("all ranks are there");
+                assert!(rate > 0.0 && rate.is_finite(), "{rate}");
+                // Every part of it counts as progress, so that a slow link is no stall.
+                assert!(engine.progress().mark().count >= before + 32);
+                step(stream, rank, 1).expect("all ranks are there");
+                assert_eq!(engine.gather(vec![1.0]), Ok(vec![vec![1.0]; RANKS]));
+            });
+        }
+    });
+}
+
+#[test]
+fn a_rank_that_is_lost_in_the_burst_is_named_with_what_was_missing() {
+    let ranks = streams(Codec::Int8);
+    let engine = ranks[0].0.engine().expect("several ranks");
+    let events = engine.events.clone();
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| engine.link_bytes_per_s().expect_err("rank 2 is gone").to_string());
+        // The others are at the burst but send none of it.
+        for from in [1, 2] {
+            let bytes = Note::Values(Vec::new()).write(1, 0);
+            events.send(Event::Incoming(Incoming::Message { from, bytes })).expect("alive");
+        }
+        let filler = Note::Filler.write(1, 0);
+        events.send(Event::Incoming(Incoming::Message { from: 2, bytes: filler })).expect("alive");
+        while !engine.progress().mark().text.contains("rank 2's burst, of which 1 of 32 parts are here") {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let lost = Incoming::Lost { rank: 2, why: "the connection was closed".into() };
+        events.send(Event::Incoming(lost)).expect("alive");
+        let error = waits.join().expect("no panic");
+        assert!(error.contains("rank 2 is lost: the connection was closed; this rank waited for rank 2's burst"), "{error}");
+    });
+    // A part that nobody waits for is an error with its sender's name.
+    let ranks = streams(Codec::Int8);
+    let stream = &ranks[0].0;
+    let events = stream.engine().expect("several ranks").events.clone();
+    stream.begin(1, 1);
+    let bytes = Note::Filler.write(1, 0);
+    events.send(Event::Incoming(Incoming::Message { from: 1, bytes })).expect("alive");
+    let error = stream.finish(ballot(0)).map(|_| ()).expect_err("not from the rank before").to_string();
+    assert!(error.contains("rank 1, step 1: note 0 of a burst, expected note 0 of 32 from rank 2"), "{error}");
+}

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use super::burst::Burst;
-use super::{EngineError, Event, Reply, Settled};
+use super::packing::Packing;
+use super::{EngineError, Event, Packed, Reply, Settled};
 use crate::data::exchange::{Exchange, Group, Outgoing, Vote};
 use crate::frame::{HEADER_BYTES, PAYLOAD_BYTES_MAX};
 use crate::note::{Ballot, Note, is_note};
@@ -44,6 +45,7 @@ pub(super) struct Work {
     round: u64,
     burst: Burst,
     bursting: bool,
+    packing: Option<Packing>,
     encode_s: f64,
     first_encode: Option<Instant>,
     fault: Option<EngineError>,
@@ -80,6 +82,7 @@ impl Work {
             round: 0,
             burst: Burst::new(group),
             bursting: false,
+            packing: None,
             encode_s: 0.0,
             first_encode: None,
             fault: None,
@@ -148,6 +151,10 @@ impl Work {
                 let waited = self.waits().then(|| self.missing()).flatten();
                 Err(EngineError::Lost { rank, step: self.step, why, waited })
             }
+            Event::Pack(packing) => {
+                self.packing = Some(*packing);
+                Ok(())
+            }
             Event::Abort(why) => Err(EngineError::Aborted(why)),
             Event::Quit => Ok(()),
         }
@@ -155,6 +162,9 @@ impl Work {
 
     fn begin(&mut self, step: u64) -> Result<(), EngineError> {
         lock(&self.exchange).begin(step);
+        if let Some(packing) = &mut self.packing {
+            packing.begin(step);
+        }
         self.step = step;
         self.open = true;
         self.ballots.fill(None);
@@ -170,8 +180,8 @@ impl Work {
     fn bucket(&mut self, bucket: usize, values: Vec<f32>) {
         let start = Instant::now();
         self.first_encode.get_or_insert(start);
-        let (transport, handed) = (&*self.transport, &*self.handed);
-        lock(&self.exchange).give(bucket, values, &mut |out| hand(transport, handed, out));
+        let (transport, handed, packing) = (&*self.transport, &*self.handed, &mut self.packing);
+        lock(&self.exchange).give(bucket, values, &mut |out| hand(transport, handed, packing, out));
         self.encode_s += start.elapsed().as_secs_f64();
         self.progress.advance();
     }
@@ -184,8 +194,8 @@ impl Work {
         if !self.open || frame_step(&bytes) == step + 1 {
             return self.keep(from, bytes);
         }
-        let (transport, handed) = (&*self.transport, &*self.handed);
-        lock(&self.exchange).receive(from, &bytes, &mut |out| hand(transport, handed, out))?;
+        let (transport, handed, packing) = (&*self.transport, &*self.handed, &mut self.packing);
+        lock(&self.exchange).receive(from, &bytes, &mut |out| hand(transport, handed, packing, out))?;
         self.progress.advance();
         Ok(())
     }
@@ -258,7 +268,12 @@ impl Work {
                 self.own = None;
                 self.open = false;
                 let (encode_s, first_encode) = (self.encode_s, self.first_encode);
-                let settled = Settled { verdict, ballots, encode_s, first_encode, last_decode, buffers };
+                let (packed_buckets, changes) = match &mut self.packing {
+                    Some(packing) => (packing.packed(), packing.take_changes()),
+                    None => (0, Vec::new()),
+                };
+                let packed = Packed { buckets: packed_buckets, changes };
+                let settled = Settled { verdict, ballots, encode_s, first_encode, last_decode, buffers, packed };
                 self.progress.waits_for(None);
                 return self.reply(Reply::Settled(Box::new(settled)));
             }
@@ -315,8 +330,12 @@ impl Work {
     }
 }
 
-fn hand(transport: &dyn Transport, handed: &AtomicU64, out: Outgoing) {
-    transport.send(out.to, out.frame);
+fn hand(transport: &dyn Transport, handed: &AtomicU64, packing: &mut Option<Packing>, out: Outgoing) {
+    let frame = match packing {
+        Some(packing) => packing.pack(out.bucket, out.frame),
+        None => out.frame,
+    };
+    transport.send(out.to, frame);
     handed.fetch_add(1, Ordering::SeqCst);
 }
 

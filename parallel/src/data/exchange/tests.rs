@@ -4,6 +4,7 @@ use compression::ledger::{Exact, lost};
 use proptest::prelude::*;
 
 use super::*;
+use crate::data::Parameter;
 
 fn plan() -> Arc<Plan> {
     let parameter = |name: &str, shape: &[usize]| Parameter { name: name.into(), shape: shape.to_vec() };
