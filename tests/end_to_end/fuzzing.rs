@@ -1,5 +1,5 @@
-//! The fuzz targets of `tests/fuzz` as ordinary tests: the corpus, and seeded mutations of it. `docs/testing.md` has the
-//! commands that run libFuzzer.
+//! The fuzz targets of `tests/fuzz` as ordinary tests: the corpus, and seeded mutations of it. `docs/testing.md` has
+//! the commands that run libFuzzer.
 
 use std::path::Path;
 

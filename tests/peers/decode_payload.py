@@ -9,8 +9,8 @@ Needs Python 3 and nothing else. Reads a JSON object a line; floats are numbers 
   {"codec", "y", "payload": null}             y cannot be sent
   {"codec", "elements", "bytes", "decoded"}   what bytes decode to, or null where they are refused
 
-Fails at the first line on which this encoder or this decoder differs in a bit, and when the lines leave one of the page's
-rules untried. `--wrong tie`, `--wrong up`, `--wrong nibble` and `--wrong tail` break one rule each: the control.
+Fails at the first line on which this encoder or this decoder differs in a bit, and when the lines leave one of the
+page's rules untried. `--wrong tie`, `--wrong up`, `--wrong nibble` and `--wrong tail` break one rule each: the control.
 """
 import collections
 import json

@@ -13,7 +13,7 @@ use burn::Tensor;
 use burn::tensor::DType;
 use thiserror::Error;
 
-use super::engine::{Engine, EngineError};
+use super::engine::{Engine, EngineError, Packed};
 use super::exchange::{Exchange, Verdict};
 use super::plan::Plan;
 use crate::note::Ballot;
@@ -89,6 +89,8 @@ struct State {
     missing: Vec<usize>,
     micro_batch: usize,
     micro_batches: usize,
+    /// What zstd served in the last step.
+    packed: Packed,
     /// A copy of each complete bucket, where somebody wants it.
     own: Option<Vec<Vec<f32>>>,
     /// Buckets in the order in which they became complete.
@@ -157,6 +159,7 @@ impl GradientStream {
             missing: vec![0; plan.buckets().len()],
             micro_batch: 0,
             micro_batches: 0,
+            packed: Packed::default(),
             own: None,
             complete: Vec::with_capacity(plan.buckets().len()),
             fault: None,
@@ -181,6 +184,12 @@ impl GradientStream {
     #[must_use]
     pub const fn plan(&self) -> &Arc<Plan> {
         &self.plan
+    }
+
+    /// What zstd served in the last finished step.
+    #[must_use]
+    pub fn packed(&self) -> Packed {
+        self.lock().packed.clone()
     }
 
     /// The way to the other ranks; `None` with one.
@@ -272,6 +281,7 @@ impl GradientStream {
         }
         let settled = engine.settle(ballot)?;
         state.buffers = settled.buffers;
+        state.packed = settled.packed;
         let timing = Timing {
             encode_s: settled.encode_s,
             wait_s: start.elapsed().as_secs_f64(),

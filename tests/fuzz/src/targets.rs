@@ -4,8 +4,8 @@
 //! calls the `_with` functions with something wrong, and sees that it is noticed.
 //!
 //! What is written has margins that must stay as they are, and what is read is exactly as long as it says: libFuzzer's
-//! address sanitizer sees a byte read behind it. Memory is bounded: checking and decoding a payload take none, reading a
-//! frame at most [`PAYLOAD_BYTES_MAX`], which `-malloc_limit_mb` watches over.
+//! address sanitizer sees a byte read behind it. Memory is bounded: checking and decoding a payload take none, reading
+//! a frame at most [`PAYLOAD_BYTES_MAX`], which `-malloc_limit_mb` watches over.
 
 use compression::codec::{TOO_LARGE, reduce};
 use compression::{BLOCK, Codec, Found, Level, Part, Payload, Stores};
@@ -29,8 +29,8 @@ pub const FIT: u8 = 0x80;
 
 /// Any bytes as a payload. Byte 0 is the codec and [`FIT`], bytes 1 and 2 the number of elements, the rest the payload.
 ///
-/// It is refused, or decodes to the same finite values with all instructions, which added to a sum give the same sum, and
-/// which can be encoded again. Nothing is written for a payload that is refused: there is nowhere to write yet.
+/// It is refused, or decodes to the same finite values with all instructions, which added to a sum give the same sum,
+/// and which can be encoded again. Nothing is written for a payload that is refused: there is nowhere to write yet.
 pub fn payload(data: &[u8]) -> Seen {
     payload_with(data, |payload, level, stores, out| payload.decode_with(level, stores, out))
 }
@@ -74,8 +74,8 @@ pub fn payload_with(data: &[u8], decode: impl Fn(&Payload<&[u8]>, Level, Stores,
     Seen::Taken
 }
 
-/// Any bytes as gradient and residual. Byte 0 is the codec; then come a gradient and its residual, an f32 each, for each
-/// element.
+/// Any bytes as gradient and residual. Byte 0 is the codec; then come a gradient and its residual, an f32 each, for
+/// each element.
 ///
 /// The input cannot be sent, or has the same payload and the same rest with all instructions: a payload that is not
 /// refused and that, with the rest, is the input bit for bit.
@@ -133,8 +133,8 @@ fn check_encode(codec: Codec, gradient: &[f32], residual: &[f32], encode: impl E
 
 /// Any bytes as a frame, and the same bytes with the checksum that they should have: else it would hide the rest.
 ///
-/// It is refused, or has a payload of the length that it says, at most [`PAYLOAD_BYTES_MAX`], and is what its header and
-/// its payload are written as; packed by zstd it is only read as the same again.
+/// It is refused, or has a payload of the length that it says, at most [`PAYLOAD_BYTES_MAX`], and is what its header
+/// and its payload are written as; packed by zstd it is only read as the same again.
 pub fn frame(data: &[u8]) -> Seen {
     frame_with(data, read)
 }
@@ -210,8 +210,8 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
-/// A slice with something before and behind it that must not change. It starts on a multiple of 64 bytes where stores past
-/// the caches ask for that, else one item behind.
+/// A slice with something before and behind it that must not change. It starts on a multiple of 64 bytes where stores
+/// past the caches ask for that, else one item behind.
 struct Margins<T> {
     all: Vec<T>,
     start: usize,

@@ -220,3 +220,32 @@ fn a_rank_that_is_lost_in_the_burst_is_named_with_what_was_missing() {
     let error = stream.finish(ballot(0)).map(|_| ()).expect_err("not from the rank before").to_string();
     assert!(error.contains("rank 1, step 1: note 0 of a burst, expected note 0 of 32 from rank 2"), "{error}");
 }
+
+#[test]
+fn zstd_changes_no_bit_of_any_sum_and_says_what_it_serves_and_why() {
+    let sums = |link_bytes_per_s: Option<f64>| -> Vec<(Vec<Vec<u32>>, usize, Vec<String>)> {
+        let ranks = streams(Codec::Int8);
+        std::thread::scope(|scope| {
+            let run = |(rank, (stream, _)): (usize, &(GradientStream, Aborter))| {
+                if let Some(rate) = link_bytes_per_s {
+                    stream.engine().expect("several ranks").pack(rate).expect("memory");
+                }
+                let (mut sums, mut reasons) = (Vec::new(), Vec::new());
+                // Past the first trial of every bucket.
+                for number in 60..72 {
+                    sums.push(step(stream, rank, number).expect("all ranks are there"));
+                    reasons.extend(stream.packed().changes.into_iter().map(|change| change.decision.reason));
+                }
+                (sums, stream.packed().buckets, reasons)
+            };
+            let threads: Vec<_> = ranks.iter().enumerate().map(|rank| scope.spawn(move || run(rank))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        })
+    };
+    let (plain, packed) = (sums(None), sums(Some(1.0)));
+    for ((plain, none, silent), (packed, buckets, reasons)) in plain.iter().zip(&packed) {
+        assert!(plain == packed, "the same bits");
+        assert!(*none == 0 && silent.is_empty());
+        assert!(*buckets > 0 && reasons.iter().all(|reason| reason.contains("zstd")), "{buckets} {reasons:?}");
+    }
+}
