@@ -56,7 +56,7 @@ at_end = false
 "#;
 
 /// Trains, and returns for every rank the hashes of its parameters after every step, each with the step's number.
-fn hashes(place: &Place, ranks: usize, name: &str, faults: &str, more: &[&str]) -> (Ran, Vec<Vec<String>>) {
+pub fn hashes(place: &Place, ranks: usize, name: &str, faults: &str, more: &[&str]) -> (Ran, Vec<Vec<String>>) {
     let folder = place.path(&format!("hashes-{name}"));
     std::fs::create_dir_all(&folder).expect("writable");
     let ran = place.train_with(&format!("{faults},hashes:{}", folder.display()), name, more);
@@ -81,7 +81,7 @@ static UNDISTURBED: LazyLock<(Place, Vec<Vec<String>>)> = LazyLock::new(|| {
 
 /// The same losses, evaluations and norms to the last digit, and the same end.
 #[track_caller]
-fn same(place: &Place, [a, b]: [&str; 2]) {
+pub fn same(place: &Place, [a, b]: [&str; 2]) {
     assert_eq!(place.curve(a), place.curve(b));
     for key in ["status", "step", "loss", "parameter_hash", "held_out_bits_per_byte", "tokens"] {
         assert_eq!(place.summary(a)[key], place.summary(b)[key], "{key}");
@@ -94,7 +94,7 @@ fn checkpoint(place: &Place, run: &str, step: u64) -> Checkpoint {
 }
 
 /// Every tensor of a checkpoint by name: parameters, moments, residuals.
-fn tensors(checkpoint: &Checkpoint) -> Vec<(String, Vec<u32>)> {
+pub fn tensors(checkpoint: &Checkpoint) -> Vec<(String, Vec<u32>)> {
     let read = |(name, entry): (&String, &checkpoint::manifest::TensorEntry)| {
         let mut values = vec![0.0f32; entry.shape.iter().product()];
         checkpoint.tensor(name, &entry.shape, &mut values).expect("whole");

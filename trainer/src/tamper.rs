@@ -30,6 +30,8 @@ pub struct Tamper {
     pub forget_owner: bool,
     /// What every rank believes to be the rate of its link.
     pub link_bytes_per_s: Option<f64>,
+    /// What every rank believes that its steps take.
+    pub step_s: Option<f64>,
     /// Gradients and sums of every step are written below this folder.
     record: Option<PathBuf>,
     /// The hash of the parameters after every step is written below this folder.
@@ -38,7 +40,7 @@ pub struct Tamper {
 
 impl Tamper {
     /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,fail:1:4,no-feedback,forget-owner,link:1e6,
-    /// record:DIR,hashes:DIR`. What it does not know it refuses.
+    /// step:0.5,record:DIR,hashes:DIR`. What it does not know it refuses.
     ///
     /// # Errors
     /// The first item that is none.
@@ -50,6 +52,7 @@ impl Tamper {
                 let (rank, step) = rest.split_once(':')?;
                 Some((rank.parse().ok()?, step.parse().ok()?))
             };
+            let number = || rest.parse().map_err(|_| format!("expected a number: {item}"));
             match (kind, place()) {
                 ("nan", Some(place)) => tamper.nan.push(place),
                 ("pulse", Some(place)) => tamper.pulse.push(place),
@@ -58,7 +61,8 @@ impl Tamper {
                 ("fail", Some(place)) => tamper.fail.push(place),
                 ("no-feedback", None) => tamper.no_feedback = true,
                 ("forget-owner", None) => tamper.forget_owner = true,
-                ("link", None) => tamper.link_bytes_per_s = Some(rest.parse().map_err(|_| format!("no rate: {item}"))?),
+                ("link", None) => tamper.link_bytes_per_s = Some(number()?),
+                ("step", None) => tamper.step_s = Some(number()?),
                 ("record", None) => tamper.record = Some(rest.into()),
                 ("hashes", None) => tamper.hashes = Some(rest.into()),
                 _ => return Err(format!("no such fault: {item}")),

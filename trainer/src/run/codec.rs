@@ -191,7 +191,7 @@ impl Run {
             codecs.course.chosen = Some(Chosen { codec, step });
         }
         if let Some(calibration) = codecs.calibration.as_mut().filter(|_| !report.skipped) {
-            calibration.step(report.step_s - report.wait_s, report.window_s);
+            calibration.step(self.tamper.step_s.unwrap_or(report.step_s - report.wait_s), report.window_s);
         }
     }
 
