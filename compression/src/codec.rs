@@ -103,8 +103,8 @@ impl Codec {
     }
 
     /// Encodes `y = (values + residual) + 0.0` into `payload`; `values` becomes what is left out:
-    /// `decode(payload) + left == y`, bit for bit. The slices start on a block border of their tensor. A large payload is
-    /// written past the caches if it lies on a multiple of 64 bytes. Nothing is allocated.
+    /// `decode(payload) + left == y`, bit for bit. The slices start on a block border of their tensor. The values of a
+    /// large payload are written past the caches if they lie on a multiple of 64 bytes. Nothing is allocated.
     ///
     /// What is left takes the place of the gradient, which is needed no more, and the old residual stays as it was. So a
     /// step that is skipped leaves no trace, and a step that counts makes the one buffer the residual and the other the

@@ -34,8 +34,8 @@ pub enum PayloadError {
     },
 }
 
-/// The payload of some elements. Whoever has one knows that its codec's encoder could have written it, so decoding
-/// cannot fail. `B` holds the bytes: a slice, or whatever shares them.
+/// The payload of some elements. Whoever has one knows that it was checked: decoding cannot fail, and every element is
+/// finite. `B` holds the bytes: a slice, or whatever shares them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Payload<B> {
     codec: Codec,
