@@ -118,12 +118,7 @@ pub fn choose(facts: &Facts) -> Choice {
 }
 
 /// The step with one codec.
-fn predict<'a>(
-    facts: &Facts,
-    codec: Codec,
-    first: &Speed,
-    speed: impl Fn(Codec) -> Option<&'a Speed>,
-) -> Prediction {
+fn predict<'a>(facts: &Facts, codec: Codec, first: &Speed, speed: impl Fn(Codec) -> Option<&'a Speed>) -> Prediction {
     // Elements that travel in another codec than this one are few, and are counted at its speed.
     let second = speed(codec.second_stage()).unwrap_or(first);
     let n = facts.ranks as f64;
@@ -168,8 +163,7 @@ fn bits(codec: Codec) -> f64 {
 
 /// A number of seconds that can be added and compared.
 fn seconds(measured: f64) -> f64 {
-    // `max` and `min` leave no NaN.
-    measured.max(0.0).min(SECONDS_MAX)
+    if measured > 0.0 { measured.min(SECONDS_MAX) } else { 0.0 }
 }
 
 fn reason(facts: &Facts, predictions: &[Prediction], chosen: Prediction, shortest: Prediction) -> String {

@@ -161,7 +161,8 @@ mod tests {
     use super::*;
 
     fn notes() -> [Note; 4] {
-        let ballot = Ballot { finite: true, stop: false, busy: true, loss: 0.1, parameters: Some([7; 32]), codec: None };
+        let ballot =
+            Ballot { finite: true, stop: false, busy: true, loss: 0.1, parameters: Some([7; 32]), codec: None };
         let chosen = Ballot { parameters: None, codec: Some(Codec::Int4), ..ballot };
         [
             Note::Ballot(ballot),

@@ -99,7 +99,10 @@ fn auto_measures_decides_for_all_ranks_at_one_step_and_says_why() {
             assert!(chosen["predictions"][candidate].as_f64() > Some(0.0), "{chosen}");
         }
         let kept = checkpoint(&place, run, 20).state()["compression"].clone();
-        assert_eq!((&kept["codec"], &kept["chosen"]["codec"], &kept["chosen"]["step"]), (&codec.into(), &codec.into(), &6.into()));
+        assert_eq!(
+            (&kept["codec"], &kept["chosen"]["codec"], &kept["chosen"]["step"]),
+            (&codec.into(), &codec.into(), &6.into())
+        );
     }
     // A link over loopback that nobody forges: some candidate, and all agree.
     let (ran, hashes) = hashes(&place, 2, "loopback", "", &[]);
@@ -151,7 +154,8 @@ fn from_int8_to_fp32_what_was_left_out_is_sent_with_the_first_step_that_counts()
     assert!(some > all / 4, "{some} of {all}");
     let fp32 = ["--resume", "--set", "compression.codec=fp32"];
     // Step 10 is skipped: nothing was sent, and the checkpoint has all of it still.
-    let said = place.train_with("nan:1:10", "a", &[&fp32[..], &["--set", "train.stop_at_step=10"]].concat()).ok().stderr;
+    let said =
+        place.train_with("nan:1:10", "a", &[&fp32[..], &["--set", "train.stop_at_step=10"]].concat()).ok().stderr;
     assert!(said.contains("compression.codec: the run has \"int8\", the recipe says \"fp32\""), "{said}");
     let (before, after) = (tensors(&checkpoint(&place, "a", 9)), tensors(&checkpoint(&place, "a", 10)));
     assert!(before == after, "a skipped step changes nothing, and residuals are kept until they are sent");

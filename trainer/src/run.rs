@@ -307,7 +307,7 @@ impl Run {
             stop: self.stop.asked(),
             busy: !self.writer.ready(next),
             parameters: compare.then(|| *self.state.parameter_hash(&self.config).as_bytes()),
-            codec: self.codecs.as_mut().and_then(|codecs| codecs.to_say(rank)),
+            codec: self.codecs.as_mut().and_then(|codecs| codecs.take_word(rank)),
         }
     }
 

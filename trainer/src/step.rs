@@ -238,7 +238,10 @@ impl Stepper {
             wait_s: finished.timing.wait_s,
             overlap,
             wire: self.stream.counted(),
-            window_s: finished.timing.span.map_or(0.0, |(first, _)| exposed.saturating_duration_since(first).as_secs_f64()),
+            window_s: finished
+                .timing
+                .span
+                .map_or(0.0, |(first, _)| exposed.saturating_duration_since(first).as_secs_f64()),
             codec_chosen: ballots[0].codec,
             step_s: start.elapsed().as_secs_f64(),
         })

@@ -120,7 +120,7 @@ impl Codecs {
     }
 
     /// What rank 0 says in its next ballot, once.
-    pub(super) fn to_say(&mut self, rank: usize) -> Option<Codec> {
+    pub(super) fn take_word(&mut self, rank: usize) -> Option<Codec> {
         let codec = self.heard.as_ref().filter(|_| rank == 0 && !self.said).and_then(chosen_codec)?;
         self.said = true;
         Some(codec)
@@ -145,9 +145,12 @@ impl Codecs {
     /// The predictions that go with a choice of this process.
     fn predictions(&self, now: &Now) -> Value {
         match (&self.heard, now.why) {
-            (Some(heard), Why::Chosen(_)) => {
-                heard.predictions.iter().map(|one| (one.codec.clone(), json!(one.step_s))).collect::<serde_json::Map<_, _>>().into()
-            }
+            (Some(heard), Why::Chosen(_)) => heard
+                .predictions
+                .iter()
+                .map(|one| (one.codec.clone(), json!(one.step_s)))
+                .collect::<serde_json::Map<_, _>>()
+                .into(),
             _ => Value::Null,
         }
     }
@@ -240,7 +243,8 @@ mod tests {
     #[test]
     fn the_warm_up_is_int8_for_codecs_of_fewer_bits_and_no_others() {
         use Codec::{Bf16, Fp32, Int4, Int8, Sparse24Int4, Sparse24Int8};
-        let table = [(Fp32, Fp32), (Bf16, Bf16), (Int8, Int8), (Sparse24Int8, Int8), (Int4, Int8), (Sparse24Int4, Int8)];
+        let table =
+            [(Fp32, Fp32), (Bf16, Bf16), (Int8, Int8), (Sparse24Int8, Int8), (Int4, Int8), (Sparse24Int4, Int8)];
         for (codec, first) in table {
             let course = course(CodecChoice::Fixed(codec), 3, None);
             let codecs: Vec<Codec> = (1..=6).map(|step| course.at(step).codec).collect();
@@ -268,10 +272,10 @@ mod tests {
     fn rank_0_says_what_it_heard_once_and_no_other_rank_says_it() {
         let message = |codec: &str| Message { codec: codec.into(), reason: "so".into(), predictions: Vec::new() };
         let mut codecs = Codecs::new(Compression { codec: CodecChoice::Auto, warmup_steps: 0 }, None);
-        assert_eq!(codecs.to_say(0), None);
+        assert_eq!(codecs.take_word(0), None);
         codecs.heard = Some(message("int4"));
-        assert_eq!(codecs.to_say(1), None);
-        assert_eq!((codecs.to_say(0), codecs.to_say(0)), (Some(Codec::Int4), None));
+        assert_eq!(codecs.take_word(1), None);
+        assert_eq!((codecs.take_word(0), codecs.take_word(0)), (Some(Codec::Int4), None));
         for no in ["int3", "sparse24-int4", "auto", ""] {
             assert_eq!(chosen_codec(&message(no)), None, "{no}");
         }

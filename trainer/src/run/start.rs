@@ -90,7 +90,8 @@ pub fn train(request: Request) -> Result<Left> {
             return Err(error);
         }
     };
-    let parts = Parts { request, started, stop, ready, begun, stepper, writer, books: Some(books), group: None, codecs: None };
+    let parts =
+        Parts { request, started, stop, ready, begun, stepper, writer, books: Some(books), group: None, codecs: None };
     let mut run = parts.run();
     work(&mut run, Some(&folder))
 }

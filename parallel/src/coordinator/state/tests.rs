@@ -7,7 +7,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::wire::control::{
-    CodecChoice, CodecElements, CodecFacts, CodecSpeed, Committed, Held, Holds, Leaving, Lost, Mark, Part, Peer, Prepared, Property, Seen, Settled, Start,
+    CodecChoice, CodecElements, CodecFacts, CodecSpeed, Committed, Held, Holds, Leaving, Lost, Mark, Part, Peer,
+    Prepared, Property, Seen, Settled, Start,
 };
 
 const PEER_TIMEOUT: Duration = Duration::from_secs(2);

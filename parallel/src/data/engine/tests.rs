@@ -208,7 +208,10 @@ fn a_rank_that_is_lost_in_the_burst_is_named_with_what_was_missing() {
         let lost = Incoming::Lost { rank: 2, why: "the connection was closed".into() };
         events.send(Event::Incoming(lost)).expect("alive");
         let error = waits.join().expect("no panic");
-        assert!(error.contains("rank 2 is lost: the connection was closed; this rank waited for rank 2's burst"), "{error}");
+        assert!(
+            error.contains("rank 2 is lost: the connection was closed; this rank waited for rank 2's burst"),
+            "{error}"
+        );
     });
     // A part that nobody waits for is an error with its sender's name.
     let ranks = streams(Codec::Int8);
