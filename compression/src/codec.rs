@@ -53,8 +53,8 @@ pub enum Codec {
 pub enum Found {
     /// Every element can be sent.
     Finite,
-    /// An element is NaN, infinite, or at least 2^126: the payload and the residual are not to be used, the step is to
-    /// be skipped by all.
+    /// An element is NaN, infinite, or at least 2^126: neither the payload nor what became of the values is to be used,
+    /// and the step is to be skipped by all. The old residual is as it was.
     NonFinite,
 }
 

@@ -106,6 +106,8 @@ impl Level {
         residual: &[f32],
         out: PlanesMut<'_>,
     ) -> Found {
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = stores;
         let whole = values.len() / BLOCK * BLOCK;
         let (values, tail) = values.split_at_mut(whole);
         let (residual, tail_residual) = residual.split_at(whole);
@@ -144,6 +146,8 @@ impl Level {
     }
 
     pub(crate) fn decode(self, codec: Codec, stores: Stores, planes: Planes<'_>, out: &mut [f32]) {
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = stores;
         let whole = out.len() / BLOCK * BLOCK;
         let (planes, tail) = planes.split_at(codec, whole);
         let (out, tail_out) = out.split_at_mut(whole);

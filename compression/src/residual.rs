@@ -8,8 +8,8 @@
 //!
 //! Memory: [`Codec::encode`](crate::Codec::encode) replaces a gradient by what it left out, so a sender has its gradient's
 //! buffer and one more of 4 bytes an element; the two change places when a step counts. An owner has two of 4 bytes for
-//! each element that it owns. So N ranks need 4 + 8 / N bytes an element each, beside the gradient. All of it is
-//! released while tensors travel in a codec that leaves nothing out.
+//! each element that it owns. So N ranks need 4 + 8 / N bytes an element each, beside the gradient. A bucket in which nothing
+//! travels in a lossy codec needs 4 / N: the place of its sums.
 
 use thiserror::Error;
 
@@ -60,11 +60,17 @@ pub enum ResidualError {
         /// What is wrong.
         error: RegionError,
     },
-    /// One side remembers an element twice.
-    #[error("{side:?}: element {element} of the tensor is remembered twice")]
+    /// One side remembers an element twice, or two of the new owners have it.
+    #[error("{side:?}: element {element} of the tensor is there twice")]
     Twice {
         /// Whose.
         side: Side,
+        /// Its place in the whole tensor, row-major.
+        element: usize,
+    },
+    /// No new owner has an element.
+    #[error("element {element} of the tensor has no owner: what was left out of it would be lost")]
+    Missing {
         /// Its place in the whole tensor, row-major.
         element: usize,
     },
@@ -83,10 +89,11 @@ impl Residual {
 
 /// What the owners of `regions` remember when the mesh changes: for each element what its owner remembered, plus what
 /// the senders did, in the order of their ranks. Senders start at zero. What an addition rounded away is handed to
-/// `rounded`, which a proof enters in its ledger.
+/// `rounded`, which a proof enters in its ledger. Memory: 8 bytes an element of the tensor, beside what is returned.
 ///
 /// # Errors
-/// A residual or a region that does not fit a tensor of this shape, or an element that one side remembers twice.
+/// A residual or a region that does not fit a tensor of this shape, an element that one side remembers twice, or regions
+/// that are not the whole tensor once.
 pub fn recut(
     shape: &[usize],
     residuals: &[Residual],
@@ -97,20 +104,32 @@ pub fn recut(
     let outside = |error| ResidualError::Region { side: owner, error };
     residuals.iter().try_for_each(|residual| residual.check(shape))?;
     regions.iter().try_for_each(|region| region.check(shape).map_err(outside))?;
+    let n = elements(shape).map_err(outside)?;
     let mut order: Vec<&Residual> = residuals.iter().collect();
     order.sort_by_key(|residual| residual.side);
-    let n = elements(shape).map_err(outside)?;
-    let (mut folded, mut seen) = (vec![0.0f32; n], vec![None; n]);
-    for Residual { side, region, values } in order {
-        let places = region.runs(shape).flatten();
-        for (element, value) in places.zip(values) {
-            if seen[element] == Some(*side) {
+    let (mut folded, mut seen) = (vec![0.0f32; n], vec![0u32; n]);
+    let mut sides = 0;
+    for (at, Residual { side, region, values }) in order.iter().enumerate() {
+        // Sides come one after the other, so that the number of the last one that had an element is enough.
+        sides += u32::from(at == 0 || order[at - 1].side != *side);
+        for (element, value) in region.runs(shape).flatten().zip(values) {
+            if seen[element] == sides {
                 return Err(ResidualError::Twice { side: *side, element });
             }
-            seen[element] = Some(*side);
+            seen[element] = sides;
             rounded(lost(folded[element], *value));
             folded[element] += value;
         }
+    }
+    seen.fill(0);
+    for element in regions.iter().flat_map(|region| region.runs(shape).flatten()) {
+        if seen[element] == 1 {
+            return Err(ResidualError::Twice { side: owner, element });
+        }
+        seen[element] = 1;
+    }
+    if let Some(element) = seen.iter().position(|&seen| seen == 0) {
+        return Err(ResidualError::Missing { element });
     }
     let cut = |region: &Region| region.runs(shape).flat_map(|run| &folded[run]).copied().collect();
     Ok(regions.iter().map(cut).collect())
@@ -153,6 +172,15 @@ mod tests {
         let twice = [0, 1].map(|start| part(Side::Owner, [start, 0], [2, 1], vec![1.0; 2 - start]));
         let error = recut(&[2, 2], &twice, &[], |_| {}).expect_err("row 1 has two owners");
         assert_eq!(error, ResidualError::Twice { side: Side::Owner, element: 2 });
+    }
+
+    #[test]
+    fn new_owners_that_leave_something_out_or_share_it_are_refused() {
+        let rows = [0, 1].map(|row| part(Side::Owner, [row, 0], [row + 1, 2], Vec::new()).region);
+        assert_eq!(recut(&[2, 2], &[], &rows[..1], |_| {}), Err(ResidualError::Missing { element: 2 }));
+        let again = [rows[0].clone(), rows[1].clone(), rows[1].clone()];
+        let error = recut(&[2, 2], &[], &again, |_| {});
+        assert_eq!(error, Err(ResidualError::Twice { side: Side::Owner, element: 2 }));
     }
 
     proptest! {

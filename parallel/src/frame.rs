@@ -95,7 +95,7 @@ pub enum FrameError {
         found: u64,
     },
     /// The header and the bytes that follow it do not agree.
-    #[error("a frame of {codec} with {elements} elements has a payload of {expected} bytes, {found} came")]
+    #[error("a frame of {codec} with {elements} elements and this header has {expected} bytes after it, {found} came")]
     Length {
         /// The codec.
         codec: Codec,
@@ -319,7 +319,7 @@ impl std::fmt::Debug for Packer {
     }
 }
 
-/// The payload in a zstd frame. No more memory is taken than the payload has bytes.
+/// The payload in a zstd frame. No more memory is taken for it than the payload has bytes, whatever the frame claims.
 fn unpack(codec: Codec, body: &[u8], expected: usize) -> Result<Bytes, FrameError> {
     let wrong = |what: String| FrameError::Zstd { codec, expected, what };
     let payload = zstd::bulk::decompress(body, expected).map_err(|error| wrong(error.to_string()))?;

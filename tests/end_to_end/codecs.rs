@@ -236,3 +236,34 @@ fn with_one_rank_nothing_travels_and_nothing_is_said() {
     assert_eq!(lines(&place, "a"), vec![Value::Null; 20]);
     assert!(place.summary("a")["codec"].is_null());
 }
+
+#[test]
+fn zstd_serves_where_it_pays_says_why_and_changes_no_bit() {
+    let place = with("codec = \"int8\"");
+    place.train("plain", &[]).ok();
+    let sent = |run: &str| -> u64 {
+        let text = std::fs::read_to_string(place.path(&format!("runs/{run}/metrics.jsonl"))).expect("metrics");
+        let of = |line: &str| serde_json::from_str::<Value>(line).expect("JSON");
+        text.lines().skip(1).map(|line| of(line)["wire_bytes_sent"].as_u64().expect("bytes")).sum()
+    };
+    let events =
+        |run: &str| -> Vec<Value> { place.events(run).into_iter().filter(|event| event["event"] == "zstd").collect() };
+    let auto = ["--set", "compression.zstd=auto"];
+    // So slow a link that whatever gets smaller pays; and one so fast that nothing does.
+    place.train_with("link:1", "slow", &auto).ok();
+    place.train_with("link:1e15", "fast", &auto).ok();
+    for run in ["slow", "fast"] {
+        assert_eq!(place.summary(run)["parameter_hash"], place.summary("plain")["parameter_hash"], "{run}");
+    }
+    let on = events("slow");
+    assert!(!on.is_empty() && on.iter().all(|event| event["packs"] == true), "{on:?}");
+    let reason = on[0]["reason"].as_str().expect("a reason");
+    assert!(reason.contains("zstd makes") && reason.contains("at 0.0 MB/s"), "{reason}");
+    let text = std::fs::read_to_string(place.path("runs/slow/metrics.jsonl")).expect("metrics");
+    let last: Value = serde_json::from_str(text.lines().last().expect("a line")).expect("JSON");
+    assert_eq!(last["zstd_buckets"].as_u64(), Some(on.len() as u64));
+    assert!(sent("slow") < sent("plain"), "{} {}", sent("slow"), sent("plain"));
+    // The control.
+    assert!(events("fast").is_empty());
+    assert!(sent("fast") > sent("slow"));
+}

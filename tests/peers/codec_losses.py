@@ -56,6 +56,7 @@ data = 2
 
 [compression]
 codec = "{codec}"
+warmup_steps = {warmup}
 
 [checkpoint]
 every = 0
@@ -67,14 +68,16 @@ tensorboard = false
 at_end = false
 """
 # The bars of DESIGN.md section 9, in percent.
-BARS = {"int8": 0.1, "sparse24-int8": 0.3, "int4": 1.0}
+BARS = {"int8": 0.1, "sparse24-int8": 0.3, "sparse24-int8, warmed up": 0.3, "int4": 1.0}
 CODECS = ["bf16", "int8", "sparse24-int8", "int4", "sparse24-int4"]
-KINDS = [("fp32", True), ("order", True)] + [(codec, feedback) for feedback in (True, False) for codec in CODECS]
+# `int8` for as long as the learning rate rises, as `compression.warmup_steps` does.
+WARM = "sparse24-int8, warmed up"
+KINDS = [("fp32", True), ("order", True), (WARM, True)] + [(codec, feedback) for feedback in (True, False) for codec in CODECS]
 
 
 def name(kind, seed):
     codec, feedback = kind
-    return f"{codec}{'' if feedback else '-forgetful'}-{seed}"
+    return f"{codec.replace(', ', '-').replace(' ', '-')}{'' if feedback else '-forgetful'}-{seed}"
 
 
 def train(options, kind, seed):
@@ -83,8 +86,9 @@ def train(options, kind, seed):
     summary = folder / "run.json"
     if not (summary.exists() and json.loads(summary.read_text())["status"] == "done"):
         recipe = options.runs / "recipe.toml"
-        real = "fp32" if codec == "order" else codec
-        recipe.write_text(RECIPE.format(text=options.runs.resolve(), steps=options.steps, seed=seed, codec=real))
+        real = {"order": "fp32", WARM: "sparse24-int8"}.get(codec, codec)
+        values = {"text": options.runs.resolve(), "steps": options.steps, "seed": seed, "codec": real}
+        recipe.write_text(RECIPE.format(**values, warmup=40 if codec == WARM else 0))
         command = [options.binary, "train", recipe, "--name", name(kind, seed), "--set", f"metrics.runs_dir={options.runs}"]
         command += ["--set", f"data.cache_dir={options.runs}/cache"]
         if folder.exists():
@@ -129,14 +133,14 @@ def draw(options, rows, results):
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams.update({"svg.hashsalt": "tributary", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (bars, curves) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=[3, 2])
-    labels = ["order"] + CODECS
+    figure, (bars, curves) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=[3, 2])
+    labels = ["order"] + CODECS[:2] + [WARM] + CODECS[2:]
     for feedback, color, shift in [(True, "#1f6f8b", -0.18), (False, "#d1495b", 0.18)]:
         for place, label in enumerate(labels):
             row = next((row for row in rows if row["codec"] == label and row["error_feedback"] == feedback), None)
             if row is None:
                 continue
-            x = place + (0 if label == "order" else shift)
+            x = place + (0 if label in ("order", WARM) else shift)
             bars.plot([x] * len(options.seeds), row["difference_percent"], ".", color=color, alpha=0.4, markersize=6)
             bars.errorbar(x, row["mean_percent"], yerr=row["standard_error_percent"] or 0, fmt="o", color=color, capsize=3,
                           label=("with error feedback" if feedback else "without") if place == 1 else None)
@@ -146,7 +150,7 @@ def draw(options, rows, results):
     bars.axhline(0, color="#999999", linewidth=0.8)
     bars.set_yscale("symlog", linthresh=0.5)
     bars.set_yticks([-0.5, 0, 0.5, 1, 2, 5, 10, 20], ["-0.5", "0", "0.5", "1", "2", "5", "10", "20"])
-    bars.set_xticks(range(len(labels)), ["fp32,\nother order"] + [label.replace("-", "-\n") for label in CODECS])
+    bars.set_xticks(range(len(labels)), ["fp32,\nother order"] + [label.replace("24-", "24-\n").replace(", ", ",\n") for label in labels[1:]])
     bars.set_ylabel("held-out loss, % above fp32 of the same seed")
     bars.legend(frameon=False)
     for label, color in [("fp32", "black"), ("int8", "#1f6f8b"), ("int4", "#edae49"), ("sparse24-int4", "#66a182")]:

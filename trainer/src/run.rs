@@ -145,7 +145,7 @@ impl Run {
         self.keep_summary(folder, Status::Running)?;
         let last = self.recipe.train.stop_at_step.unwrap_or(u64::MAX).min(self.recipe.train.steps);
         if self.state.step < last {
-            self.measure_for_codec()?;
+            self.measure_link()?;
         }
         while self.state.step < last && !self.stopping() {
             let mut line = self.step()?;
@@ -286,6 +286,7 @@ impl Run {
         self.tokens += report.tokens;
         (self.stopping, self.busy) = (report.stop, report.busy);
         self.learn_codec(&report);
+        self.note_zstd(&report);
         let finite = |x: f64| x.is_finite().then_some(x);
         self.last_loss = finite(report.loss).or(self.last_loss);
         if report.skipped {
@@ -343,6 +344,7 @@ impl Run {
             wire_bytes_sent: report.wire.sent - before.sent,
             wire_bytes_received: report.wire.received - before.received,
             codec: self.codecs.as_ref().map(|codecs| codecs.codec(self.state.step)),
+            zstd_buckets: report.packed.buckets,
             checkpoint_stall_s: 0.0,
             memory_bytes,
         }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use burn::Tensor;
 use burn::tensor::{Device, Int, TensorData};
 use compression::Codec;
-use parallel::data::engine::Engine;
+use parallel::data::engine::{Engine, Packed};
 use parallel::data::exchange::Verdict;
 use parallel::data::{Gradient, GradientStream, Plan, Sum, Timing};
 use parallel::note::Ballot;
@@ -77,6 +77,8 @@ pub struct Report {
     pub wire: Counted,
     /// Seconds of the last backward pass in which gradients could travel behind it; 0 with one rank.
     pub window_s: f64,
+    /// What zstd served, on this rank.
+    pub packed: Packed,
     /// What rank 0 said that all ranks are to use from the next step on.
     pub codec_chosen: Option<Codec>,
     /// Seconds of the whole step.
@@ -242,6 +244,7 @@ impl Stepper {
                 .timing
                 .span
                 .map_or(0.0, |(first, _)| exposed.saturating_duration_since(first).as_secs_f64()),
+            packed: finished.packed,
             codec_chosen: ballots[0].codec,
             step_s: start.elapsed().as_secs_f64(),
         })

@@ -58,6 +58,8 @@ impl<B: AsRef<[u8]>> Payload<B> {
     /// # Errors
     /// No encoder of this codec makes these bytes of so many elements.
     pub fn new(codec: Codec, elements: usize, bytes: B) -> Result<Self, PayloadError> {
+        // No slice has more elements; beyond, sizes would wrap around.
+        let elements = elements.min(isize::MAX as usize / size_of::<f32>());
         let (expected, found) = (codec.payload_bytes(elements), bytes.as_ref().len());
         if expected != found {
             return Err(PayloadError::Length { codec, elements, expected, found });

@@ -35,6 +35,7 @@ pub(super) unsafe fn encode<S: Simd>(
     assert!(out.scales.len() == Format::scale_bytes(n) && out.values.len() == format.value_bytes(n), "the planes");
     assert_eq!(out.bitmap.len(), format.bitmap_bytes(n), "the planes");
     let stream = streams(stores, out.values);
+    let mut found = Found::Finite;
     for at in 0..n / BLOCK {
         // SAFETY: the assertions above keep every pointer inside its slice.
         unsafe {
@@ -46,7 +47,8 @@ pub(super) unsafe fn encode<S: Simd>(
             let high = S::add(S::add(S::load(y.add(HALF)), S::load(r.add(HALF))), S::zero());
             let largest = S::largest(low, high);
             if largest >= TOO_LARGE.to_bits() {
-                return Found::NonFinite;
+                found = Found::NonFinite;
+                break;
             }
             let to = out.values.as_mut_ptr().add(at * value_bytes);
             let Some(scale) = Scale::of(f32::from_bits(largest), format.width) else {
@@ -90,7 +92,7 @@ pub(super) unsafe fn encode<S: Simd>(
         // SAFETY: the caller vouches for the instructions.
         unsafe { S::fence() };
     }
-    Found::Finite
+    found
 }
 
 /// Whether to write past the caches: only what lies on the right borders can be.

@@ -109,7 +109,7 @@ enum Event {
     Gather(Vec<f64>),
     Burst,
     Incoming(Incoming),
-    Pack(Box<Packing>),
+    Pack(Box<Packing>, f64),
     Abort(String),
     Quit,
 }
@@ -250,9 +250,13 @@ impl Engine {
     ///
     /// # Errors
     /// There is no memory for it.
+    ///
+    /// # Panics
+    /// When the rate is not above zero.
     pub fn pack(&self, link_bytes_per_s: f64) -> std::io::Result<()> {
+        assert!(link_bytes_per_s > 0.0, "a rate was measured, {link_bytes_per_s} is none");
         let buckets = self.exchange().plan().buckets().len();
-        self.event(Event::Pack(Box::new(Packing::new(buckets, link_bytes_per_s)?)));
+        self.event(Event::Pack(Box::new(Packing::new(buckets, link_bytes_per_s)?), link_bytes_per_s));
         Ok(())
     }
 

@@ -29,7 +29,7 @@ use compression::{BLOCK, Codec, Found, Part, Payload, Region, Residual, Residual
 use super::plan::Plan;
 use super::rules::codec_of;
 use super::shard::shard;
-use crate::frame::{Header, Phase};
+use crate::frame::{Header, PAYLOAD_BYTES_MAX, Phase};
 
 pub use error::ExchangeError;
 
@@ -75,6 +75,9 @@ pub enum Verdict {
     Skip,
 }
 
+/// The most blocks of a chunk: as `fp32` they fill a frame.
+pub const CHUNK_BLOCKS_MAX: usize = PAYLOAD_BYTES_MAX / size_of::<f32>() / BLOCK;
+
 /// A rank's side of the sum.
 #[derive(Debug)]
 pub struct Exchange {
@@ -83,7 +86,7 @@ pub struct Exchange {
     step: u64,
     /// What tensors travel in, where their kind allows it; and whether this step sends everything as it is.
     codec: Codec,
-    flushing: bool,
+    flush: Flush,
     tensors: Vec<Tensor>,
     buckets: Vec<Bucket>,
     finite: bool,
@@ -94,6 +97,16 @@ pub struct Exchange {
     /// As long as the longest chunk.
     zeros: Vec<f32>,
     feedback: bool,
+}
+
+/// Whether a step sends everything uncompressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flush {
+    No,
+    /// The next step that begins does.
+    Asked,
+    /// This one does, and if it is skipped the next.
+    Now,
 }
 
 /// One tensor of the plan.
@@ -126,10 +139,10 @@ impl Exchange {
     /// A side that has left out nothing yet.
     ///
     /// # Panics
-    /// When the rank is not in the group, or chunks are empty.
+    /// When the rank is not in the group, or chunks are empty or larger than a frame.
     #[must_use]
     pub fn new(plan: Arc<Plan>, group: Group, codec: Codec) -> Self {
-        assert!(group.rank < group.ranks && group.chunk_blocks > 0, "{group:?}");
+        assert!(group.rank < group.ranks && (1..=CHUNK_BLOCKS_MAX).contains(&group.chunk_blocks), "{group:?}");
         let tensors = plan.parameters().iter().map(|parameter| {
             let elements = parameter.elements();
             let chunks = |owner| chunks(shard(elements, owner, group.ranks), group.chunk_blocks).count();
@@ -151,7 +164,7 @@ impl Exchange {
             group,
             step: 0,
             codec,
-            flushing: false,
+            flush: Flush::No,
             tensors,
             finite: true,
             missing: 0,
@@ -194,7 +207,7 @@ impl Exchange {
     /// The next step that counts sends everything uncompressed, with everything that was left out: all residuals are
     /// zero after it.
     pub const fn flush(&mut self) {
-        self.flushing = true;
+        self.flush = Flush::Asked;
     }
 
     /// What tensors travel in from the next step on, where their kind allows it.
@@ -207,6 +220,10 @@ impl Exchange {
     ///
     /// # Errors
     /// They are not of the tensor, or of this rank's shard; nothing is changed.
+    ///
+    /// # Panics
+    /// When the sender's part is not zero in this rank's own shard: [`recut`](compression::residual::recut) gives what
+    /// another mesh left there to its owner.
     pub fn restore(&mut self, index: usize, sender: &[f32], owner: Vec<f32>) -> Result<(), ResidualError> {
         let (elements, owned) = (self.tensors[index].sum.len(), self.owned(index).len());
         let rank = Side::Sender { rank: self.group.rank };
@@ -215,6 +232,7 @@ impl Exchange {
                 return Err(ResidualError::Length { side, expected, found });
             }
         }
+        assert!(sender[self.owned(index)].iter().all(|&x| x == 0.0), "a rank sends nothing to itself");
         let slot = self.plan.slot(index).clone();
         let bucket = &mut self.buckets[slot.bucket].sender;
         bucket.resize(self.plan.buckets()[slot.bucket].elements, 0.0);
@@ -237,9 +255,6 @@ impl Exchange {
 
     /// Everything that this rank left out of one tensor, by regions: what another mesh starts from
     /// ([`recut`](compression::residual::recut)).
-    ///
-    /// # Panics
-    /// When the tensor's shape is none.
     #[must_use]
     pub fn residuals(&self, index: usize) -> Vec<Residual> {
         let whole = Region::whole(&self.plan.parameters()[index].shape).expect("the plan has checked the shape");
@@ -258,10 +273,13 @@ impl Exchange {
         self.finite = true;
         self.missing = 0;
         self.own_missing = 0;
-        let rank = self.group.rank;
+        if self.flush == Flush::Asked {
+            self.flush = Flush::Now;
+        }
+        let (rank, flushes) = (self.group.rank, self.flush == Flush::Now);
         self.buckets.iter_mut().for_each(|bucket| bucket.given = None);
         for (tensor, parameter) in self.tensors.iter_mut().zip(self.plan.parameters()) {
-            tensor.codec = if self.flushing { Codec::Fp32 } else { codec_of(parameter, self.codec) };
+            tensor.codec = if flushes { Codec::Fp32 } else { codec_of(parameter, self.codec) };
             tensor.parts.iter_mut().flatten().for_each(|part| *part = None);
             tensor.done.iter_mut().flatten().for_each(|done| *done = false);
             tensor.reduced.resize(shard(tensor.sum.len(), rank, self.group.ranks).len(), 0.0);
@@ -387,10 +405,10 @@ impl Exchange {
         assert!(votes.len() == self.group.ranks && votes.iter().all(|vote| vote.step == self.step), "{votes:?}");
         let verdict = if votes.iter().all(|vote| vote.finite) { Verdict::Commit } else { Verdict::Skip };
         if verdict == Verdict::Commit {
-            self.flushing = false;
-            if self.feedback {
-                self.commit();
+            if self.flush == Flush::Now {
+                self.flush = Flush::No;
             }
+            self.commit();
         }
         let buffers = self.buckets.iter_mut().map(|bucket| bucket.given.take().unwrap_or_default());
         (verdict, buffers.collect())
@@ -401,8 +419,8 @@ impl Exchange {
         let plan = self.plan.clone();
         for (number, places) in plan.buckets().iter().enumerate() {
             let is_lossy = places.parameters.iter().any(|&index| self.tensors[index].codec.is_lossy());
-            if !is_lossy {
-                // Everything was sent.
+            if !is_lossy || !self.feedback {
+                // Everything was sent, or is forgotten.
                 self.buckets[number].sender = Vec::new();
                 continue;
             }
@@ -414,7 +432,7 @@ impl Exchange {
             self.buckets[number].given = Some(std::mem::replace(&mut self.buckets[number].sender, left));
         }
         for tensor in &mut self.tensors {
-            if tensor.codec.second_stage().is_lossy() {
+            if tensor.codec.second_stage().is_lossy() && self.feedback {
                 std::mem::swap(&mut tensor.owner, &mut tensor.reduced);
             } else {
                 tensor.owner = Vec::new();

@@ -89,8 +89,6 @@ struct State {
     missing: Vec<usize>,
     micro_batch: usize,
     micro_batches: usize,
-    /// What zstd served in the last step.
-    packed: Packed,
     /// A copy of each complete bucket, where somebody wants it.
     own: Option<Vec<Vec<f32>>>,
     /// Buckets in the order in which they became complete.
@@ -124,6 +122,8 @@ pub struct Finished<'a> {
     pub ballots: Vec<Ballot>,
     /// When what happened.
     pub timing: Timing,
+    /// What zstd served, on this rank.
+    pub packed: Packed,
 }
 
 /// What the way of a step's gradients took. With one rank there is no way.
@@ -159,7 +159,6 @@ impl GradientStream {
             missing: vec![0; plan.buckets().len()],
             micro_batch: 0,
             micro_batches: 0,
-            packed: Packed::default(),
             own: None,
             complete: Vec::with_capacity(plan.buckets().len()),
             fault: None,
@@ -173,23 +172,17 @@ impl GradientStream {
     }
 
     /// This rank's own gradient of parameter `index` in the last finished step, micro-batches added; `None` unless it is
-    /// kept.
+    /// kept and there are other ranks.
     #[must_use]
     pub fn own(&self, index: usize) -> Option<Vec<f32>> {
         let slot = self.plan.slot(index);
-        self.lock().own.as_ref().map(|own| own[slot.bucket][slot.range.clone()].to_vec())
+        self.lock().own.as_ref().and_then(|own| own[slot.bucket].get(slot.range.clone())).map(<[f32]>::to_vec)
     }
 
     /// What is summed.
     #[must_use]
     pub const fn plan(&self) -> &Arc<Plan> {
         &self.plan
-    }
-
-    /// What zstd served in the last finished step.
-    #[must_use]
-    pub fn packed(&self) -> Packed {
-        self.lock().packed.clone()
     }
 
     /// The way to the other ranks; `None` with one.
@@ -272,7 +265,13 @@ impl GradientStream {
         let Some(engine) = &self.engine else {
             let verdict = if ballot.finite { Verdict::Commit } else { Verdict::Skip };
             let sum = Sum { plan: &self.plan, lies: Lies::Buckets(state) };
-            return Ok(Finished { sum, verdict, ballots: vec![ballot], timing: Timing::default() });
+            return Ok(Finished {
+                sum,
+                verdict,
+                ballots: vec![ballot],
+                timing: Timing::default(),
+                packed: Packed::default(),
+            });
         };
         for bucket in 0..self.plan.buckets().len() {
             if !state.complete.contains(&bucket) {
@@ -281,14 +280,13 @@ impl GradientStream {
         }
         let settled = engine.settle(ballot)?;
         state.buffers = settled.buffers;
-        state.packed = settled.packed;
         let timing = Timing {
             encode_s: settled.encode_s,
             wait_s: start.elapsed().as_secs_f64(),
             span: settled.first_encode.map(|first| (first, settled.last_decode)),
         };
         let sum = Sum { plan: &self.plan, lies: Lies::Exchange(engine.exchange()) };
-        Ok(Finished { sum, verdict: settled.verdict, ballots: settled.ballots, timing })
+        Ok(Finished { sum, verdict: settled.verdict, ballots: settled.ballots, timing, packed: settled.packed })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

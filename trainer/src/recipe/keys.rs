@@ -132,6 +132,7 @@ pub const KEYS: &[Key] = &[
     key("parallel.pin", Flag, DefaultFlag(true), Local, "whether each local rank keeps to its share of the cores"),
     key("compression.codec", Choice(&["auto", "fp32", "bf16", "int8", "sparse24-int8", "int4", "sparse24-int4"]), DefaultText("int8"), Resumable, "how gradients travel between ranks, with what is left out added to the next one; `auto` measures and chooses; with one rank nothing travels"),
     key("compression.warmup_steps", Integer(0, MANY), DefaultInteger(0), Resumable, "the first steps of a run, which travel as `int8` where the codec has fewer bits"),
+    key("compression.zstd", Choice(&["off", "auto"]), DefaultText("off"), Free, "`auto`: payloads travel in zstd frames where that saves more time on the link than it takes, bucket by bucket; it changes nothing that is computed"),
     key("checkpoint.every", Integer(0, MANY), DefaultInteger(100), Free, "steps between two checkpoints; 0 for none but the last"),
     key("checkpoint.keep_last", Integer(0, MANY), DefaultInteger(2), Free, "checkpoints to keep; 0 for all"),
     key("checkpoint.grace_s", Real(1.0, 86_400.0), DefaultReal(25.0), Free, "seconds that a signalled run has to write its checkpoint; Kubernetes kills after 30"),

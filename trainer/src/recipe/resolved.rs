@@ -197,6 +197,17 @@ pub struct Compression {
     pub codec: CodecChoice,
     /// Steps in `int8` where the codec has fewer bits.
     pub warmup_steps: u64,
+    /// Whether payloads may stand in zstd frames.
+    pub zstd: Zstd,
+}
+
+/// Whether payloads may stand in zstd frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zstd {
+    /// None does.
+    Off,
+    /// Those of each bucket where that saves time.
+    Auto,
 }
 
 /// How gradients are to travel between ranks.
@@ -329,6 +340,7 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
                 name => CodecChoice::Fixed(Codec::from_name(name)?),
             },
             warmup_steps: keys.count("compression.warmup_steps")? as u64,
+            zstd: if keys.text("compression.zstd")? == "auto" { Zstd::Auto } else { Zstd::Off },
         },
         checkpoint: Checkpoint {
             every: keys.count("checkpoint.every")? as u64,

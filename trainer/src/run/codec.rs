@@ -13,14 +13,15 @@ use std::time::Duration;
 
 use compression::Codec;
 use compression::cost::{int8_at_least, may_be_chosen};
+use parallel::data::engine::packing::Change;
 use parallel::progress::Stage;
 use parallel::wire::control::CodecChoice as Message;
 use parallel::wire::control::from_worker::What as From;
 use serde_json::{Value, json};
 
 use super::Run;
-use crate::error::Result;
-use crate::recipe::resolved::{CodecChoice, Compression};
+use crate::error::{Error, Result};
+use crate::recipe::resolved::{CodecChoice, Compression, Zstd};
 use crate::state::Chosen;
 use crate::step::Report;
 
@@ -162,14 +163,33 @@ fn chosen_codec(choice: &Message) -> Option<Codec> {
 }
 
 impl Run {
-    /// Measures what is needed before the first step for a choice that is still to be made. All ranks do it together.
+    /// Measures what is needed before the first step: the link, for a codec that is still to be chosen and for zstd. All
+    /// ranks do it together.
     ///
     /// # Errors
     /// A rank is lost.
-    pub(super) fn measure_for_codec(&mut self) -> Result<()> {
-        let Some(codecs) = self.codecs.as_mut().filter(|codecs| codecs.course.is_open()) else { return Ok(()) };
-        codecs.calibration = Some(Calibration::new(&self.stepper, self.tamper.link_bytes_per_s)?);
+    pub(super) fn measure_link(&mut self) -> Result<()> {
+        let Some(codecs) = &mut self.codecs else { return Ok(()) };
+        let packs = self.recipe.compression.zstd == Zstd::Auto;
+        if !codecs.course.is_open() && !packs {
+            return Ok(());
+        }
+        let link_bytes_per_s = measure::link(&self.stepper, self.tamper.link_bytes_per_s)?;
+        if codecs.course.is_open() {
+            codecs.calibration = Some(Calibration::new(link_bytes_per_s));
+        }
+        if let Some(engine) = self.stepper.engine().filter(|_| packs) {
+            engine.pack(link_bytes_per_s).map_err(Error::io("take memory for zstd in", "this process"))?;
+        }
         Ok(())
+    }
+
+    /// Says which buckets zstd packs from now on, or no longer, and why.
+    pub(super) fn note_zstd(&mut self, report: &Report) {
+        for Change { bucket, decision } in &report.packed.changes {
+            let fields = json!({ "bucket": bucket, "packs": decision.packs, "reason": decision.reason });
+            self.event("zstd", self.state.step, fields);
+        }
     }
 
     /// Puts the codec of the step that is about to begin in force, and says so where it is another one, or the first.
@@ -237,7 +257,7 @@ mod tests {
 
     fn course(codec: CodecChoice, warmup_steps: u64, chosen: Option<Codec>) -> Course {
         let chosen = chosen.map(|codec| Chosen { codec, step: 6 });
-        Course { asked: Compression { codec, warmup_steps }, chosen }
+        Course { asked: Compression { codec, warmup_steps, zstd: Zstd::Off }, chosen }
     }
 
     #[test]
@@ -271,7 +291,7 @@ mod tests {
     #[test]
     fn rank_0_says_what_it_heard_once_and_no_other_rank_says_it() {
         let message = |codec: &str| Message { codec: codec.into(), reason: "so".into(), predictions: Vec::new() };
-        let mut codecs = Codecs::new(Compression { codec: CodecChoice::Auto, warmup_steps: 0 }, None);
+        let mut codecs = Codecs::new(Compression { codec: CodecChoice::Auto, warmup_steps: 0, zstd: Zstd::Off }, None);
         assert_eq!(codecs.take_word(0), None);
         codecs.heard = Some(message("int4"));
         assert_eq!(codecs.take_word(1), None);
@@ -284,9 +304,12 @@ mod tests {
     #[test]
     fn a_recipe_that_names_a_codec_forgets_an_older_choice() {
         let chosen = Some(Chosen { codec: Codec::Int4, step: 6 });
-        let fixed = Codecs::new(Compression { codec: CodecChoice::Fixed(Codec::Bf16), warmup_steps: 0 }, chosen);
+        let fixed = Codecs::new(
+            Compression { codec: CodecChoice::Fixed(Codec::Bf16), warmup_steps: 0, zstd: Zstd::Off },
+            chosen,
+        );
         assert_eq!((fixed.codec(7), fixed.chosen()), (Codec::Bf16, None));
-        let auto = Codecs::new(Compression { codec: CodecChoice::Auto, warmup_steps: 0 }, chosen);
+        let auto = Codecs::new(Compression { codec: CodecChoice::Auto, warmup_steps: 0, zstd: Zstd::Off }, chosen);
         assert_eq!((auto.codec(7), auto.chosen()), (Codec::Int4, chosen));
     }
 }

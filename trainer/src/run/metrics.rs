@@ -51,6 +51,9 @@ pub struct Line {
     pub wire_bytes_received: u64,
     /// What gradients travelled in; null with one rank.
     pub codec: Option<Codec>,
+    /// Buckets whose payloads this rank sent in zstd frames.
+    #[serde(default)]
+    pub zstd_buckets: usize,
     /// The copy into the snapshot that was taken since the line before this one; 0 without one.
     pub checkpoint_stall_s: f64,
     /// Resident memory of the process; null where the system does not tell.
@@ -219,6 +222,7 @@ mod tests {
             wire_bytes_sent: 0,
             wire_bytes_received: 0,
             codec: Some(Codec::Int4),
+            zstd_buckets: 0,
             checkpoint_stall_s: 0.0,
             memory_bytes: None,
         }

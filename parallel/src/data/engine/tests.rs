@@ -44,7 +44,12 @@ fn ballot(rank: usize) -> Ballot {
     Ballot { finite: true, stop: rank == 1, busy: false, loss: rank as f64, parameters: None, codec: None }
 }
 
-fn step(stream: &GradientStream, rank: usize, step: u64) -> Result<Vec<u32>, String> {
+fn step(stream: &GradientStream, rank: usize, number: u64) -> Result<Vec<u32>, String> {
+    packed_step(stream, rank, number).map(|(sums, _)| sums)
+}
+
+/// The sums, and what zstd served.
+fn packed_step(stream: &GradientStream, rank: usize, step: u64) -> Result<(Vec<u32>, Packed), String> {
     stream.begin(step, 1);
     for tensor in (0..3).rev() {
         // One parameter of one rank gives nothing: its place is filled with zeros.
@@ -57,7 +62,7 @@ fn step(stream: &GradientStream, rank: usize, step: u64) -> Result<Vec<u32>, Str
     assert_eq!(finished.ballots.iter().map(|ballot| ballot.loss).collect::<Vec<_>>(), [0.0, 1.0, 2.0]);
     assert!(finished.ballots[1].stop && !finished.ballots[0].stop);
     assert!(finished.timing.span.is_some());
-    Ok(finished.sum.parameters().flatten().map(|x| x.to_bits()).collect())
+    Ok((finished.sum.parameters().flatten().map(|x| x.to_bits()).collect(), finished.packed))
 }
 
 #[test]
@@ -233,13 +238,15 @@ fn zstd_changes_no_bit_of_any_sum_and_says_what_it_serves_and_why() {
                 if let Some(rate) = link_bytes_per_s {
                     stream.engine().expect("several ranks").pack(rate).expect("memory");
                 }
-                let (mut sums, mut reasons) = (Vec::new(), Vec::new());
+                let (mut sums, mut reasons, mut buckets) = (Vec::new(), Vec::new(), 0);
                 // Past the first trial of every bucket.
                 for number in 60..72 {
-                    sums.push(step(stream, rank, number).expect("all ranks are there"));
-                    reasons.extend(stream.packed().changes.into_iter().map(|change| change.decision.reason));
+                    let (sum, packed) = packed_step(stream, rank, number).expect("all ranks are there");
+                    sums.push(sum);
+                    buckets = packed.buckets;
+                    reasons.extend(packed.changes.into_iter().map(|change| change.decision.reason));
                 }
-                (sums, stream.packed().buckets, reasons)
+                (sums, buckets, reasons)
             };
             let threads: Vec<_> = ranks.iter().enumerate().map(|rank| scope.spawn(move || run(rank))).collect();
             threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()

@@ -151,8 +151,9 @@ impl Work {
                 let waited = self.waits().then(|| self.missing()).flatten();
                 Err(EngineError::Lost { rank, step: self.step, why, waited })
             }
-            Event::Pack(packing) => {
-                self.packing = Some(*packing);
+            Event::Pack(packing, rate) => {
+                // What is packed already stays so, at another rate.
+                self.packing.get_or_insert(*packing).set_link(rate);
                 Ok(())
             }
             Event::Abort(why) => Err(EngineError::Aborted(why)),

@@ -31,17 +31,11 @@ pub(super) struct Calibration {
 }
 
 impl Calibration {
-    /// Measures codecs and the link. A test may forge the link.
-    pub(super) fn new(stepper: &Stepper, forged: Option<f64>) -> Result<Self> {
+    /// Measures codecs, for a link that was measured.
+    pub(super) fn new(link_bytes_per_s: f64) -> Self {
         let speeds = CANDIDATES.map(speed).to_vec();
-        let mut link_bytes_per_s = 0.0;
-        if let Some(engine) = stepper.engine() {
-            stepper.progress().enter(Stage::Waiting);
-            link_bytes_per_s = engine.link_bytes_per_s().map_err(StreamError::from)?;
-        }
-        tracing::info!(link_bytes_per_s, ?speeds, "measured for the choice of a codec");
-        let link_bytes_per_s = forged.unwrap_or(link_bytes_per_s);
-        Ok(Self { link_bytes_per_s, speeds, steps_s: Vec::new(), windows_s: Vec::new() })
+        tracing::info!(?speeds, "measured for the choice of a codec");
+        Self { link_bytes_per_s, speeds, steps_s: Vec::new(), windows_s: Vec::new() }
     }
 
     /// A step that counts took so long without waiting, and gradients could hide in so much of it.
@@ -67,6 +61,18 @@ impl Calibration {
             last_bucket: Some(message(count(last.iter().map(|&index| &plan.parameters()[index])))),
         }
     }
+}
+
+/// Measures the link to the other ranks, in bytes a second. All ranks do it together. A test may forge it.
+///
+/// # Errors
+/// A rank is lost.
+pub(super) fn link(stepper: &Stepper, forged: Option<f64>) -> Result<f64> {
+    let Some(engine) = stepper.engine() else { return Ok(f64::INFINITY) };
+    stepper.progress().enter(Stage::Waiting);
+    let measured = engine.link_bytes_per_s().map_err(StreamError::from)?;
+    tracing::info!(bytes_per_s = measured, "the link was measured");
+    Ok(forged.unwrap_or(measured))
 }
 
 /// What a codec takes on this core.
