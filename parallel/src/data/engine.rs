@@ -232,7 +232,7 @@ impl Engine {
     }
 
     /// Measures the link from the rank before this one, in bytes a second, while every rank sends to the next one. All
-    /// ranks call it at the same place, once, before the first step.
+    /// ranks call it at the same place, between steps.
     ///
     /// # Errors
     /// As [`settle`](Self::settle).

@@ -162,6 +162,11 @@ fn chosen_codec(choice: &Message) -> Option<Codec> {
     Codec::from_name(&choice.codec).filter(|&codec| may_be_chosen(codec))
 }
 
+/// Whether a message is a choice that can be followed.
+pub(super) fn may_be(choice: &Message) -> bool {
+    chosen_codec(choice).is_some()
+}
+
 impl Run {
     /// Measures what is needed before the first step: the link, for a codec that is still to be chosen and for zstd. All
     /// ranks do it together.
@@ -238,15 +243,10 @@ impl Run {
         Ok(())
     }
 
-    /// The coordinator has chosen. False when it chose what cannot be.
-    pub(super) fn hear_codec(&mut self, choice: Message) -> bool {
-        let may_be = chosen_codec(&choice).is_some();
-        match &mut self.codecs {
-            Some(codecs) if may_be => {
-                codecs.heard = Some(choice);
-                true
-            }
-            _ => false,
+    /// The coordinator has chosen.
+    pub(super) fn hear_codec(&mut self, choice: Message) {
+        if let Some(codecs) = &mut self.codecs {
+            codecs.heard = Some(choice);
         }
     }
 }

@@ -16,8 +16,8 @@ use parallel::wire::control::from_worker::What as From;
 use parallel::wire::control::{Committed, Leaving, Lost, Part as PartMessage, Settled};
 use serde_json::json;
 
-use super::Run;
 use super::ender::Ender;
+use super::{Run, codec};
 use crate::error::{Error, Result};
 use crate::state::Share;
 use crate::step::same_parameters;
@@ -111,14 +111,7 @@ impl Run {
                     }
                 }
                 To::Settled(settled) => self.settled(settled),
-                To::CodecChoice(choice) => {
-                    let heard = To::CodecChoice(choice.clone());
-                    if !self.hear_codec(choice)
-                        && let Some(group) = &self.group
-                    {
-                        return Err(group.control.out_of_turn(&heard).into());
-                    }
-                }
+                To::CodecChoice(choice) if codec::may_be(&choice) => self.hear_codec(choice),
                 other => return Err(group.control.out_of_turn(&other).into()),
             }
         }

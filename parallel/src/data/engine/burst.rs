@@ -11,7 +11,7 @@ use crate::transport::Transport;
 /// 200 Mbit/s.
 const NOTES: u64 = 32;
 
-/// One rank's part in it. There is one burst in the life of an engine.
+/// One rank's part in it. The next burst begins when all ranks have had theirs.
 #[derive(Debug)]
 pub(super) struct Burst {
     group: Group,

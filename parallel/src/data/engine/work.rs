@@ -290,6 +290,7 @@ impl Work {
             && let Some(bytes_per_s) = self.burst.bytes_per_s()
         {
             self.bursting = false;
+            self.burst = Burst::new(self.group);
             return self.reply(Reply::Burst(bytes_per_s));
         }
         Ok(())
