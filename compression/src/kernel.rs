@@ -2,6 +2,7 @@
 //!
 //! - `blocks`: the kernels over whole blocks, written once.
 //! - `simd`: what they need of a set of vector instructions; `avx2` and `avx512` have it.
+//! - `compiled`: their copies, one for each level and codec.
 //! - `simple`: the codecs without blocks, and what a compiler makes wide by itself.
 //! - [`copy`]: copies to measure against.
 //!
@@ -14,6 +15,8 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod blocks;
+#[cfg(target_arch = "x86_64")]
+mod compiled;
 pub mod copy;
 #[cfg(target_arch = "x86_64")]
 mod simd;
@@ -117,10 +120,12 @@ impl Level {
             (Kind::Portable, None) => simple::encode(codec, values, residual, out.values),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this level was made because the processor has the instructions.
-            (Kind::Avx2, format) => unsafe { on_avx2::encode(codec, format, stores, values, residual, out) },
+            (Kind::Avx2, format) => unsafe { compiled::on_avx2::encode(codec, format, stores, values, residual, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            (Kind::Avx512, format) => unsafe { on_avx512::encode(codec, format, stores, values, residual, out) },
+            (Kind::Avx512, format) => unsafe {
+                compiled::on_avx512::encode(codec, format, stores, values, residual, out)
+            },
         };
         if tail.is_empty() || found == Found::NonFinite {
             return found;
@@ -138,10 +143,10 @@ impl Level {
             Kind::Portable => payload::first_fault(codec, planes, elements),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this level was made because the processor has the instructions.
-            Kind::Avx2 => unsafe { on_avx2::fault(codec, planes, elements) },
+            Kind::Avx2 => unsafe { compiled::on_avx2::fault(codec, planes, elements) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Kind::Avx512 => unsafe { on_avx512::fault(codec, planes, elements) },
+            Kind::Avx512 => unsafe { compiled::on_avx512::fault(codec, planes, elements) },
         }
     }
 
@@ -156,10 +161,10 @@ impl Level {
             (Kind::Portable, None) => simple::decode(codec, planes.values, out),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this level was made because the processor has the instructions.
-            (Kind::Avx2, format) => unsafe { on_avx2::decode(codec, format, stores, planes, out) },
+            (Kind::Avx2, format) => unsafe { compiled::on_avx2::decode(codec, format, stores, planes, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            (Kind::Avx512, format) => unsafe { on_avx512::decode(codec, format, stores, planes, out) },
+            (Kind::Avx512, format) => unsafe { compiled::on_avx512::decode(codec, format, stores, planes, out) },
         }
         match codec.format() {
             Some(format) if !tail_out.is_empty() => block::decode(format, tail, tail_out, |out, value| *out = value),
@@ -176,10 +181,10 @@ impl Level {
             (Kind::Portable, None) => simple::decode_add(codec, planes.values, sum),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this level was made because the processor has the instructions.
-            (Kind::Avx2, format) => unsafe { on_avx2::decode_add(codec, format, planes, sum) },
+            (Kind::Avx2, format) => unsafe { compiled::on_avx2::decode_add(codec, format, planes, sum) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            (Kind::Avx512, format) => unsafe { on_avx512::decode_add(codec, format, planes, sum) },
+            (Kind::Avx512, format) => unsafe { compiled::on_avx512::decode_add(codec, format, planes, sum) },
         }
         match codec.format() {
             Some(format) if !tail_sum.is_empty() => block::decode(format, tail, tail_sum, |sum, value| *sum += value),
@@ -296,108 +301,6 @@ fn portable_decode(
         block::decode(format, here, out, put);
     }
 }
-
-/// The kernels compiled with a level's instructions: one copy for each way to write a block.
-#[cfg(target_arch = "x86_64")]
-macro_rules! compiled_with {
-    ($name:ident, $simd:ty, $features:literal) => {
-        mod $name {
-            use super::*;
-            use crate::codec::layout::Width::{Eight, Four};
-
-            macro_rules! for_each_format {
-                ($format:expr, |$f:ident| $body:expr) => {
-                    match $format {
-                        Format { width: Eight, sparse: false } => {
-                            const $f: Format = Format { width: Eight, sparse: false };
-                            $body
-                        }
-                        Format { width: Four, sparse: false } => {
-                            const $f: Format = Format { width: Four, sparse: false };
-                            $body
-                        }
-                        Format { width: Eight, sparse: true } => {
-                            const $f: Format = Format { width: Eight, sparse: true };
-                            $body
-                        }
-                        Format { width: Four, sparse: true } => {
-                            const $f: Format = Format { width: Four, sparse: true };
-                            $body
-                        }
-                    }
-                };
-            }
-
-            #[target_feature(enable = $features)]
-            pub(super) fn encode(
-                codec: Codec,
-                format: Option<Format>,
-                stores: Stores,
-                values: &mut [f32],
-                residual: &[f32],
-                mut out: PlanesMut<'_>,
-            ) -> Found {
-                match format {
-                    None => simple::encode(codec, values, residual, out.values),
-                    // SAFETY: this function is compiled with the instructions.
-                    Some(format) => for_each_format!(format, |F| unsafe {
-                        blocks::encode::<$simd>(F, stores, values, residual, &mut out)
-                    }),
-                }
-            }
-
-            #[target_feature(enable = $features)]
-            pub(super) fn fault(codec: Codec, planes: Planes<'_>, elements: usize) -> Option<(usize, &'static str)> {
-                // Known where it is inlined, so that each codec has a loop of its own.
-                match codec {
-                    Codec::Fp32 => payload::first_fault(Codec::Fp32, planes, elements),
-                    Codec::Bf16 => payload::first_fault(Codec::Bf16, planes, elements),
-                    Codec::Int8 => payload::first_fault(Codec::Int8, planes, elements),
-                    Codec::Int4 => payload::first_fault(Codec::Int4, planes, elements),
-                    Codec::Sparse24Int8 => payload::first_fault(Codec::Sparse24Int8, planes, elements),
-                    Codec::Sparse24Int4 => payload::first_fault(Codec::Sparse24Int4, planes, elements),
-                }
-            }
-
-            #[target_feature(enable = $features)]
-            pub(super) fn decode(
-                codec: Codec,
-                format: Option<Format>,
-                stores: Stores,
-                planes: Planes<'_>,
-                out: &mut [f32],
-            ) {
-                match format {
-                    None => simple::decode(codec, planes.values, out),
-                    Some(format) => for_each_format!(format, |F| {
-                        // SAFETY: as above.
-                        unsafe { blocks::decode::<$simd>(F, stores, planes, out) }
-                    }),
-                }
-            }
-
-            #[target_feature(enable = $features)]
-            pub(super) fn decode_add(codec: Codec, format: Option<Format>, planes: Planes<'_>, sum: &mut [f32]) {
-                match format {
-                    None => simple::decode_add(codec, planes.values, sum),
-                    Some(format) => for_each_format!(format, |F| {
-                        // SAFETY: as above.
-                        unsafe { blocks::decode_add::<$simd>(F, planes, sum) }
-                    }),
-                }
-            }
-        }
-    };
-}
-
-#[cfg(target_arch = "x86_64")]
-compiled_with!(on_avx2, avx2::Avx2, "avx2,fma,bmi1,bmi2,popcnt,lzcnt");
-#[cfg(target_arch = "x86_64")]
-compiled_with!(
-    on_avx512,
-    avx512::Avx512,
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx2,fma,bmi1,bmi2,popcnt,lzcnt"
-);
 
 impl fmt::Display for Level {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

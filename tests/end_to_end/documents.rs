@@ -36,7 +36,7 @@ fn modules(folder: &Path, found: &mut Vec<String>) {
         let name = path.strip_prefix(root()).expect("below the root").display().to_string();
         if path.is_dir() {
             modules(&path, found);
-        } else if name.ends_with(".rs") && !name.ends_with("tests.rs") {
+        } else if name.ends_with(".rs") && !name.ends_with("tests.rs") && !name.contains("/tests/") {
             found.push(name);
         }
     }

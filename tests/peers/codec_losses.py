@@ -104,11 +104,11 @@ def train(options, kind, seed):
     return json.loads(summary.read_text())["held_out_bits_per_byte"], curve
 
 
-def compare(options, results):
+def compare(options, kinds, results):
     rows = []
-    for kind in KINDS[1:]:
+    for kind in kinds[1:]:
         codec, feedback = kind
-        results_here = [100 * (results[name(kind, seed)][0] / results[name(KINDS[0], seed)][0] - 1) for seed in options.seeds]
+        results_here = [100 * (results[name(kind, seed)][0] / results[name(kinds[0], seed)][0] - 1) for seed in options.seeds]
         error = statistics.stdev(results_here) / math.sqrt(len(results_here)) if len(results_here) > 1 else None
         rows.append({
             "codec": codec,
@@ -173,7 +173,9 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=root / "docs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--only", nargs="+", metavar="CODEC", help="with error feedback, beside fp32; no picture is drawn")
     options = parser.parse_args()
+    kinds = KINDS if options.only is None else [KINDS[0]] + [(codec, True) for codec in options.only]
     options.runs.mkdir(parents=True, exist_ok=True)
     text = options.text.read_bytes()
     cut = len(text) * 9 // 10
@@ -181,12 +183,14 @@ def main():
     (options.runs / "val.txt").write_bytes(text[cut:])
     results = {}
     for seed in options.seeds:
-        for kind in KINDS:
+        for kind in kinds:
             results[name(kind, seed)] = train(options, kind, seed)
             print(f"{name(kind, seed)}: {results[name(kind, seed)][0]:.4f} bits per byte", file=sys.stderr, flush=True)
-    rows = compare(options, results)
+    rows = compare(options, kinds, results)
     for row in rows:
         print(json.dumps(row))
+    if options.only is not None:
+        return
     (options.out / "compression-loss.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw(options, rows, results)
 

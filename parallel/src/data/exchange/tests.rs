@@ -1,6 +1,7 @@
 //! Groups of ranks in one thread; frames are delivered in whatever order the test says.
 
 use compression::ledger::{Exact, lost};
+use compression::{Region, Side};
 use proptest::prelude::*;
 
 use super::*;

@@ -1,0 +1,84 @@
+//! What one rank's side of the sum remembers of what it left out.
+
+use compression::{Region, Residual, ResidualError, Side};
+
+use super::Exchange;
+
+impl Exchange {
+    /// Goes on with what a checkpoint kept of one tensor: what this rank left out as a sender, and as an owner.
+    ///
+    /// # Errors
+    /// They are not of the tensor, or of this rank's shard; nothing is changed.
+    ///
+    /// # Panics
+    /// When the sender's part is not zero in this rank's own shard: [`recut`](compression::residual::recut) gives what
+    /// another mesh left there to its owner.
+    pub fn restore(&mut self, index: usize, sender: &[f32], owner: Vec<f32>) -> Result<(), ResidualError> {
+        let (elements, owned) = (self.tensors[index].sum.len(), self.owned(index).len());
+        let rank = Side::Sender { rank: self.group.rank };
+        for (side, expected, found) in [(rank, elements, sender.len()), (Side::Owner, owned, owner.len())] {
+            if expected != found {
+                return Err(ResidualError::Length { side, expected, found });
+            }
+        }
+        assert!(sender[self.owned(index)].iter().all(|&x| x == 0.0), "a rank sends nothing to itself");
+        let slot = self.plan.slot(index).clone();
+        let bucket = &mut self.buckets[slot.bucket].sender;
+        bucket.resize(self.plan.buckets()[slot.bucket].elements, 0.0);
+        bucket[slot.range].copy_from_slice(sender);
+        self.tensors[index].owner = owner;
+        Ok(())
+    }
+
+    /// What this rank's committed steps left out of one tensor, as a sender over the whole tensor or as the owner of its
+    /// shard; `None` for nothing, that is zeros.
+    #[must_use]
+    pub fn residual(&self, index: usize, side: Side) -> Option<&[f32]> {
+        let slot = self.plan.slot(index);
+        let (values, range) = match side {
+            Side::Sender { .. } => (&self.buckets[slot.bucket].sender, slot.range.clone()),
+            Side::Owner => (&self.tensors[index].owner, 0..self.owned(index).len()),
+        };
+        if values.is_empty() { None } else { Some(&values[range]) }
+    }
+
+    /// Everything that this rank left out of one tensor, by regions: what another mesh starts from
+    /// ([`recut`](compression::residual::recut)).
+    #[must_use]
+    pub fn residuals(&self, index: usize) -> Vec<Residual> {
+        let whole = Region::whole(&self.plan.parameters()[index].shape).expect("the plan has checked the shape");
+        let owned = self.owned(index);
+        let owned = Region { flat_start: owned.start, flat_end: owned.end, ..whole.clone() };
+        let sides = [(Side::Sender { rank: self.group.rank }, whole), (Side::Owner, owned)];
+        let residual = |(side, region)| {
+            self.residual(index, side).map(|values| Residual { side, region, values: values.to_vec() })
+        };
+        sides.into_iter().filter_map(residual).collect()
+    }
+
+    /// What this step left out is remembered.
+    pub(super) fn commit(&mut self) {
+        let plan = self.plan.clone();
+        for (number, places) in plan.buckets().iter().enumerate() {
+            let is_lossy = places.parameters.iter().any(|&index| self.tensors[index].codec.is_lossy());
+            if !is_lossy || !self.feedback {
+                // Everything was sent, or is forgotten.
+                self.buckets[number].sender = Vec::new();
+                continue;
+            }
+            let mut left = self.buckets[number].given.take().expect("a sum is complete once every bucket was given");
+            for &index in &places.parameters {
+                // Our own shard was added as it is.
+                left[plan.slot(index).range.clone()][self.owned(index)].fill(0.0);
+            }
+            self.buckets[number].given = Some(std::mem::replace(&mut self.buckets[number].sender, left));
+        }
+        for tensor in &mut self.tensors {
+            if tensor.codec.second_stage().is_lossy() && self.feedback {
+                std::mem::swap(&mut tensor.owner, &mut tensor.reduced);
+            } else {
+                tensor.owner = Vec::new();
+            }
+        }
+    }
+}
