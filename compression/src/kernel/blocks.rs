@@ -12,8 +12,8 @@ use crate::codec::{Found, TOO_LARGE, bf16};
 
 const HALF: usize = BLOCK / 2;
 
-/// How far ahead memory is asked for. Two blocks: the processor's own prefetching stops at the borders of pages.
-const AHEAD: usize = 2 * BLOCK;
+/// How far ahead memory is asked for: a page. The processor's own prefetching ends at the borders of pages.
+const AHEAD: usize = 8 * BLOCK;
 /// What is dense keeps everything.
 const ALL: u64 = u64::MAX;
 
