@@ -193,6 +193,7 @@ pub(super) unsafe fn decode_add<S: Simd>(format: Format, planes: Planes<'_>, sum
     for at in 0..sum.len() / BLOCK {
         // SAFETY: the assertions above keep every pointer inside its slice.
         unsafe {
+            S::prefetch(sum.as_ptr().wrapping_add(at * BLOCK + AHEAD));
             let (bytes, scale) = bytes_of::<S>(format, planes, at);
             let (low, high) = (sum.as_mut_ptr().add(at * BLOCK), sum.as_mut_ptr().add(at * BLOCK + HALF));
             S::store(low, S::scaled_add(bytes[0], scale, S::load(low)));
