@@ -20,7 +20,9 @@ import sys
 import tempfile
 
 STEPS, WARMUP, TOKENS = 13, 3, 2 * 4 * 256
-CODECS, HOOKS = ["fp32", "bf16", "int8"], ["none", "bf16", "powersgd"]
+# `+zstd` is `compression.zstd = "auto"`.
+CODECS = ["fp32", "bf16", "int8", "int8+zstd", "sparse24-int8", "int4", "sparse24-int4"]
+HOOKS = ["none", "bf16", "powersgd"]
 
 
 def hosts(args, rate, command, out):
@@ -40,7 +42,8 @@ def tributary(args, rate, runs, codec):
     name = "alone-$RANK" if alone else "both"
     over = "export -n RANK WORLD_SIZE; " if alone else ""
     sets = f"--set metrics.runs_dir={runs} --set data.cache_dir={runs}/cache --set train.steps={STEPS}"
-    sets += " --set parallel.data=1" if alone else f" --set compression.codec={codec} --trusted-network"
+    sets += " --set parallel.data=1" if alone else f" --set compression.codec={codec.removesuffix('+zstd')} --trusted-network"
+    sets += " --set compression.zstd=auto" if codec and codec.endswith("+zstd") else ""
     sent = hosts(args, rate, f"{over}exec {args.tributary} train {args.recipe} --name {name} {sets}", runs)
     with open(os.path.join(runs, "alone-0" if alone else "both", "metrics.jsonl")) as file:
         lines = [json.loads(line) for line in file]
