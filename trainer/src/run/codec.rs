@@ -1,6 +1,6 @@
 //! Which codec gradients travel in, step by step: what the recipe says, the warm-up, and the choice of `auto`.
 //!
-//! With `compression.codec = "auto"` the first steps travel in [`MEASURED_IN`] and are measured. Then every rank tells the
+//! With `compression.codec = "auto"` the first steps travel in `int8` and are measured. Then every rank tells the
 //! coordinator its facts; the coordinator chooses for all; rank 0 puts the choice into its next ballot, and all ranks
 //! follow it from the step after that one. So they switch together, and a checkpoint knows of it.
 //!
