@@ -22,9 +22,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::Codec;
 
-/// What may be chosen, from the most precise on: the codecs whose loss was measured against a bar. `fp32` is compression
-/// off.
-pub const CANDIDATES: [Codec; 5] = [Codec::Fp32, Codec::Bf16, Codec::Int8, Codec::Sparse24Int8, Codec::Int4];
+/// What may be chosen, from the most precise on: the codecs whose measured loss is within its bar
+/// (`docs/compression.md`). `fp32` is compression off.
+pub const CANDIDATES: [Codec; 4] = [Codec::Fp32, Codec::Bf16, Codec::Int8, Codec::Int4];
 
 /// A codec of fewer bits must shorten the step by more than this part of the shortest one.
 pub const WORTH: f64 = 0.02;

@@ -95,7 +95,7 @@ fn auto_measures_decides_for_all_ranks_at_one_step_and_says_why() {
             events.iter().find(|event| event["event"] == "codec" && event["step"] == step).expect("an event")
         });
         assert!(measuring["predictions"].is_null());
-        for candidate in ["fp32", "bf16", "int8", "sparse24-int8", "int4"] {
+        for candidate in ["fp32", "bf16", "int8", "int4"] {
             assert!(chosen["predictions"][candidate].as_f64() > Some(0.0), "{chosen}");
         }
         let kept = checkpoint(&place, run, 20).state()["compression"].clone();

@@ -1147,7 +1147,7 @@ fn codec_facts(link_bytes_per_s: f64) -> CodecFacts {
         link_bytes_per_s,
         step_s: 1.0,
         window_s: 0.3,
-        speeds: ["fp32", "bf16", "int8", "sparse24-int8", "int4"].map(speed).to_vec(),
+        speeds: ["fp32", "bf16", "int8", "int4"].map(speed).to_vec(),
         elements: Some(CodecElements { any: 27_000_000, int8_at_least: 0, fp32: 1000 }),
         last_bucket: Some(CodecElements { any: 1_000_000, int8_at_least: 0, fp32: 0 }),
     }
@@ -1176,7 +1176,7 @@ fn a_codec_is_chosen_for_all_when_the_last_rank_has_measured() {
     }
     scene.says(1, From::CodecFacts(codec_facts(1e10)));
     let choice = chosen(&scene);
-    assert_eq!((&*choice.codec, choice.predictions.len()), ("fp32", 5));
+    assert_eq!((&*choice.codec, choice.predictions.len()), ("fp32", 4));
     assert!(choice.reason.contains("compression is off"), "{}", choice.reason);
     // Once is enough.
     scene.says(1, From::CodecFacts(codec_facts(1.0)));
@@ -1204,7 +1204,7 @@ fn the_slowest_link_and_the_slowest_rank_count() {
     // What one rank has not measured is no candidate, and what nobody knows is none either.
     let choice = choice(|facts| {
         facts.link_bytes_per_s = 1e6;
-        facts.speeds[4].codec = "int3".into();
+        facts.speeds[3].codec = "int3".into();
     });
-    assert_eq!((&*choice.codec, choice.predictions.len()), ("sparse24-int8", 4));
+    assert_eq!((&*choice.codec, choice.predictions.len()), ("int8", 3));
 }
