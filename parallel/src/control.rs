@@ -2,8 +2,10 @@
 //! ends.
 //!
 //! - this file: what the training thread sees of it.
-//! - `thread`: the control thread, from the first try to reach the coordinator to the end of the line.
+//! - `thread`: the control thread, from the first try to reach the coordinator to the end of the line; `silence`: when it
+//!   gives the coordinator up.
 
+pub(crate) mod silence;
 mod thread;
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _, UdpSocket};

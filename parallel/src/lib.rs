@@ -19,6 +19,8 @@ pub mod data;
 pub mod frame;
 pub mod note;
 pub mod progress;
+#[cfg(test)]
+mod simulation;
 pub mod tap;
 pub mod transport;
 pub mod wire;

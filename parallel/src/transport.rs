@@ -1,6 +1,6 @@
 //! The way to the other ranks.
 //!
-//! - [`channel`]: ranks in one process, for tests.
+//! - [`channel`]: ranks in one process, for tests; [`simulated`]: the same on a network with delays and faults.
 //! - [`grpc`]: ranks in other processes, over gRPC streams.
 //! - [`raw`]: gRPC messages that are plain bytes; [`socket`]: sockets that count.
 
@@ -13,6 +13,7 @@ use bytes::Bytes;
 pub mod channel;
 pub mod grpc;
 pub mod raw;
+pub mod simulated;
 pub mod socket;
 
 /// What comes in from another rank.

@@ -9,9 +9,10 @@ use tokio::sync::mpsc::{UnboundedSender, WeakUnboundedSender, unbounded_channel}
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Endpoint;
 
+use super::silence::Silence;
 use super::{By, ControlError, End, Join, LEAVE_WITHIN};
 use crate::coordinator::MESSAGE_BYTES_MAX;
-use crate::coordinator::state::{Ending, TRY_AGAIN, interval, silence};
+use crate::coordinator::state::{Ending, TRY_AGAIN, interval};
 use crate::transport::socket::words;
 use crate::wire::control::coordinator_client::CoordinatorClient;
 use crate::wire::control::from_worker::What as From;
@@ -73,7 +74,8 @@ async fn follow(
     let beat = interval(peer_timeout);
     let mut ticks = tokio::time::interval(beat);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let (mut heard, mut ticked) = (Instant::now(), Instant::now());
+    let began = Instant::now();
+    let mut silence = Silence::new(peer_timeout);
     let mut let_go = None;
     let gone = |how: String| {
         let mark = join.progress.mark().text;
@@ -86,14 +88,8 @@ async fn follow(
             message = messages.message() => message,
             _ = ticks.tick() => {
                 let now = Instant::now();
-                if now.duration_since(ticked) > beat * 5 {
-                    // It was this process that slept: the coordinator's heartbeats wait in the socket.
-                    heard = now;
-                }
-                ticked = now;
-                let quiet = now.duration_since(heard);
-                if quiet > silence(peer_timeout) {
-                    return gone(format!("has been silent for {:.1} s", quiet.as_secs_f64()));
+                if let Some(how) = silence.tick(now - began) {
+                    return gone(how);
                 }
                 match out.upgrade() {
                     Some(out) => _ = out.send(FromWorker { what: Some(super::beat(&join.progress)) }),
@@ -103,7 +99,7 @@ async fn follow(
                 continue;
             }
         };
-        heard = Instant::now();
+        silence.heard(began.elapsed());
         match message {
             Ok(Some(ToWorker { what: Some(To::Beat(_)) })) => {}
             Ok(Some(ToWorker { what: Some(To::Abort(abort)) })) => {

@@ -1,8 +1,8 @@
 //! The thread that moves gradients between ranks while the backward pass computes.
 //!
 //! It owns one rank's [`Exchange`]: full buckets come from the backward pass, frames from the other ranks; it encodes,
-//! hands frames to the transport, decodes, adds, votes. The thread that trains meets it three times a step:
-//! [`Engine::begin`], [`Engine::give`] for each full bucket, and [`Engine::settle`], which waits.
+//! hands frames to the transport, decodes, adds, votes. The thread that trains meets it so in a step:
+//! [`Engine::begin`], [`Engine::give`] for each full bucket, [`Engine::vote`] and [`Engine::settled`], which waits.
 //!
 //! - `work`: what the thread does, one event after the other; `burst`: how it measures the rate of a link.
 //!
@@ -187,13 +187,26 @@ impl Engine {
         inbox: Inbox,
         progress: Arc<Progress>,
     ) -> std::io::Result<Self> {
+        let (mut engine, work, incoming) = Self::idle(exchange, transport, inbox, progress);
+        let thread = std::thread::Builder::new().name("gradients".into()).spawn(move || work.run(&incoming))?;
+        engine.thread = Some(thread);
+        Ok(engine)
+    }
+
+    /// An engine, what its thread is to do, and where that hears of it.
+    fn idle(
+        exchange: Exchange,
+        transport: Arc<dyn Transport>,
+        inbox: Inbox,
+        progress: Arc<Progress>,
+    ) -> (Self, work::Work, Receiver<Event>) {
         let Inbox { events, incoming } = inbox;
         let exchange = Arc::new(Mutex::new(exchange));
         let handed = Arc::new(AtomicU64::new(0));
         let (answer, replies) = channel();
         let work = work::Work::new(exchange.clone(), transport.clone(), progress.clone(), handed.clone(), answer);
-        let thread = std::thread::Builder::new().name("gradients".into()).spawn(move || work.run(&incoming))?;
-        Ok(Self { events, replies: Mutex::new(replies), exchange, transport, handed, progress, thread: Some(thread) })
+        let replies = Mutex::new(replies);
+        (Self { events, replies, exchange, transport, handed, progress, thread: None }, work, incoming)
     }
 
     /// Starts a step.
@@ -201,19 +214,27 @@ impl Engine {
         self.event(Event::Begin(step));
     }
 
-    /// Gives a full bucket; [`settle`](Self::settle) hands the buffer back.
+    /// Gives a full bucket; [`settled`](Self::settled) hands the buffer back.
     pub fn give(&self, bucket: usize, values: Vec<f32>) {
         self.progress.bucket();
         self.event(Event::Bucket(bucket, values));
     }
 
-    /// Votes, and waits until the whole sum and all votes are here. Every bucket has been given.
+    /// Votes. Every bucket has been given.
+    pub fn vote(&self, ballot: Ballot) {
+        self.event(Event::Settle(ballot));
+    }
+
+    /// Waits until the whole sum and all votes are here.
     ///
     /// # Errors
     /// A rank is lost or sends what makes no sense, or the run was aborted.
-    pub fn settle(&self, ballot: Ballot) -> Result<Settled, EngineError> {
-        self.event(Event::Settle(ballot));
-        match self.reply()? {
+    pub fn settled(&self) -> Result<Settled, EngineError> {
+        Self::as_settled(self.reply()?)
+    }
+
+    fn as_settled(reply: Reply) -> Result<Settled, EngineError> {
+        match reply {
             Reply::Settled(settled) => Ok(*settled),
             Reply::Gathered(_) | Reply::Burst(_) => Err(EngineError::Gone),
         }
@@ -222,7 +243,7 @@ impl Engine {
     /// Gathers numbers from every rank, in rank order; all ranks call it at the same place. To be called between steps.
     ///
     /// # Errors
-    /// As [`settle`](Self::settle).
+    /// As [`settled`](Self::settled).
     pub fn gather(&self, values: Vec<f64>) -> Result<Vec<Vec<f64>>, EngineError> {
         self.event(Event::Gather(values));
         match self.reply()? {
@@ -235,7 +256,7 @@ impl Engine {
     /// ranks call it at the same place, between steps.
     ///
     /// # Errors
-    /// As [`settle`](Self::settle).
+    /// As [`settled`](Self::settled).
     pub fn link_bytes_per_s(&self) -> Result<f64, EngineError> {
         // All begin together, so that every link is as busy as it will be.
         self.gather(Vec::new())?;
@@ -308,6 +329,9 @@ impl Drop for Engine {
         }
     }
 }
+
+#[cfg(test)]
+pub(crate) mod turns;
 
 #[cfg(test)]
 mod tests;

@@ -98,6 +98,7 @@ pub struct Exchange {
     /// As long as the longest chunk.
     zeros: Vec<f32>,
     feedback: bool,
+    by_arrival: bool,
 }
 
 /// Whether a step sends everything uncompressed.
@@ -121,6 +122,8 @@ struct Tensor {
     reduced: Vec<f32>,
     /// For each chunk of our own shard, what the other ranks sent.
     parts: Vec<Vec<Option<Payload<Bytes>>>>,
+    /// For each of them, the ranks in the order in which their parts came; kept for a control only.
+    arrived: Vec<Vec<usize>>,
     /// The sum, as far as `done` says.
     sum: Vec<f32>,
     /// For each chunk of each shard, whether its sum is here.
@@ -152,6 +155,7 @@ impl Exchange {
                 owner: Vec::new(),
                 reduced: Vec::new(),
                 parts: vec![vec![None; group.ranks]; chunks(group.rank)],
+                arrived: vec![Vec::new(); chunks(group.rank)],
                 sum: vec![0.0; elements],
                 done: (0..group.ranks).map(|owner| vec![false; chunks(owner)]).collect(),
             }
@@ -172,6 +176,7 @@ impl Exchange {
             own_missing: 0,
             payload: Vec::new(),
             feedback: true,
+            by_arrival: false,
         }
     }
 
@@ -179,6 +184,13 @@ impl Exchange {
     #[must_use]
     pub const fn without_feedback(mut self) -> Self {
         self.feedback = false;
+        self
+    }
+
+    /// A side that adds parts in the order of their arrival: the control of equal bits' proofs, and of no other use.
+    #[must_use]
+    pub const fn in_order_of_arrival(mut self) -> Self {
+        self.by_arrival = true;
         self
     }
 
@@ -231,6 +243,7 @@ impl Exchange {
         for (tensor, parameter) in self.tensors.iter_mut().zip(self.plan.parameters()) {
             tensor.codec = if flushes { Codec::Fp32 } else { codec_of(parameter, self.codec) };
             tensor.parts.iter_mut().flatten().for_each(|part| *part = None);
+            tensor.arrived.iter_mut().for_each(Vec::clear);
             tensor.done.iter_mut().flatten().for_each(|done| *done = false);
             tensor.reduced.resize(shard(tensor.sum.len(), rank, self.group.ranks).len(), 0.0);
             self.missing += tensor.done.iter().map(Vec::len).sum::<usize>();
@@ -299,6 +312,9 @@ impl Exchange {
         match header.phase {
             Phase::Scatter => {
                 tensor.parts[chunk][from] = Some(payload);
+                if self.by_arrival {
+                    tensor.arrived[chunk].push(from);
+                }
                 self.reduce(index, chunk, out);
             }
             Phase::Gather => {
@@ -387,8 +403,11 @@ impl Exchange {
             return;
         }
         let own = &given[slot.range.clone()][range.clone()];
-        let parts: Vec<_> =
-            tensor.parts[chunk].iter().map(|part| part.as_ref().map_or(Part::Values(own), Part::Encoded)).collect();
+        let part = |from: usize| tensor.parts[chunk][from].as_ref().map_or(Part::Values(own), Part::Encoded);
+        let parts: Vec<_> = match self.by_arrival {
+            false => (0..ranks).map(part).collect(),
+            true => tensor.arrived[chunk].iter().copied().chain([rank]).map(part).collect(),
+        };
         let inside = range.start - whole.start..range.end - whole.start;
         let sum = &mut tensor.reduced[inside.clone()];
         reduce(&parts, sum);

@@ -13,7 +13,7 @@ use burn::Tensor;
 use burn::tensor::DType;
 use thiserror::Error;
 
-use super::engine::{Engine, EngineError, Packed};
+use super::engine::{Engine, EngineError, Packed, Settled};
 use super::exchange::{Exchange, Verdict};
 use super::plan::Plan;
 use crate::note::Ballot;
@@ -258,35 +258,50 @@ impl GradientStream {
     /// The first fault of the step.
     pub fn finish(&self, ballot: Ballot) -> Result<Finished<'_>, StreamError> {
         let start = Instant::now();
-        let mut state = self.lock();
-        if let Some(fault) = state.fault.take() {
-            return Err(fault);
-        }
+        self.close(ballot)?;
         let Some(engine) = &self.engine else {
             let verdict = if ballot.finite { Verdict::Commit } else { Verdict::Skip };
-            let sum = Sum { plan: &self.plan, lies: Lies::Buckets(state) };
-            return Ok(Finished {
-                sum,
-                verdict,
-                ballots: vec![ballot],
-                timing: Timing::default(),
-                packed: Packed::default(),
-            });
+            let sum = Sum { plan: &self.plan, lies: Lies::Buckets(self.lock()) };
+            let (timing, packed) = (Timing::default(), Packed::default());
+            return Ok(Finished { sum, verdict, ballots: vec![ballot], timing, packed });
         };
-        for bucket in 0..self.plan.buckets().len() {
-            if !state.complete.contains(&bucket) {
-                engine.give(bucket, state.take(bucket));
-            }
-        }
-        let settled = engine.settle(ballot)?;
-        state.buffers = settled.buffers;
+        Ok(self.finished(engine, engine.settled()?, start))
+    }
+
+    fn finished<'a>(&'a self, engine: &'a Engine, settled: Settled, start: Instant) -> Finished<'a> {
+        self.lock().buffers = settled.buffers;
         let timing = Timing {
             encode_s: settled.encode_s,
             wait_s: start.elapsed().as_secs_f64(),
             span: settled.first_encode.map(|first| (first, settled.last_decode)),
         };
         let sum = Sum { plan: &self.plan, lies: Lies::Exchange(engine.exchange()) };
-        Ok(Finished { sum, verdict: settled.verdict, ballots: settled.ballots, timing, packed: settled.packed })
+        Finished { sum, verdict: settled.verdict, ballots: settled.ballots, timing, packed: settled.packed }
+    }
+
+    /// The second half of [`finish`](Self::finish), without waiting: `None` while something is missing.
+    #[cfg(test)]
+    pub(crate) fn try_finish(&self) -> Option<Result<Finished<'_>, StreamError>> {
+        let engine = self.engine()?;
+        let settled = engine.try_settled()?;
+        Some(settled.map(|settled| self.finished(engine, settled, Instant::now())).map_err(StreamError::from))
+    }
+
+    /// The first half of [`finish`](Self::finish): nothing more comes in this step.
+    pub(crate) fn close(&self, ballot: Ballot) -> Result<(), StreamError> {
+        let mut state = self.lock();
+        if let Some(fault) = state.fault.take() {
+            return Err(fault);
+        }
+        if let Some(engine) = &self.engine {
+            for bucket in 0..self.plan.buckets().len() {
+                if !state.complete.contains(&bucket) {
+                    engine.give(bucket, state.take(bucket));
+                }
+            }
+            engine.vote(ballot);
+        }
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -39,6 +39,8 @@ impl State {
                         pid: worker.pid,
                     };
                     let peers = self.workers.values().map(peer).collect();
+                    let first_step = from.as_ref().map_or(0, |held| held.step) + 1;
+                    self.workers.values_mut().for_each(|worker| worker.first_step = first_step);
                     let (epoch, token) = (self.options.epoch, self.options.token.clone());
                     self.to_all(&To::Start(Start { epoch, token, peers, from }), out);
                 }

@@ -824,6 +824,53 @@ fn who_waits_for_a_rank_that_has_left_does_not_wait_for_ever() {
 }
 
 #[test]
+fn a_rank_that_sticks_before_a_heartbeat_has_shown_a_whole_step_is_blamed_all_the_same() {
+    let run = |resumed: u64, first_seen: u64| {
+        let mut scene = Scene::new(options(2));
+        (0..2).for_each(|worker| scene.join(worker, None));
+        (0..2).for_each(|worker| scene.says(worker, prepared(worker, &[])));
+        (0..2).for_each(|worker| scene.says(worker, From::Seen(Seen { nonces: vec![nonce(0), nonce(1)] })));
+        let checkpoints = if resumed > 0 { vec![held(resumed, "id")] } else { Vec::new() };
+        (0..2).for_each(|worker| scene.says(worker, From::Holds(Holds { checkpoints: checkpoints.clone() })));
+        // Steps shorter than the time between two heartbeats: the first mark with a step may be of a later one.
+        scene.pass(ms(500), |_, _| Some(mark(0, 1, "starting")));
+        let sticks = |worker: usize, now: Duration| match worker {
+            0 => Some(mark(first_seen, 2, "in the backward pass")),
+            _ => Some(mark(first_seen, now.as_millis() as u64, "waiting for the other ranks")),
+        };
+        scene.pass(ms(4000), sticks);
+        scene
+    };
+    for resumed in [0, 7] {
+        run(resumed, resumed + 3).ended(
+            "rank 0 (host box, process 100) is alive but has made no progress for 2.1 s; it was last seen at in the backward \
+             pass\n  rank 1 (host box, process 101): waiting for the other ranks",
+            75,
+        );
+        // The control: in the first step of this start nobody knows how long one may take.
+        run(resumed, resumed + 1).goes_on();
+    }
+}
+
+#[test]
+fn a_rank_that_lost_one_that_has_left_ends_the_run_by_both_names() {
+    let mut scene = Scene::running(2);
+    scene.pass(ms(500), busy);
+    scene.says(1, leaving("hash", 0));
+    scene.says(0, From::Lost(Lost { rank: 1, why: "connection reset".into() }));
+    let waiting = |worker, _| (worker == 0).then(|| mark(3, 1, "waiting for the other ranks"));
+    scene.pass(PEER_TIMEOUT / 4, waiting);
+    scene.goes_on();
+    scene.pass(BEAT, waiting);
+    scene.ended(
+        "rank 0 (host box, process 100) lost rank 1 (host box, process 101), which has left after its last step: \
+         connection reset\n  rank 0 (host box, process 100): waiting for the other ranks\n  rank 1 (host box, process 101): \
+         has left",
+        75,
+    );
+}
+
+#[test]
 fn two_living_ranks_that_lost_each_other_are_both_named() {
     let run = |beats: &dyn Fn(usize) -> bool, then: Option<(usize, From)>, for_: Duration| {
         let mut scene = Scene::running(3);

@@ -79,20 +79,21 @@ impl State {
         self.losses.entry((by, about)).or_insert_with(|| (now, text(&lost.why, ERROR_CHARS_MAX)));
     }
 
-    /// Two ranks that have lost each other a while ago, though both have been heard since. A dead one of them is found
-    /// out by its silence, and one that has left needs nobody.
+    /// A rank that has lost another a while ago, though that one has been heard since, or has left in good order. A dead
+    /// one is found out by its silence; one that has left itself needs nobody, nor does one that waits for nobody.
     fn parted(&self, now: Duration) -> Option<String> {
         let patience = self.options.peer_timeout / 4;
-        let alive = |rank: &usize, since: Duration| {
-            self.workers.get(rank).is_some_and(|worker| worker.left.is_none() && worker.heard > since)
-        };
-        let ripe = self
-            .losses
-            .iter()
-            .filter(|((by, about), (at, _))| now.saturating_sub(*at) > patience && alive(by, *at) && alive(about, *at));
+        let has_left = |rank: &usize| self.workers.get(rank).is_some_and(|worker| worker.left.is_some());
+        let heard = |rank: &usize, since: Duration| self.workers.get(rank).is_some_and(|worker| worker.heard > since);
+        let waits = |rank: &usize| self.workers.get(rank).is_some_and(|worker| worker.mark.waits);
+        let ripe = self.losses.iter().filter(|((by, about), (at, _))| {
+            let is_missed = if has_left(about) { waits(by) } else { heard(about, *at) };
+            now.saturating_sub(*at) > patience && !has_left(by) && heard(by, *at) && is_missed
+        });
         let ((by, about), (_, why)) = ripe.min_by_key(|(_, (at, _))| *at)?;
+        let though = if has_left(about) { "which has left after its last step" } else { "though both are alive" };
         let (by, about) = (self.name(*by), self.name(*about));
-        Some(format!("{by} lost {about}, though both are alive: {why}{}", self.marks(now, None)))
+        Some(format!("{by} lost {about}, {though}: {why}{}", self.marks(now, None)))
     }
 
     /// A local process ended.

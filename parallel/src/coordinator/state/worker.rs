@@ -21,6 +21,8 @@ pub(super) struct Worker {
     /// When its progress last changed, and when its step began.
     pub(super) advanced: Duration,
     step_began: Duration,
+    /// The first step of this start of the run.
+    pub(super) first_step: u64,
     /// How long its last steps took.
     steps: Vec<Duration>,
     pub(super) prepared: Option<Prepared>,
@@ -50,6 +52,7 @@ impl Worker {
             mark: Mark::default(),
             advanced: now,
             step_began: now,
+            first_step: 1,
             steps: Vec::new(),
             prepared: None,
             seen: None,
@@ -64,9 +67,12 @@ impl Worker {
         if mark.progress != self.mark.progress {
             self.advanced = now;
         }
-        if mark.step != self.mark.step {
-            if self.mark.step > 0 {
-                let steps = mark.step.saturating_sub(self.mark.step).max(1);
+        if mark.step == 0 {
+            self.step_began = now;
+        } else if mark.step != self.mark.step {
+            // Several steps may have been completed since the last heartbeat, the first ones among them.
+            let steps = mark.step.saturating_sub(self.mark.step.max(self.first_step));
+            if steps > 0 {
                 let each = now.saturating_sub(self.step_began) / u32::try_from(steps).unwrap_or(u32::MAX);
                 self.steps.push(each);
                 let extra = self.steps.len().saturating_sub(STEPS_KEPT);

@@ -91,24 +91,25 @@ impl Work {
 
     pub(super) fn run(mut self, incoming: &Receiver<Event>) {
         loop {
-            let event = match incoming.recv_timeout(LOOK) {
+            match incoming.recv_timeout(LOOK) {
                 Ok(Event::Quit) | Err(RecvTimeoutError::Disconnected) => return,
-                Ok(event) => event,
-                Err(RecvTimeoutError::Timeout) => {
-                    self.look();
-                    continue;
-                }
-            };
-            let asks = matches!(event, Event::Settle(_) | Event::Gather(_) | Event::Burst);
-            let waited = self.waits();
-            if self.fault.is_none() {
-                self.fault = self.event(event).and_then(|()| self.answer()).err();
-                if self.fault.is_some() && (asks || waited) {
-                    self.reply_fault();
-                }
-            } else if asks {
+                Ok(event) => self.turn(event),
+                Err(RecvTimeoutError::Timeout) => self.look(),
+            }
+        }
+    }
+
+    /// Takes one event and does everything that follows from it.
+    pub(super) fn turn(&mut self, event: Event) {
+        let asks = matches!(event, Event::Settle(_) | Event::Gather(_) | Event::Burst);
+        let waited = self.waits();
+        if self.fault.is_none() {
+            self.fault = self.event(event).and_then(|()| self.answer()).err();
+            if self.fault.is_some() && (asks || waited) {
                 self.reply_fault();
             }
+        } else if asks {
+            self.reply_fault();
         }
     }
 
@@ -306,7 +307,7 @@ impl Work {
     }
 
     /// Writes down what this rank waits for, for the heartbeat.
-    fn look(&self) {
+    pub(super) fn look(&self) {
         if self.waits() && self.fault.is_none() {
             self.progress.waits_for(self.missing());
         }

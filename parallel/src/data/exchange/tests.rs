@@ -134,6 +134,53 @@ proptest! {
     }
 }
 
+/// All orders of some ranks.
+fn orders(ranks: &[usize]) -> Vec<Vec<usize>> {
+    if ranks.is_empty() {
+        return vec![Vec::new()];
+    }
+    let first = |&first: &usize| {
+        let rest: Vec<usize> = ranks.iter().copied().filter(|&rank| rank != first).collect();
+        orders(&rest).into_iter().map(move |rest| [vec![first], rest].concat())
+    };
+    ranks.iter().flat_map(first).collect()
+}
+
+#[test]
+fn every_order_in_which_four_ranks_can_arrive_gives_the_same_bits() {
+    let sums_of = |codec: Codec, order: &[usize], by_arrival: bool| {
+        let side =
+            |rank| if by_arrival { side(rank, 4, 32, codec).in_order_of_arrival() } else { side(rank, 4, 32, codec) };
+        let mut sides: Vec<_> = (0..4).map(side).collect();
+        sides.iter_mut().for_each(|side| side.begin(1));
+        let mut waiting = Vec::new();
+        for bucket in 0..sides[0].plan().buckets().len() {
+            for (rank, side) in sides.iter_mut().enumerate() {
+                give(side, bucket, |tensor| gradient(rank, 1, tensor), &mut |out| waiting.push((rank, out)));
+            }
+        }
+        // Everything of one rank comes before anything of the next one, and the sums last.
+        waiting.sort_by_key(|(from, _)| order.iter().position(|rank| rank == from));
+        let mut sums_sent = Vec::new();
+        for (from, out) in waiting {
+            sides[out.to].receive(from, &out.frame, &mut |next| sums_sent.push((out.to, next))).expect("good frames");
+        }
+        for (from, out) in sums_sent {
+            sides[out.to].receive(from, &out.frame, &mut |_| panic!("nothing follows")).expect("good frames");
+        }
+        sides.iter().map(sums).collect::<Vec<_>>()
+    };
+    let all = orders(&[0, 1, 2, 3]);
+    assert_eq!(all.len(), 24);
+    for codec in [Codec::Fp32, Codec::Int8] {
+        let found: Vec<_> = all.iter().map(|order| sums_of(codec, order, false)).collect();
+        assert!(found.iter().flatten().all(|sums| *sums == found[0][0]), "{codec}");
+    }
+    // The control: added in the order of arrival, they differ.
+    let found: Vec<_> = all.iter().map(|order| sums_of(Codec::Fp32, order, true)).collect();
+    assert!(found.iter().any(|sums| sums[0] != found[0][0]));
+}
+
 #[test]
 fn a_pulse_on_one_rank_reaches_all_in_the_same_step() {
     for codec in Codec::ALL {

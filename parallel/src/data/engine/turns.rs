@@ -1,0 +1,53 @@
+//! An engine without a thread: whoever simulates gives it its turns.
+
+use std::collections::VecDeque;
+
+use super::*;
+
+/// What the engine's thread would do.
+pub(crate) struct Turns {
+    work: work::Work,
+    incoming: Receiver<Event>,
+    waiting: VecDeque<Event>,
+}
+
+impl Engine {
+    /// As [`start`](Self::start), without the thread.
+    pub(crate) fn in_turns(
+        exchange: Exchange,
+        transport: Arc<dyn Transport>,
+        inbox: Inbox,
+        progress: Arc<Progress>,
+    ) -> (Self, Turns) {
+        let (engine, work, incoming) = Self::idle(exchange, transport, inbox, progress);
+        (engine, Turns { work, incoming, waiting: VecDeque::new() })
+    }
+
+    /// As [`settled`](Self::settled), without waiting.
+    pub(crate) fn try_settled(&self) -> Option<Result<Settled, EngineError>> {
+        let reply = self.replies.lock().unwrap_or_else(PoisonError::into_inner).try_recv().ok()?;
+        Some(reply.and_then(Self::as_settled))
+    }
+}
+
+impl Turns {
+    /// Whether there is something to do.
+    pub(crate) fn is_due(&mut self) -> bool {
+        self.waiting.extend(self.incoming.try_iter());
+        !self.waiting.is_empty()
+    }
+
+    /// Does the next thing.
+    pub(crate) fn turn(&mut self) {
+        if self.is_due()
+            && let Some(event) = self.waiting.pop_front()
+        {
+            self.work.turn(event);
+        }
+    }
+
+    /// Writes down what this rank waits for, as the thread does whenever nothing has happened for a while.
+    pub(crate) fn look(&self) {
+        self.work.look();
+    }
+}

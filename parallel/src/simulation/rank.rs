@@ -1,0 +1,234 @@
+//! One rank: what its training thread does, and its line to the coordinator.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::control::beat;
+use crate::control::silence::Silence;
+use crate::coordinator::FromCoordinator as To;
+use crate::data::engine::turns::Turns;
+use crate::data::engine::{Aborter, Engine, EngineError, Inbox};
+use crate::data::exchange::{Exchange, Group, Verdict};
+use crate::data::{Gradient, GradientStream, StreamError};
+use crate::note::Ballot;
+use crate::progress::{Progress, Stage};
+use crate::transport::Transport;
+use crate::transport::simulated::Network;
+use crate::wire::control::from_worker::What as From;
+use crate::wire::control::{Hello, Holds, Leaving, Lost, Prepared, Seen};
+
+use super::fault::FAILURE;
+use super::world::{JOIN_WITHIN, PEER_TIMEOUT, Setting};
+
+/// What a rank is at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Doing {
+    /// It joins.
+    Starting,
+    /// Its training thread computes.
+    Computing,
+    /// Its training thread waits for the sum.
+    Waiting,
+    /// Its training thread waits for the coordinator's verdict.
+    Explaining(String),
+    /// It has done all steps.
+    Done,
+    /// It has ended with this error.
+    Ended(String),
+    /// It was killed or stopped.
+    Gone,
+}
+
+pub(super) struct Rank {
+    pub(super) rank: usize,
+    pub(super) doing: Doing,
+    pub(super) turns: Turns,
+    /// Of the parameters after each step.
+    pub(super) hashes: Vec<blake3::Hash>,
+    pub(super) stuck: bool,
+    pub(super) fails: bool,
+    transport: Arc<dyn Transport>,
+    welcome: bool,
+    stream: GradientStream,
+    aborter: Aborter,
+    progress: Arc<Progress>,
+    silence: Silence,
+    setting: Setting,
+    parameters: Vec<Vec<f32>>,
+    step: u64,
+    micro_batch: usize,
+    /// Parameters of the micro-batch that have no gradient yet.
+    left: usize,
+}
+
+impl Rank {
+    pub(super) fn new(rank: usize, setting: &Setting, network: &Network) -> Self {
+        let transport: Arc<dyn Transport> = Arc::new(network.end(rank));
+        let inbox = Inbox::default();
+        network.open(rank, inbox.sink());
+        let (aborter, progress) = (inbox.aborter(), Arc::<Progress>::default());
+        let group = Group { rank, ranks: setting.ranks, epoch: 1, chunk_blocks: setting.chunk_blocks };
+        let mut exchange = Exchange::new(setting.plan(), group, setting.codec);
+        if setting.by_arrival {
+            exchange = exchange.in_order_of_arrival();
+        }
+        let (engine, turns) = Engine::in_turns(exchange, transport.clone(), inbox, progress.clone());
+        let stream = GradientStream::across(engine);
+        let parameters = stream.plan().parameters().iter().map(|parameter| vec![0.0; parameter.elements()]).collect();
+        Self {
+            rank,
+            doing: Doing::Starting,
+            turns,
+            hashes: Vec::new(),
+            stuck: false,
+            fails: false,
+            transport,
+            welcome: false,
+            stream,
+            aborter,
+            progress,
+            silence: Silence::new(PEER_TIMEOUT),
+            setting: setting.clone(),
+            parameters,
+            step: 0,
+            micro_batch: 0,
+            left: 0,
+        }
+    }
+
+    /// Whether its process lives.
+    pub(super) const fn is_alive(&self) -> bool {
+        !matches!(self.doing, Doing::Done | Doing::Ended(_) | Doing::Gone)
+    }
+
+    pub(super) fn hello(&self) -> From {
+        let (rank, pid) = (Some(self.rank as u32), 100 + self.rank as u32);
+        From::Hello(Hello { version: "1".into(), rank, host: "box".into(), pid, recipe: None })
+    }
+
+    /// What it answers to the coordinator.
+    pub(super) fn hear(&mut self, now: Duration, what: To, say: &mut dyn FnMut(From)) {
+        self.silence.heard(now);
+        match what {
+            To::Welcome(_) => {
+                self.welcome = true;
+                let (data_address, nonce) = (format!("10.0.0.{}:1", self.rank), format!("nonce-{}", self.rank));
+                say(From::Prepared(Prepared { data_address, properties: Vec::new(), nonce }));
+            }
+            To::Look(look) => say(From::Seen(Seen { nonces: look.nonces })),
+            To::Places(_) => say(From::Holds(Holds { checkpoints: Vec::new() })),
+            To::Start(_) => self.begin(),
+            To::Abort(abort) => self.end(abort.verdict),
+            To::Beat(_) => {}
+            other => panic!("nobody asked for {other:?}"),
+        }
+    }
+
+    /// The heartbeat, unless the coordinator has been silent for too long.
+    pub(super) fn beat(&mut self, now: Duration, say: &mut dyn FnMut(From)) {
+        self.turns.look();
+        if !self.welcome {
+            if now > JOIN_WITHIN {
+                self.end("no coordinator answered".into());
+            }
+            return;
+        }
+        match self.silence.tick(now) {
+            Some(how) => self.end(format!("the coordinator {how}")),
+            None => say(beat(&self.progress)),
+        }
+    }
+
+    /// The run has ended for everybody.
+    pub(super) fn end(&mut self, verdict: String) {
+        self.aborter.abort(&verdict);
+        self.doing = Doing::Ended(verdict);
+    }
+
+    fn begin(&mut self) {
+        self.doing = Doing::Computing;
+        self.step += 1;
+        self.progress.begin(self.step);
+        self.stream.begin(self.step, self.setting.micro_batches);
+        (self.micro_batch, self.left) = (0, self.parameters.len());
+        self.stream.begin_micro_batch(0);
+    }
+
+    /// One gradient more, or the end of the backward pass.
+    pub(super) fn compute(&mut self, say: &mut dyn FnMut(From)) {
+        if self.doing != Doing::Computing || self.stuck {
+            return;
+        }
+        if self.fails {
+            let (parameter_hash, error) = (String::new(), Some(FAILURE.to_owned()));
+            say(From::Leaving(Leaving { step: self.step, parameter_hash, error, code: 1 }));
+            self.doing = Doing::Explaining(FAILURE.into());
+            return;
+        }
+        if self.left == 0 && self.micro_batch + 1 < self.setting.micro_batches {
+            self.micro_batch += 1;
+            self.left = self.parameters.len();
+            self.stream.begin_micro_batch(self.micro_batch);
+        }
+        if self.left > 0 {
+            self.left -= 1;
+            let gradient = self.setting.gradient(self.rank, self.step, self.micro_batch, self.left);
+            self.stream.add(self.left, Gradient::Host(&gradient));
+            return;
+        }
+        let (loss, parameters) = (self.rank as f64, None);
+        let ballot = Ballot { finite: true, stop: false, busy: false, loss, parameters, codec: None };
+        self.progress.enter(Stage::Waiting);
+        self.stream.close(ballot).expect("every gradient has its parameter's shape");
+        self.doing = Doing::Waiting;
+    }
+
+    /// Goes on when the sum has come.
+    pub(super) fn go_on(&mut self, say: &mut dyn FnMut(From)) {
+        if self.doing != Doing::Waiting {
+            return;
+        }
+        match self.apply() {
+            None => return,
+            Some(Ok(())) => {}
+            Some(Err(StreamError::Engine(EngineError::Lost { rank, why, .. }))) => {
+                say(From::Lost(Lost { rank: rank as u32, why: why.clone() }));
+                self.doing = Doing::Explaining(why);
+                return;
+            }
+            Some(Err(error)) => {
+                let (parameter_hash, error) = (String::new(), Some(error.to_string()));
+                say(From::Leaving(Leaving { step: self.step, parameter_hash, error: error.clone(), code: 1 }));
+                self.doing = Doing::Explaining(error.unwrap_or_default());
+                return;
+            }
+        }
+        let mut hasher = blake3::Hasher::new();
+        self.parameters.iter().flatten().for_each(|x| _ = hasher.update(&x.to_le_bytes()));
+        self.hashes.push(hasher.finalize());
+        if self.step < self.setting.steps {
+            self.begin();
+            return;
+        }
+        self.transport.close(Duration::ZERO);
+        let parameter_hash = hasher.finalize().to_string();
+        say(From::Leaving(Leaving { step: self.step, parameter_hash, error: None, code: 0 }));
+        self.doing = Doing::Done;
+    }
+
+    /// Applies the sum, if it is here.
+    fn apply(&mut self) -> Option<Result<(), StreamError>> {
+        let finished = match self.stream.try_finish()? {
+            Ok(finished) => finished,
+            Err(error) => return Some(Err(error)),
+        };
+        let skips = self.setting.skips() == Some(self.step);
+        assert_eq!(finished.verdict, if skips { Verdict::Skip } else { Verdict::Commit });
+        if !skips {
+            for (parameter, sum) in self.parameters.iter_mut().zip(finished.sum.parameters()) {
+                parameter.iter_mut().zip(sum).for_each(|(parameter, sum)| *parameter -= 0.1 * sum);
+            }
+        }
+        Some(Ok(()))
+    }
+}

@@ -1,0 +1,418 @@
+//! Everything that happens in a simulated run, in order.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use compression::Codec;
+
+use super::fault::Fault;
+use super::rank::{Doing, Rank};
+use crate::coordinator::FromCoordinator as To;
+use crate::coordinator::state::{Ending, Input, Options, Output, State, interval};
+use crate::data::{Parameter, Plan};
+use crate::transport::simulated::{Network, Quality, Random};
+use crate::wire::control::Beat;
+use crate::wire::control::from_worker::What as From;
+
+pub(super) const PEER_TIMEOUT: Duration = Duration::from_secs(2);
+pub(super) const JOIN_WITHIN: Duration = Duration::from_secs(20);
+/// No run may take longer; none comes near it.
+const HANG: Duration = Duration::from_secs(120);
+
+/// A run, as a seed draws it.
+#[derive(Clone, Debug)]
+pub(super) struct Setting {
+    pub(super) seed: u64,
+    pub(super) ranks: usize,
+    pub(super) steps: u64,
+    pub(super) codec: Codec,
+    pub(super) chunk_blocks: usize,
+    pub(super) bucket_bytes: usize,
+    pub(super) micro_batches: usize,
+    pub(super) quality: Quality,
+    /// The longest that one gradient takes.
+    pub(super) compute: Duration,
+    pub(super) fault: Fault,
+    pub(super) fault_at: Duration,
+    /// What must be named: the fault, but in a control.
+    pub(super) expects: Fault,
+    /// A control: sums are added in the order of arrival.
+    pub(super) by_arrival: bool,
+    /// A control: the coordinator sends its heartbeats and never looks who is lost.
+    pub(super) blind: bool,
+}
+
+/// As small as one may be whose gradient is compressed, and two that travel as they are.
+const SHAPES: [(&str, &[usize]); 3] = [("table", &[256, 256]), ("norm", &[77]), ("small", &[3, 50])];
+
+impl Setting {
+    pub(super) fn drawn(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let ranks = 2 + random.below(7) as usize;
+        let fault = Fault::drawn(&mut random, ranks);
+        let mut one_of = |values: &[u64]| values[random.below(values.len() as u64) as usize];
+        Self {
+            seed,
+            ranks,
+            steps: 4,
+            chunk_blocks: one_of(&[1, 7, 64, 512]) as usize,
+            bucket_bytes: one_of(&[4, 1 << 10, 1 << 20]) as usize,
+            micro_batches: one_of(&[1, 2]) as usize,
+            codec: Codec::ALL[one_of(&[0, 1, 2, 3, 4, 5]) as usize],
+            quality: Quality {
+                delay_max: Duration::from_micros(one_of(&[0, 100, 5_000, 50_000])),
+                bytes_per_s: one_of(&[2_000_000, 25_000_000, 1_000_000_000]) as f64,
+            },
+            compute: Duration::from_millis(one_of(&[0, 2, 30])),
+            fault,
+            fault_at: random.duration(Duration::from_millis(1500)),
+            expects: fault,
+            by_arrival: false,
+            blind: false,
+        }
+    }
+
+    /// The same sums on a network without delays, without faults, in other pieces.
+    pub(super) fn calm(&self) -> Self {
+        let quality = Quality { delay_max: Duration::ZERO, bytes_per_s: 1e12 };
+        let fault = if matches!(self.fault, Fault::Nan(..)) { self.fault } else { Fault::None };
+        let (chunk_blocks, bucket_bytes, compute) = (33, 1 << 12, Duration::ZERO);
+        Self { quality, fault, expects: fault, chunk_blocks, bucket_bytes, compute, blind: false, ..self.clone() }
+    }
+
+    pub(super) const fn skips(&self) -> Option<u64> {
+        match self.fault {
+            Fault::Nan(_, step) => Some(step),
+            _ => None,
+        }
+    }
+
+    pub(super) fn plan(&self) -> Arc<Plan> {
+        let parameters = SHAPES.map(|(name, shape)| Parameter { name: name.into(), shape: shape.to_vec() });
+        Arc::new(Plan::new(parameters.to_vec(), self.bucket_bytes).expect("small"))
+    }
+
+    /// Another one for every rank, step and micro-batch, whatever the seed.
+    pub(super) fn gradient(&self, rank: usize, step: u64, micro_batch: usize, index: usize) -> Vec<f32> {
+        let elements: usize = SHAPES[index].1.iter().product();
+        let mut x = (rank as u64 * 64 + step) * 64 + micro_batch as u64 * 8 + index as u64;
+        let mut value = || {
+            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((x >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 0.01
+        };
+        let mut values: Vec<f32> = (0..elements).map(|_| value()).collect();
+        if self.fault == Fault::Nan(rank, step) {
+            values[elements / 2] = f32::NAN;
+        }
+        values
+    }
+}
+
+#[derive(Debug)]
+enum Event {
+    /// A rank's process starts.
+    Joins(usize),
+    /// A rank's training thread gets on.
+    Computes(usize),
+    /// A rank's heartbeat is due.
+    Beats(usize),
+    /// The coordinator looks.
+    Ticks,
+    ToCoordinator(usize, From),
+    ToWorker(usize, To),
+    /// A rank's connection to the coordinator ends.
+    Closes(usize),
+    Fault,
+}
+
+pub(super) struct World {
+    setting: Setting,
+    random: Random,
+    now: Duration,
+    network: Network,
+    ranks: Vec<Rank>,
+    coordinator: Option<State>,
+    ending: Option<Ending>,
+    /// What is to come, and what of the same time in random order.
+    events: BTreeMap<(Duration, u64), Event>,
+    /// When the last word to and from each rank arrives: none overtakes another.
+    last_words: Vec<[Duration; 2]>,
+    /// When the fault happened, and whether every rank was at its steps then.
+    struck: Option<(Duration, bool)>,
+    story: Vec<String>,
+}
+
+impl World {
+    pub(super) fn new(setting: Setting) -> Self {
+        let network = Network::new(setting.ranks, setting.quality, setting.seed ^ 0xA5A5);
+        let ranks = (0..setting.ranks).map(|rank| Rank::new(rank, &setting, &network)).collect();
+        let options = Options {
+            ranks: setting.ranks,
+            host: "host".into(),
+            pid: 1,
+            version: "1".into(),
+            recipe: String::new(),
+            name: "run".into(),
+            resume: false,
+            restart: 0,
+            choose_codec_anew: false,
+            peer_timeout: PEER_TIMEOUT,
+            join_within: JOIN_WITHIN,
+            epoch: 1,
+            token: "token".into(),
+        };
+        let mut world = Self {
+            random: Random::new(setting.seed ^ 0x5A5A),
+            now: Duration::ZERO,
+            network,
+            ranks,
+            coordinator: Some(State::new(options)),
+            ending: None,
+            events: BTreeMap::new(),
+            last_words: vec![[Duration::ZERO; 2]; setting.ranks],
+            struck: None,
+            story: Vec::new(),
+            setting,
+        };
+        for rank in 0..world.setting.ranks {
+            let at = world.random.duration(Duration::from_millis(100));
+            world.at(at, Event::Joins(rank));
+        }
+        world.at(Duration::ZERO, Event::Ticks);
+        if !matches!(world.setting.fault, Fault::None | Fault::Slow(_) | Fault::Nan(..)) {
+            world.at(world.setting.fault_at, Event::Fault);
+        }
+        world
+    }
+
+    /// Everything that happened, in words.
+    pub(super) fn story(&self) -> Vec<String> {
+        self.story.clone()
+    }
+
+    /// Runs to the end: the hashes of the parameters after each step that somebody completed.
+    pub(super) fn run(&mut self) -> Result<Vec<blake3::Hash>, String> {
+        while self.ranks.iter().any(Rank::is_alive) {
+            self.happens()?;
+        }
+        self.check()
+    }
+
+    /// The next thing: an engine's turn, or whatever comes first.
+    fn happens(&mut self) -> Result<(), String> {
+        if self.now > HANG {
+            let doing: Vec<_> = self.ranks.iter().map(|rank| &rank.doing).collect();
+            return Err(format!("hangs: {doing:?}"));
+        }
+        let mut due = Vec::new();
+        for (number, rank) in self.ranks.iter_mut().enumerate() {
+            if rank.is_alive() && rank.turns.is_due() {
+                due.push(number);
+            }
+        }
+        // Now and then an engine's thread is late.
+        if !due.is_empty() && self.random.below(8) > 0 {
+            let rank = due[self.random.below(due.len() as u64) as usize];
+            self.ranks[rank].turns.turn();
+            self.with(rank, Rank::go_on);
+            return Ok(());
+        }
+        let (event, message) = (self.events.keys().next().map(|&(at, _)| at), self.network.next());
+        if message.is_some_and(|message| event.is_none_or(|event| message < event)) {
+            self.now = self.now.max(message.unwrap_or_default());
+            self.network.advance(self.now);
+        } else if let Some(((at, _), event)) = self.events.pop_first() {
+            self.now = self.now.max(at);
+            self.network.advance(self.now);
+            self.event(event);
+        }
+        Ok(())
+    }
+
+    fn at(&mut self, at: Duration, event: Event) {
+        let tie = self.random.next();
+        self.events.insert((at, tie), event);
+    }
+
+    fn after(&mut self, longest: Duration, event: Event) {
+        let at = self.now + self.random.duration(longest);
+        self.at(at, event);
+    }
+
+    /// Lets a rank do something, and carries what it says to the coordinator.
+    fn with(&mut self, rank: usize, act: impl FnOnce(&mut Rank, &mut dyn FnMut(From))) {
+        if !self.ranks[rank].is_alive() {
+            return;
+        }
+        let (before, step) = (self.ranks[rank].doing.clone(), self.ranks[rank].hashes.len());
+        let mut said = Vec::new();
+        act(&mut self.ranks[rank], &mut |what| said.push(what));
+        for what in said {
+            self.word(rank, 0, |rank| Event::ToCoordinator(rank, what));
+        }
+        let doing = self.ranks[rank].doing.clone();
+        if doing != before || self.ranks[rank].hashes.len() > step {
+            self.story.push(format!("{:?} rank {rank} {doing:?}", self.now));
+        }
+        if doing == Doing::Computing && (before != doing || self.ranks[rank].hashes.len() > step) {
+            self.computes(rank);
+        }
+        if !self.ranks[rank].is_alive() {
+            self.leaves(rank, "its process ended");
+        }
+    }
+
+    fn computes(&mut self, rank: usize) {
+        let slow = if self.setting.fault == Fault::Slow(rank) { 20 } else { 1 };
+        self.after(self.setting.compute * slow, Event::Computes(rank));
+    }
+
+    /// A process is no more.
+    fn leaves(&mut self, rank: usize, why: &str) {
+        self.network.kill(rank, why);
+        self.word(rank, 0, Event::Closes);
+    }
+
+    /// A word between a rank and the coordinator: to the coordinator (0) or from it (1).
+    fn word(&mut self, rank: usize, way: usize, event: impl FnOnce(usize) -> Event) {
+        let at = self.now + self.random.duration(self.setting.quality.delay_max);
+        let at = at.max(self.last_words[rank][way] + Duration::from_nanos(1));
+        self.last_words[rank][way] = at;
+        self.at(at, event(rank));
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::Joins(rank) => {
+                self.with(rank, |rank, say| say(rank.hello()));
+                self.at(self.now, Event::Beats(rank));
+            }
+            Event::Computes(rank) => {
+                self.with(rank, Rank::compute);
+                self.with(rank, Rank::go_on);
+                if self.ranks[rank].doing == Doing::Computing && !self.ranks[rank].stuck {
+                    self.computes(rank);
+                }
+            }
+            Event::Beats(rank) => {
+                let now = self.now;
+                self.with(rank, |rank, say| rank.beat(now, say));
+                if self.ranks[rank].is_alive() {
+                    self.at(now + interval(PEER_TIMEOUT), Event::Beats(rank));
+                }
+            }
+            Event::Ticks => {
+                match self.setting.blind {
+                    false => self.tell(Input::Tick),
+                    true => (0..self.ranks.len()).for_each(|rank| {
+                        self.word(rank, 1, |rank| Event::ToWorker(rank, To::Beat(Beat {})));
+                    }),
+                }
+                if self.coordinator.is_some() {
+                    self.at(self.now + interval(PEER_TIMEOUT), Event::Ticks);
+                }
+            }
+            Event::ToCoordinator(rank, From::Hello(hello)) => {
+                self.tell(Input::Hello { connection: rank as u64, hello, differences: Vec::new() });
+            }
+            Event::ToCoordinator(rank, what) => self.tell(Input::Message { connection: rank as u64, what }),
+            Event::Closes(rank) => {
+                self.tell(Input::Closed { connection: rank as u64, how: "the connection was closed".into() });
+            }
+            Event::ToWorker(rank, what) => {
+                let now = self.now;
+                self.with(rank, |rank, say| rank.hear(now, what, say));
+            }
+            Event::Fault => self.strike(),
+        }
+    }
+
+    fn tell(&mut self, input: Input) {
+        let Some(coordinator) = &mut self.coordinator else { return };
+        for output in coordinator.handle(self.now, input) {
+            match output {
+                Output::Send { connection, what } => {
+                    self.word(connection as usize, 1, |rank| Event::ToWorker(rank, what));
+                }
+                Output::Close { .. } => {}
+                Output::End(ending) => {
+                    self.story.push(format!("{:?} the end: {}", self.now, ending.verdict));
+                    self.ending = Some(ending);
+                }
+            }
+        }
+    }
+
+    fn strike(&mut self) {
+        let early = |rank: usize, world: &Self| world.ranks[rank].hashes.len() < 2;
+        let fault = self.setting.fault;
+        let again = match fault {
+            // Before a step is complete nobody knows how long one may take.
+            Fault::Stuck(rank) => early(rank, self),
+            Fault::Fail(rank) => self.ranks[rank].doing == Doing::Starting,
+            Fault::Cut(a, b) | Fault::Silence(a, b) | Fault::Damage(a, b) => {
+                [a, b].iter().any(|&rank| self.ranks[rank].doing == Doing::Starting)
+            }
+            _ => false,
+        };
+        if again && self.ending.is_none() {
+            return self.after(Duration::from_millis(200), Event::Fault);
+        }
+        let all_run = self.ranks.iter().all(|rank| rank.doing != Doing::Starting);
+        self.struck = Some((self.now, all_run));
+        self.story.push(format!("{:?} {fault:?}", self.now));
+        match fault {
+            Fault::None | Fault::Slow(_) | Fault::Nan(..) => {}
+            Fault::Kill(rank) if self.ranks[rank].is_alive() => {
+                self.ranks[rank].doing = Doing::Gone;
+                self.leaves(rank, "the connection was closed");
+            }
+            Fault::Stop(rank) if self.ranks[rank].is_alive() => self.ranks[rank].doing = Doing::Gone,
+            Fault::Kill(_) | Fault::Stop(_) => {}
+            Fault::Stuck(rank) => self.ranks[rank].stuck = true,
+            Fault::Fail(rank) => self.ranks[rank].fails = true,
+            Fault::Cut(a, b) => self.network.cut(a, b, "connection reset"),
+            Fault::Silence(a, b) => self.network.silence(a, b),
+            Fault::Damage(from, to) => self.network.damage(from, to),
+            Fault::KillCoordinator => {
+                self.coordinator = None;
+                for rank in 0..self.ranks.len() {
+                    self.with(rank, |rank, _| rank.end("the coordinator closed the connection".into()));
+                }
+            }
+            Fault::StopCoordinator => self.coordinator = None,
+        }
+    }
+
+    /// What must hold at the end, whatever happened.
+    fn check(&self) -> Result<Vec<blake3::Hash>, String> {
+        let longest = self.ranks.iter().map(|rank| &rank.hashes).max_by_key(|hashes| hashes.len());
+        let longest = longest.cloned().unwrap_or_default();
+        if let Some(rank) = self.ranks.iter().find(|rank| !longest.starts_with(&rank.hashes)) {
+            return Err(format!("rank {} has other parameters", rank.rank));
+        }
+        if self.ranks.iter().all(|rank| rank.doing == Doing::Done) {
+            return Ok(longest);
+        }
+        let fault = self.setting.expects;
+        let Some((struck, all_run)) = self.struck.filter(|_| !fault.is_harmless()) else {
+            return Err(format!("ends without a reason: {:?}", self.story));
+        };
+        let took = self.now - struck;
+        if all_run && fault.is_told_at_once() && took > PEER_TIMEOUT + 4 * self.setting.quality.delay_max {
+            return Err(format!("ends only after {took:?}: {:#?}", self.story));
+        }
+        for rank in self.ranks.iter().filter(|rank| !fault.silences(rank.rank)) {
+            let is_named = match &rank.doing {
+                Doing::Ended(verdict) => fault.is_named(verdict),
+                // What comes after its last step is no business of its.
+                doing => *doing == Doing::Done,
+            };
+            if !is_named {
+                return Err(format!("rank {} does not name {fault:?}: {:?}\n{:#?}", rank.rank, rank.doing, self.story));
+            }
+        }
+        Ok(longest)
+    }
+}
