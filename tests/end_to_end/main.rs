@@ -13,3 +13,4 @@ mod ranks;
 mod recipes;
 mod resume;
 mod support;
+mod traces;

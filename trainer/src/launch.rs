@@ -160,6 +160,7 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
         recipe: request.raw.to_toml(),
         quiet: coordinator.is_some(),
         trusted_network: orders.trusted_network,
+        trace_steps: request.trace_steps,
         within_s: recipe.parallel.join_timeout_s,
     };
     for (index, &rank) in ranks.iter().enumerate() {

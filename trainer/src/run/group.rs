@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use checkpoint::writer::{Outcome, Part};
 use parallel::control::{Control, ControlError};
@@ -177,8 +177,10 @@ impl Run {
     pub(super) fn compare(&self) -> Result<()> {
         let Some(engine) = self.stepper.engine() else { return Ok(()) };
         self.stepper.progress().enter(Stage::Waiting);
+        let start = Instant::now();
         let own = self.state.parameter_hash(&self.config).as_bytes().map(f64::from);
         let all = engine.gather(own.to_vec()).map_err(StreamError::from)?;
+        self.span("compare", start);
         let hash = |values: &Vec<f64>| -> Option<[u8; 32]> {
             let bytes: Vec<u8> = values.iter().map(|value| *value as u8).collect();
             bytes.try_into().ok()

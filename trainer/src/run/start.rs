@@ -13,6 +13,7 @@ use burn::tensor::Device;
 use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
 use checkpoint::writer::{Retention, Writer};
+use parallel::data::Plan;
 use serde_json::json;
 
 use super::codec::Codecs;
@@ -22,6 +23,7 @@ use super::metrics::Metrics;
 use super::progress::Progress;
 use super::save::{newest_good, same_text};
 use super::signals::{Manner, Stop};
+use super::trace::Tracing;
 use super::{Left, Request, Run};
 use crate::data::{self, Data};
 use crate::device;
@@ -72,6 +74,8 @@ pub fn train(request: Request) -> Result<Left> {
         folder.keep_recipe(&request.raw)?;
         request.log.open(&folder.file("logs/rank-0.log"))?;
         let stepper = Stepper::new(&ready.config, &ready.device, request.recipe.parallel.bucket_bytes_max)?;
+        let tracing = begin_trace(&request, folder.path(), 0, stepper.plan(), begun.state.step)?;
+        let stepper = stepper.traced(tracing.as_ref().map(Tracing::trace).cloned());
         let writer = Writer::new(
             Arc::new(RealDisk),
             folder.checkpoints(),
@@ -79,9 +83,9 @@ pub fn train(request: Request) -> Result<Left> {
             retention(&request.recipe),
         )?;
         let books = Books::open(&request, &folder, resumed.then_some(begun.state.step), &changed)?;
-        Ok((stepper, writer, books))
+        Ok((stepper, writer, books, tracing))
     };
-    let (stepper, writer, books) = match open() {
+    let (stepper, writer, books, tracing) = match open() {
         Ok(opened) => opened,
         Err(error) => {
             if !resumed {
@@ -90,8 +94,8 @@ pub fn train(request: Request) -> Result<Left> {
             return Err(error);
         }
     };
-    let parts =
-        Parts { request, started, stop, ready, begun, stepper, writer, books: Some(books), group: None, codecs: None };
+    let (books, group, codecs) = (Some(books), None, None);
+    let parts = Parts { request, started, stop, ready, begun, stepper, writer, books, group, codecs, tracing };
     let mut run = parts.run();
     work(&mut run, Some(&folder))
 }
@@ -159,6 +163,18 @@ struct Parts {
     books: Option<Books>,
     group: Option<Group>,
     codecs: Option<Codecs>,
+    tracing: Option<Tracing>,
+}
+
+/// What a rank records for a picture, if that is wanted.
+fn begin_trace(
+    request: &Request,
+    folder: &Path,
+    rank: usize,
+    plan: &Arc<Plan>,
+    before: u64,
+) -> Result<Option<Tracing>> {
+    request.trace_steps.map(|steps| Tracing::begin(folder, rank, plan.clone(), before, steps)).transpose()
 }
 
 fn make_runs(runs: &Path) -> Result<()> {
@@ -246,7 +262,7 @@ impl Books {
 
 impl Parts {
     fn run(self) -> Run {
-        let Self { request, started, stop, ready, begun, stepper, writer, books, group, codecs } = self;
+        let Self { request, started, stop, ready, begun, stepper, writer, books, group, codecs, tracing } = self;
         let Ready { device, data, config, from: _ } = ready;
         let Begun { state, tokens, last_loss, committed } = begun;
         let (metrics, progress, wall_before_s) = match books {
@@ -268,6 +284,7 @@ impl Parts {
             progress,
             group,
             codecs,
+            tracing,
             tamper: request.tamper,
             stopping: false,
             busy: false,
