@@ -163,22 +163,22 @@ impl Trace {
         let mut tracks: Vec<Track> = events.iter().map(|event| event.track).collect();
         tracks.sort_unstable();
         tracks.dedup();
-        let mut lines = vec![self.about("process_name", None, json!({ "name": format!("rank {}", self.rank) }))];
-        lines.push(self.about("process_sort_index", None, json!({ "sort_index": self.rank })));
+        let mut lines = vec![self.about("process_name", None, &json!({ "name": format!("rank {}", self.rank) }))];
+        lines.push(self.about("process_sort_index", None, &json!({ "sort_index": self.rank })));
         if left_out > 0 {
             let labels = format!("full: {left_out} events after the first {} are left out", events.len());
-            lines.push(self.about("process_labels", None, json!({ "labels": labels })));
+            lines.push(self.about("process_labels", None, &json!({ "labels": labels })));
         }
         for track in tracks {
-            lines.push(self.about("thread_name", Some(track), json!({ "name": track.title() })));
-            lines.push(self.about("thread_sort_index", Some(track), json!({ "sort_index": track.number() })));
+            lines.push(self.about("thread_name", Some(track), &json!({ "name": track.title() })));
+            lines.push(self.about("thread_sort_index", Some(track), &json!({ "sort_index": track.number() })));
         }
         lines.extend(events.iter().map(|event| self.line(event)));
         Some(join(&lines))
     }
 
     /// What is said of a process or a track.
-    fn about(&self, name: &str, track: Option<Track>, args: Value) -> String {
+    fn about(&self, name: &str, track: Option<Track>, args: &Value) -> String {
         let tid = track.map_or(0, Track::number);
         json!({ "name": name, "ph": "M", "pid": self.rank, "tid": tid, "args": args }).to_string()
     }
