@@ -13,7 +13,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ use self::watch::{Connecting, watch};
 use super::raw::Uncopied;
 use super::raw::service::data_server::DataServer;
 use super::socket::{Accepted, Counters, Limits};
-use super::{Counted, Sink, Transport};
+use super::{Counted, Incoming, Sink, Transport};
 use crate::trace::Trace;
 
 mod error;
@@ -137,6 +137,8 @@ impl Listener {
         let runtime =
             Builder::new_multi_thread().worker_threads(threads).thread_name("transport").enable_all().build()?;
         let counters = Counters::default();
+        let peers: Arc<[Peer]> = (0..ranks).map(|_| Peer::default()).collect();
+        let sink = counting(sink, peers.clone());
         let (events, happened) = mpsc::unbounded_channel();
         let entered = runtime.enter();
         let listener = tokio::net::TcpListener::from_std(self.listener)?;
@@ -163,7 +165,7 @@ impl Listener {
                 runtime.spawn(watch(connected.standing, connected.happened, lost.clone(), sink));
                 let running = Mutex::new(Some(Running { runtime, calls_ended: connected.calls_ended }));
                 let traces = self.trace.is_some();
-                Ok(GrpcTransport { rank, queues: connected.queues, lost, counters, running, traces })
+                Ok(GrpcTransport { rank, queues: connected.queues, lost, counters, running, traces, peers })
             }
             Err(error) => {
                 stop(runtime, SHUTDOWN_WITHIN);
@@ -183,7 +185,15 @@ pub struct GrpcTransport {
     lost: Arc<[AtomicBool]>,
     counters: Counters,
     traces: bool,
+    peers: Arc<[Peer]>,
     running: Mutex<Option<Running>>,
+}
+
+/// Bytes of messages to and from one rank.
+#[derive(Debug, Default)]
+struct Peer {
+    sent: AtomicU64,
+    received: AtomicU64,
 }
 
 struct Running {
@@ -198,6 +208,28 @@ impl fmt::Debug for GrpcTransport {
     }
 }
 
+impl GrpcTransport {
+    /// Bytes of messages to and from each rank so far, without what the network's protocols add.
+    #[must_use]
+    pub fn counted_by_rank(&self) -> Vec<Counted> {
+        let counted = |peer: &Peer| Counted {
+            sent: peer.sent.load(Ordering::Relaxed),
+            received: peer.received.load(Ordering::Relaxed),
+        };
+        self.peers.iter().map(counted).collect()
+    }
+}
+
+/// The same sink, which counts what comes in from each rank.
+fn counting(sink: Sink, peers: Arc<[Peer]>) -> Sink {
+    Arc::new(move |incoming| {
+        if let Incoming::Message { from, bytes } = &incoming {
+            peers[*from].received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        }
+        sink(incoming);
+    })
+}
+
 impl Transport for GrpcTransport {
     /// # Panics
     ///
@@ -207,6 +239,7 @@ impl Transport for GrpcTransport {
         assert!(message.len() <= MESSAGE_BYTES_MAX, "a message of {} bytes: cut it before", message.len());
         let queue = self.queues[to].as_ref().expect("a rank sends nothing to itself");
         if !self.lost[to].load(Ordering::Relaxed) {
+            self.peers[to].sent.fetch_add(message.len() as u64, Ordering::Relaxed);
             // It fails when the call has ended; the loss is told, or the peer has said goodbye.
             let _ = queue.send(Queued { message, since: self.traces.then(Instant::now) });
         }
