@@ -9,6 +9,7 @@ mod fuzzing;
 mod joining;
 mod ledger;
 mod processes;
+mod prometheus;
 mod ranks;
 mod recipes;
 mod resume;

@@ -327,18 +327,8 @@ impl Run {
     fn line(&mut self, report: &Report) -> Line {
         let before = std::mem::replace(&mut self.counted, report.wire);
         let memory_bytes = metrics::memory_bytes();
-        // The coordinator collects them from all ranks.
-        self.stepper.progress().report(Numbers {
-            step: self.state.step,
-            step_s: report.step_s,
-            encode_s: report.encode_s,
-            wait_s: report.wait_s,
-            wire_bytes_sent: report.wire.sent,
-            wire_bytes_received: report.wire.received,
-            memory_bytes: memory_bytes.unwrap_or(0),
-        });
         let finite = |x: f64| x.is_finite().then_some(x);
-        Line {
+        let line = Line {
             step: self.state.step,
             loss: finite(report.loss),
             eval_loss: None,
@@ -359,7 +349,28 @@ impl Run {
             zstd_buckets: report.packed.buckets,
             checkpoint_stall_s: 0.0,
             memory_bytes,
-        }
+        };
+        // The coordinator collects them from all ranks.
+        self.stepper.progress().report(Numbers {
+            step: line.step,
+            step_s: line.step_s,
+            encode_s: line.encode_s,
+            wait_s: line.wait_s,
+            wire_bytes_sent: report.wire.sent,
+            wire_bytes_received: report.wire.received,
+            memory_bytes: memory_bytes.unwrap_or(0),
+            loss: line.loss,
+            grad_norm: line.grad_norm,
+            learning_rate: line.learning_rate,
+            tokens: line.tokens,
+            tokens_per_s: line.tokens_per_s,
+            forward_s: line.forward_s,
+            backward_s: line.backward_s,
+            exposed_s: line.exposed_s,
+            overlap: line.overlap,
+            peers: self.group.as_ref().map_or_else(Vec::new, Group::bytes_by_rank),
+        });
+        line
     }
 
     /// The loss on held-out text; ranks share the work. `None` when there is no such text, or when somebody asked to stop.

@@ -142,7 +142,7 @@ impl Stepper {
 
     /// How far this rank is.
     #[must_use]
-    pub fn progress(&self) -> &Progress {
+    pub const fn progress(&self) -> &Arc<Progress> {
         &self.progress
     }
 

@@ -13,14 +13,17 @@ use burn::tensor::Device;
 use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
 use checkpoint::writer::{Retention, Writer};
+use parallel::coordinator::state::RankNumbers;
 use parallel::data::Plan;
+use parallel::progress::Progress;
 use serde_json::json;
 
 use super::codec::Codecs;
 use super::folder::{Folder, Status};
 use super::group::Group;
+use super::join::host;
 use super::metrics::Metrics;
-use super::progress::Progress;
+use super::progress::Progress as Bar;
 use super::save::{newest_good, same_text};
 use super::signals::{Manner, Stop};
 use super::trace::Tracing;
@@ -31,6 +34,7 @@ use crate::error::{Error, Result};
 use crate::generate::prompt_tokens;
 use crate::log::say;
 use crate::model::Config;
+use crate::prometheus::Port;
 use crate::recipe::Recipe;
 use crate::recipe::resolved::TokenizerSource;
 use crate::state::{self, State};
@@ -59,6 +63,7 @@ pub fn train(request: Request) -> Result<Left> {
         say(&format!("run {}: there is nothing to resume, so it starts from the beginning", request.name));
     }
     make_runs(&runs)?;
+    let port = Port::open(request.recipe.metrics.prometheus_port)?;
     let newest = match &existing {
         Some((folder, _)) => newest_good(folder)?,
         None => None,
@@ -85,7 +90,7 @@ pub fn train(request: Request) -> Result<Left> {
         let books = Books::open(&request, &folder, resumed.then_some(begun.state.step), &changed)?;
         Ok((stepper, writer, books, tracing))
     };
-    let (stepper, writer, books, tracing) = match open() {
+    let (stepper, writer, mut books, tracing) = match open() {
         Ok(opened) => opened,
         Err(error) => {
             if !resumed {
@@ -93,6 +98,14 @@ pub fn train(request: Request) -> Result<Left> {
             }
             return Err(error);
         }
+    };
+    let _endpoint = match port {
+        Some(port) => {
+            books.serves(&port.url(), begun.state.step);
+            let progress = stepper.progress().clone();
+            Some(port.serve(Arc::new(move || vec![alone(&progress)]))?)
+        }
+        None => None,
     };
     let (books, group, codecs) = (Some(books), None, None);
     let parts = Parts { request, started, stop, ready, begun, stepper, writer, books, group, codecs, tracing };
@@ -148,7 +161,7 @@ struct Begun {
 /// What a run writes for people.
 struct Books {
     metrics: Metrics,
-    progress: Progress,
+    progress: Bar,
     wall_before_s: f64,
 }
 
@@ -164,6 +177,13 @@ struct Parts {
     group: Option<Group>,
     codecs: Option<Codecs>,
     tracing: Option<Tracing>,
+}
+
+/// What the only rank says of itself.
+fn alone(progress: &Progress) -> RankNumbers {
+    let (mark, numbers) = (progress.mark(), progress.numbers());
+    let (host, pid) = (host(), std::process::id());
+    RankNumbers { rank: 0, host, pid, at: mark.text, waits: mark.waits, numbers }
 }
 
 /// What a rank records for a picture, if that is wanted.
@@ -247,7 +267,7 @@ impl Books {
     fn open(request: &Request, folder: &Folder, resumed_at: Option<u64>, changed: &[String]) -> Result<Self> {
         let recipe = &request.recipe;
         let mut metrics = Metrics::open(folder.path(), resumed_at, recipe.metrics.tensorboard)?;
-        let progress = Progress::new(resumed_at.unwrap_or(0), recipe.train.steps, recipe.metrics.log_every);
+        let progress = Bar::new(resumed_at.unwrap_or(0), recipe.train.steps, recipe.metrics.log_every);
         if let Some(step) = resumed_at {
             metrics.event("resumed", step, json!({ "changed": changed }));
             progress.say(&format!("run {}: going on after step {step}", folder.name()));
@@ -257,6 +277,14 @@ impl Books {
         }
         let before = resumed_at.and_then(|_| folder.summary());
         Ok(Self { metrics, progress, wall_before_s: before.map_or(0.0, |summary| summary.wall_s) })
+    }
+}
+
+impl Books {
+    /// Says where numbers are served for Prometheus.
+    fn serves(&mut self, url: &str, step: u64) {
+        self.metrics.event("prometheus", step, json!({ "url": url }));
+        self.progress.say(&format!("metrics for Prometheus: {url}"));
     }
 }
 

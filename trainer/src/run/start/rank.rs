@@ -17,7 +17,7 @@ use parallel::data::shard::payload_bytes_sent;
 use parallel::trace::Trace;
 use parallel::transport::Incoming;
 use parallel::transport::grpc::{self, GrpcTransport};
-use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start};
+use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start, Welcome};
 use serde_json::json;
 
 use super::{Begun, Books, Parts, Ready, begin_trace, make_runs, peek, prepare, retention, work};
@@ -282,9 +282,7 @@ fn connect(
     let stepper = Stepper::across(&ready.config, &ready.device, engine).traced(trace);
     request.tamper.prepare(&stepper);
     let books = match folder {
-        Some(folder) if rank == 0 => {
-            Some(open_books(request, folder, begun.state.step, joined.control.welcome().restart)?)
-        }
+        Some(folder) if rank == 0 => Some(open_books(request, folder, begun.state.step, joined.control.welcome())?),
         _ => None,
     };
     Ok(Connected { begun, stepper, writer, books, share, transport, f32_bytes, codecs, tracing })
@@ -330,12 +328,15 @@ fn meet_peers(joined: &mut Joined, start: &Start, inbox: &Inbox, trace: Option<A
 }
 
 /// What rank 0 writes for people.
-fn open_books(request: &Request, folder: &RunFolder, step: u64, restart: u32) -> Result<Books> {
+fn open_books(request: &Request, folder: &RunFolder, step: u64, welcome: &Welcome) -> Result<Books> {
     let RunFolder { folder, changed, .. } = folder;
     let resumed = request.resume && folder.file("run.json").exists();
     let mut books = Books::open(request, folder, resumed.then_some(step), changed)?;
-    if restart > 0 {
-        books.metrics.event("restart", step, json!({ "restart": restart }));
+    if welcome.restart > 0 {
+        books.metrics.event("restart", step, json!({ "restart": welcome.restart }));
+    }
+    if let Some(url) = &welcome.metrics_address {
+        books.serves(url, step);
     }
     Ok(books)
 }
