@@ -85,6 +85,12 @@ impl Coordinator {
         self.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// What every rank last said of itself, whenever it is called.
+    pub fn shown(&self) -> impl Fn() -> Vec<RankNumbers> + Send + Sync + 'static {
+        let numbers = self.numbers.clone();
+        move || numbers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Where it listens.
     #[must_use]
     pub const fn address(&self) -> SocketAddr {

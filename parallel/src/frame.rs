@@ -242,6 +242,15 @@ impl Header {
     }
 }
 
+/// The step, the bucket and the tensor that a frame claims to be of, without a look at the rest of it; `None` when the
+/// bytes do not begin as a frame does.
+pub(crate) fn peek(bytes: &[u8]) -> Option<(u64, usize, usize)> {
+    let header = bytes.first_chunk::<HEADER_BYTES>().filter(|header| header.starts_with(&MAGIC))?;
+    let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+    let step = u64::from(word(16)) | u64::from(word(20)) << 32;
+    Some((step, word(24) as usize, word(28) as usize))
+}
+
 const fn phase_number(phase: Phase) -> u8 {
     match phase {
         Phase::Scatter => 0,

@@ -6,7 +6,7 @@
 //! - [`data`]: data parallelism: the static plan of buckets, the buckets, and the stream that hands back the sum.
 //! - [`note`]: small messages between ranks: votes, and numbers that all of them gather.
 //! - [`transport`]: the way to the other ranks.
-//! - [`progress`]: how far a rank is.
+//! - [`progress`]: how far a rank is; [`trace`]: what it does when, for a picture.
 //!
 //! Nothing here knows a model: parameters are logical names with shapes.
 
@@ -22,5 +22,6 @@ pub mod progress;
 #[cfg(test)]
 mod simulation;
 pub mod tap;
+pub mod trace;
 pub mod transport;
 pub mod wire;

@@ -71,6 +71,12 @@ pub fn is_note(bytes: &[u8]) -> bool {
     bytes.starts_with(&MAGIC)
 }
 
+/// The step that a message claims to be of; whoever takes it checks the rest.
+pub(crate) fn peek(bytes: &[u8]) -> Option<u64> {
+    let field = bytes.get(16..24).filter(|_| is_note(bytes) && bytes.len() >= HEADER_BYTES)?;
+    field.try_into().ok().map(u64::from_le_bytes)
+}
+
 impl Note {
     /// The bytes.
     ///

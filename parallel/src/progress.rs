@@ -103,7 +103,7 @@ impl Progress {
     /// What the last step took, if there was one.
     #[must_use]
     pub fn numbers(&self) -> Option<Numbers> {
-        *self.numbers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Now.

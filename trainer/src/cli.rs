@@ -1,33 +1,31 @@
 //! The command line. The environment is read here and nowhere below.
+//!
+//! - `models`: the commands on models that are there.
+
+mod models;
 
 use std::io::{Read as _, Write as _};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use checkpoint::export::Dtype;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use parallel::control::By;
 use parallel::coordinator::state::Ending as RunEnding;
 
 use crate::allocator;
 use crate::bench;
-use crate::device;
 use crate::error::{Error, Result};
-use crate::export::Export;
-use crate::generate::{Ending, Sampling, generate, prompt_tokens};
 use crate::launch::{self, Orders, Ranks, World};
 use crate::log::{self, RunLog};
 use crate::recipe::fault::Origin;
-use crate::recipe::resolved::{CodecChoice, DeviceKeys};
+use crate::recipe::resolved::CodecChoice;
 use crate::recipe::{self, Raw, keys};
 use crate::run::ender::Ender;
 use crate::run::join::{self, Ticket};
 use crate::run::signals::{Manner, Stop};
 use crate::run::{self, Ended, signals};
-use crate::step::plain_model;
 use crate::tamper::Tamper;
-use crate::weights::Weights;
 
 /// Trains language models across machines joined by ordinary networks.
 #[derive(Debug, Parser)]
@@ -46,9 +44,9 @@ enum Command {
     /// Be one rank of a run
     Worker(WorkerArgs),
     /// Write a model in Hugging Face's format
-    Export(ExportArgs),
+    Export(models::ExportArgs),
     /// Continue a prompt with an exported model
-    Generate(Generate),
+    Generate(models::Generate),
     /// Measure this machine; prints one JSON object a line with --json
     #[command(subcommand)]
     Bench(Bench),
@@ -75,6 +73,24 @@ struct Train {
     /// Let ranks connect beyond loopback, neither encrypted nor authenticated: for isolated networks
     #[arg(long)]
     trusted_network: bool,
+    #[command(flatten)]
+    trace: TraceArgs,
+}
+
+#[derive(Debug, Args)]
+struct TraceArgs {
+    /// Write a picture of what each rank does when: trace.json in the run's folder, for https://ui.perfetto.dev
+    #[arg(long)]
+    trace: bool,
+    /// How many steps --trace shows, from the first one on that is taken
+    #[arg(long, value_name = "N", default_value_t = 20, requires = "trace", value_parser = clap::value_parser!(u32).range(1..))]
+    trace_steps: u32,
+}
+
+impl TraceArgs {
+    fn steps(&self) -> Option<u64> {
+        self.trace.then_some(self.trace_steps.into())
+    }
 }
 
 #[derive(Debug, Args)]
@@ -103,61 +119,14 @@ struct WorkerArgs {
     /// Let ranks connect beyond loopback, neither encrypted nor authenticated: for isolated networks
     #[arg(long)]
     trusted_network: bool,
+    #[command(flatten)]
+    trace: TraceArgs,
     /// A launcher of this program started it: the recipe comes from its standard input, whose end is the launcher's
     #[arg(long, hide = true)]
     supervised: bool,
     /// The launcher says how the run ended
     #[arg(long, hide = true)]
     quiet: bool,
-}
-
-#[derive(Debug, Args)]
-struct ExportArgs {
-    /// A run (folder or name) or a checkpoint
-    #[arg(value_name = "RUN|CHECKPOINT")]
-    what: PathBuf,
-    /// The format
-    #[arg(long, value_enum, default_value_t = Format::Hf)]
-    format: Format,
-    /// Type of the weights
-    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16", "f16"])]
-    dtype: String,
-    /// The folder to make
-    #[arg(long)]
-    out: PathBuf,
-    /// Where runs are looked for by name
-    #[arg(long, default_value = "runs")]
-    runs_dir: PathBuf,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Format {
-    /// Hugging Face's folder: config.json, model.safetensors, tokenizer.json
-    Hf,
-}
-
-#[derive(Debug, Args)]
-struct Generate {
-    /// An exported folder
-    dir: PathBuf,
-    /// The text to continue
-    #[arg(long)]
-    prompt: String,
-    /// At most so many tokens
-    #[arg(long, default_value_t = 128)]
-    max_tokens: usize,
-    /// 0 is greedy
-    #[arg(long, default_value_t = 0.0, value_parser = at_least_zero)]
-    temperature: f64,
-    /// Draw among the likeliest tokens that together have this probability
-    #[arg(long, default_value_t = 1.0, value_parser = probability)]
-    top_p: f64,
-    /// Names the stream of random numbers
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
-    /// Which backend computes
-    #[arg(long, default_value = "flex")]
-    backend: String,
 }
 
 #[derive(Debug, Subcommand)]
@@ -205,8 +174,8 @@ fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         Command::Train(args) => train(&args, log, tamper),
         Command::Coordinator(args) => coordinator(&args, log),
         Command::Worker(args) => worker(args, log, tamper),
-        Command::Export(args) => export(&args),
-        Command::Generate(args) => say(&args),
+        Command::Export(args) => models::export(&args),
+        Command::Generate(args) => models::say(&args),
         Command::Bench(Bench::Codec(args)) => bench::codec::codec(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(Bench::Step(args)) => bench::step::step(&args).map(|()| ExitCode::SUCCESS),
         Command::Keys => print(&keys::markdown()),
@@ -229,6 +198,10 @@ fn train(args: &Train, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
 }
 
 fn coordinator(args: &CoordinatorArgs, log: RunLog) -> Result<ExitCode> {
+    if args.train.trace.trace {
+        let why = "--trace: a coordinator has nothing to record; give it to each worker, or to `tributary train`";
+        return Err(Error::Usage(why.into()));
+    }
     let (restarts, trusted_network) = (args.train.restarts, args.train.trusted_network);
     let request = request(&args.train, log, Tamper::default())?;
     let world = World::Elsewhere { listen: args.listen };
@@ -244,7 +217,8 @@ fn request(args: &Train, log: RunLog, tamper: Tamper) -> Result<run::Request> {
     let name = args.name.clone().unwrap_or(stem);
     let by_set = raw.origin("compression.codec") == Origin::Set;
     let choose_codec_anew = by_set && recipe.compression.codec == CodecChoice::Auto;
-    Ok(run::Request { raw, recipe, name, resume: args.resume, choose_codec_anew, registry: registry(), log, tamper })
+    let (resume, trace_steps, registry) = (args.resume, args.trace.steps(), registry());
+    Ok(run::Request { raw, recipe, name, resume, trace_steps, choose_codec_anew, registry, log, tamper })
 }
 
 fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
@@ -289,6 +263,7 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         recipe: joined.recipe.clone(),
         name: welcome.name.clone(),
         resume: welcome.resume,
+        trace_steps: args.trace.steps(),
         choose_codec_anew: welcome.choose_codec_anew,
         registry: registry(),
         log,
@@ -379,61 +354,11 @@ fn registry() -> PathBuf {
     cargo.unwrap_or_else(|| PathBuf::from(".cargo")).join("registry").join("src")
 }
 
-fn export(args: &ExportArgs) -> Result<ExitCode> {
-    let Format::Hf = args.format;
-    let weights = Weights::open(&args.what, &args.runs_dir)?;
-    let tokenizer = weights.tokenizer()?;
-    let export = Export {
-        config: &weights.config,
-        weights: &weights.read(&weights.config)?,
-        tokenizer: &weights.tokenizer_json,
-        end_of_text: &weights.end_of_text,
-        end_of_text_id: tokenizer.end_of_text(),
-        dtype: args.dtype.parse::<Dtype>()?,
-    };
-    let bytes = export.write(&args.out)?;
-    print(&format!("{} exported to {} ({:.1} MB)\n", weights.path.display(), args.out.display(), bytes as f64 / 1e6))
-}
-
-fn say(args: &Generate) -> Result<ExitCode> {
-    device::available(&args.backend).map_err(|why| Error::Usage(format!("--backend: {why}")))?;
-    if !args.dir.join("config.json").is_file() {
-        return Err(Error::Usage(format!(
-            "{}: expected an exported folder with a config.json; make one with `tributary export RUN --out DIR`",
-            args.dir.display()
-        )));
-    }
-    let weights = Weights::open(&args.dir, Path::new(""))?;
-    let tokenizer = weights.tokenizer()?;
-    let device = device::open(&DeviceKeys { backend: args.backend.clone(), index: 0, threads: 0 })?;
-    let model = plain_model(&weights.config, &device, &weights.read(&weights.config)?);
-    let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
-    let longest = weights.config.max_position_embeddings;
-    let ids = prompt_tokens(&tokenizer, "--prompt", &args.prompt, longest)?;
-    let ending = generate(&model, &tokenizer, ids, args.max_tokens, sampling, |text| {
-        let mut out = std::io::stdout().lock();
-        out.write_all(text.as_bytes()).and_then(|()| out.flush())
-    })?;
-    print("\n")?;
-    if ending == Ending::Context {
-        log::say(&format!("stopped: the model's context of {} tokens is full", weights.config.max_position_embeddings));
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
 fn print(text: &str) -> Result<ExitCode> {
     std::io::stdout().write_all(text.as_bytes()).map_err(Error::io("write", "standard output"))?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn at_least_zero(text: &str) -> std::result::Result<f64, String> {
-    text.parse().ok().filter(|x| (0.0..=100.0).contains(x)).ok_or_else(|| "expected a number from 0 to 100".into())
-}
-
 fn seconds(text: &str) -> std::result::Result<f64, String> {
     text.parse().ok().filter(|x| (0.0..=1e6).contains(x)).ok_or_else(|| "expected seconds, up to a million".into())
-}
-
-fn probability(text: &str) -> std::result::Result<f64, String> {
-    text.parse().ok().filter(|x| *x > 0.0 && *x <= 1.0).ok_or_else(|| "expected a number above 0, up to 1".into())
 }

@@ -19,6 +19,7 @@ use serde_json::json;
 use crate::data::cache::replace;
 use crate::error::{Error, Result};
 use crate::log::say;
+use crate::prometheus::{Endpoint, Port};
 use crate::recipe::{Raw, Tag, raw};
 use crate::run::folder::{check_name, in_use};
 use crate::run::join::{host, random, remove_nonces, trusted};
@@ -120,16 +121,17 @@ pub fn launch(mut orders: Orders) -> Result<u8> {
 fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Result<Ending> {
     let request = &orders.request;
     let recipe = &request.recipe;
+    let mut endpoint = None;
     let (coordinator, join) = match &orders.world {
         World::Local => {
             let listener = listen(([127, 0, 0, 1], 0).into())?;
-            let coordinator = coordinate(orders, restart, listener)?;
+            let coordinator = coordinate(orders, restart, &mut endpoint, listener)?;
             let address = coordinator.address().to_string();
             (Some(coordinator), vec![address])
         }
         World::Ranks(ranks) => {
             let coordinator = match ranks.rank {
-                0 => Some(coordinate(orders, restart, master_listener(ranks, orders.trusted_network)?)?),
+                0 => Some(coordinate(orders, restart, &mut endpoint, master_listener(ranks, orders.trusted_network)?)?),
                 _ => None,
             };
             let at = |port: &u16| format!("{}:{port}", ranks.master);
@@ -141,7 +143,7 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
         }
         World::Elsewhere { listen: at } => {
             trusted(at.ip(), orders.trusted_network)?;
-            let coordinator = coordinate(orders, restart, listen(*at)?)?;
+            let coordinator = coordinate(orders, restart, &mut endpoint, listen(*at)?)?;
             let address = coordinator.address();
             say(&format!(
                 "coordinating {} ranks at {address}: start them with `tributary worker --join {address}`",
@@ -160,6 +162,7 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
         recipe: request.raw.to_toml(),
         quiet: coordinator.is_some(),
         trusted_network: orders.trusted_network,
+        trace_steps: request.trace_steps,
         within_s: recipe.parallel.join_timeout_s,
     };
     for (index, &rank) in ranks.iter().enumerate() {
@@ -176,7 +179,7 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
     if let Some(coordinator) = &coordinator {
         keep_numbers(coordinator, &recipe.metrics.runs_dir.join(&request.name));
     }
-    drop(coordinator);
+    drop((coordinator, endpoint));
     tidy(&recipe.metrics.runs_dir, &request.name, &pids, ending.code);
     Ok(ending)
 }
@@ -184,7 +187,7 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
 /// Writes down what the coordinator has collected from all ranks, `ranks.jsonl`, one object a rank.
 fn keep_numbers(coordinator: &Coordinator, folder: &Path) {
     let line = |rank: RankNumbers| {
-        let RankNumbers { rank, host, pid, numbers } = rank;
+        let RankNumbers { rank, host, pid, numbers, .. } = rank;
         let n = numbers.unwrap_or_default();
         let line = json!({
             "rank": rank, "host": host, "pid": pid, "step": n.step, "step_s": n.step_s, "encode_s": n.encode_s,
@@ -260,7 +263,13 @@ fn watch(coordinator: Option<&Coordinator>, family: &Children, stop: &Stop, peer
 }
 
 /// Starts the coordinator of this life.
-fn coordinate(orders: &Orders, restart: u32, listener: TcpListener) -> Result<Coordinator> {
+fn coordinate(
+    orders: &Orders,
+    restart: u32,
+    endpoint: &mut Option<Endpoint>,
+    listener: TcpListener,
+) -> Result<Coordinator> {
+    let port = Port::open(orders.request.recipe.metrics.prometheus_port)?;
     let (request, parallel) = (&orders.request, &orders.request.recipe.parallel);
     let options = Options {
         ranks: parallel.data,
@@ -270,6 +279,7 @@ fn coordinate(orders: &Orders, restart: u32, listener: TcpListener) -> Result<Co
         resume: request.resume,
         restart,
         choose_codec_anew: request.choose_codec_anew,
+        metrics_address: port.as_ref().map(Port::url),
         peer_timeout: Duration::from_secs_f64(parallel.peer_timeout_s),
         join_within: Duration::from_secs_f64(parallel.join_timeout_s),
         epoch: restart + 1,
@@ -278,7 +288,13 @@ fn coordinate(orders: &Orders, restart: u32, listener: TcpListener) -> Result<Co
         pid: std::process::id(),
     };
     let ours = request.raw.clone();
-    Coordinator::start(listener, options, compare(ours)).map_err(Error::io("start the coordinator in", "this process"))
+    let failed = Error::io("start the coordinator in", "this process");
+    let coordinator = Coordinator::start(listener, options, compare(ours)).map_err(failed)?;
+    if let Some(port) = port {
+        tracing::info!("metrics for Prometheus: {}", port.url());
+        *endpoint = Some(port.serve(Arc::new(coordinator.shown()))?);
+    }
+    Ok(coordinator)
 }
 
 /// Names every key but the local ones in which a worker's recipe differs.

@@ -10,6 +10,7 @@
 //! - [`run`]: a run from its folder to its end.
 //! - [`weights`]: weights that exist already; [`export`]: Hugging Face's format; [`generate`]: text from a model.
 //! - [`launch`]: the process that starts the ranks and watches over them.
+//! - [`prometheus`]: the numbers of all ranks for Prometheus.
 //! - [`tamper`]: faults for tests.
 //! - [`mod@bench`]: speed of this machine.
 //! - [`allocator`]: of the binary; [`rng`]: random numbers without state; [`log`]: where log lines go; [`error`]: everything that can go wrong.
@@ -30,6 +31,7 @@ pub mod launch;
 pub mod log;
 pub mod model;
 pub mod optimizer;
+pub mod prometheus;
 pub mod recipe;
 pub mod rng;
 pub mod run;

@@ -9,6 +9,7 @@
 //! - [`save`]: checkpoints of a run, and the way back from them.
 //! - [`join`]: a rank's way into a run over several processes; [`group`]: its tie to the others; [`ender`]: how its process
 //!   ends with theirs.
+//! - [`trace`]: a picture of what each rank does when.
 //! - [`start`]: everything before the first step.
 //! - [`finish`]: what happens after the last step.
 
@@ -25,6 +26,7 @@ pub mod save;
 pub mod signals;
 pub mod start;
 pub mod tensorboard;
+pub mod trace;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -51,6 +53,7 @@ use group::Group;
 use metrics::{Line, Metrics};
 use progress::Progress;
 use signals::Stop;
+use trace::Tracing;
 
 /// What `tributary train` was asked for.
 #[derive(Debug)]
@@ -67,6 +70,8 @@ pub struct Request {
     pub registry: PathBuf,
     /// Where log lines go once there is a folder.
     pub log: RunLog,
+    /// How many steps are to be traced, if any.
+    pub trace_steps: Option<u64>,
     /// Whether a codec that the run chose before is to be chosen anew.
     pub choose_codec_anew: bool,
     /// Faults for tests.
@@ -114,6 +119,7 @@ struct Run {
     group: Option<Group>,
     /// What gradients travel in; `None` with one rank.
     codecs: Option<Codecs>,
+    tracing: Option<Tracing>,
     tamper: Tamper,
     /// Whether any rank was asked to stop, and whether any cannot take a snapshot, as of the last step.
     stopping: bool,
@@ -175,12 +181,18 @@ impl Run {
             if self.state.step < last && !self.stopping() {
                 self.agree_on_codec()?;
             }
+            if let Some(tracing) = &mut self.tracing {
+                tracing.after(step)?;
+            }
         }
         if let Some(progress) = &self.progress {
             progress.finish();
         }
         self.compare()?;
         self.last_checkpoint()?;
+        if let Some(tracing) = &mut self.tracing {
+            tracing.end()?;
+        }
         if let Some(metrics) = &mut self.metrics {
             metrics.flush()?;
         }
@@ -315,18 +327,8 @@ impl Run {
     fn line(&mut self, report: &Report) -> Line {
         let before = std::mem::replace(&mut self.counted, report.wire);
         let memory_bytes = metrics::memory_bytes();
-        // The coordinator collects them from all ranks.
-        self.stepper.progress().report(Numbers {
-            step: self.state.step,
-            step_s: report.step_s,
-            encode_s: report.encode_s,
-            wait_s: report.wait_s,
-            wire_bytes_sent: report.wire.sent,
-            wire_bytes_received: report.wire.received,
-            memory_bytes: memory_bytes.unwrap_or(0),
-        });
         let finite = |x: f64| x.is_finite().then_some(x);
-        Line {
+        let line = Line {
             step: self.state.step,
             loss: finite(report.loss),
             eval_loss: None,
@@ -347,12 +349,34 @@ impl Run {
             zstd_buckets: report.packed.buckets,
             checkpoint_stall_s: 0.0,
             memory_bytes,
-        }
+        };
+        // The coordinator collects them from all ranks.
+        self.stepper.progress().report(Numbers {
+            step: line.step,
+            step_s: line.step_s,
+            encode_s: line.encode_s,
+            wait_s: line.wait_s,
+            wire_bytes_sent: report.wire.sent,
+            wire_bytes_received: report.wire.received,
+            memory_bytes: memory_bytes.unwrap_or(0),
+            loss: line.loss,
+            grad_norm: line.grad_norm,
+            learning_rate: line.learning_rate,
+            tokens: line.tokens,
+            tokens_per_s: line.tokens_per_s,
+            forward_s: line.forward_s,
+            backward_s: line.backward_s,
+            exposed_s: line.exposed_s,
+            overlap: line.overlap,
+            peers: self.group.as_ref().map_or_else(Vec::new, Group::bytes_by_rank),
+        });
+        line
     }
 
     /// The loss on held-out text; ranks share the work. `None` when there is no such text, or when somebody asked to stop.
     fn evaluate(&self, windows: usize, stop: &Stop) -> Result<Option<evaluate::Evaluation>> {
         let Some(tokens) = &self.data.held_out else { return Ok(None) };
+        let start = Instant::now();
         let place = Place {
             config: &self.config,
             device: &self.device,
@@ -363,7 +387,16 @@ impl Run {
             engine: self.stepper.engine(),
             progress: self.stepper.progress(),
         };
-        evaluate(&place, &self.state.weights, tokens, windows)
+        let evaluation = evaluate(&place, &self.state.weights, tokens, windows);
+        self.span("evaluate", start);
+        evaluation
+    }
+
+    /// Enters a span that ends now into the trace, if there is one.
+    fn span(&self, name: &'static str, begin: Instant) {
+        if let Some(tracing) = &self.tracing {
+            tracing.span(name, begin, self.state.step);
+        }
     }
 }
 

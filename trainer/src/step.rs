@@ -12,6 +12,7 @@ use parallel::data::{Gradient, GradientStream, Plan, Sum, Timing};
 use parallel::note::Ballot;
 use parallel::progress::{Progress, Stage};
 use parallel::tap::Emit;
+use parallel::trace::{Label, Trace, Track};
 use parallel::transport::Counted;
 
 use crate::error::{Error, Result};
@@ -94,6 +95,7 @@ pub struct Stepper {
     stream: Arc<GradientStream>,
     hooks: Vec<Hook>,
     progress: Arc<Progress>,
+    trace: Option<Arc<Trace>>,
 }
 
 impl Stepper {
@@ -123,7 +125,13 @@ impl Stepper {
             }
         });
         let hooks = hooks.collect();
-        Self { config: config.clone(), device: device.clone().autodiff(), plan, stream, hooks, progress }
+        Self { config: config.clone(), device: device.clone().autodiff(), plan, stream, hooks, progress, trace: None }
+    }
+
+    /// The same, and it records what it does, if that is wanted.
+    #[must_use]
+    pub fn traced(self, trace: Option<Arc<Trace>>) -> Self {
+        Self { trace, ..self }
     }
 
     /// The way to the other ranks; `None` with one.
@@ -134,13 +142,18 @@ impl Stepper {
 
     /// How far this rank is.
     #[must_use]
-    pub fn progress(&self) -> &Progress {
+    pub const fn progress(&self) -> &Arc<Progress> {
         &self.progress
     }
 
     /// From the next step on, keeps a copy of this rank's own gradients.
     pub fn keep_own_gradients(&self) {
         self.stream.keep_own();
+    }
+
+    /// From the next step on, no gradient leaves before the end of the backward pass.
+    pub fn be_late(&self) {
+        self.stream.be_late();
     }
 
     /// From the next step on, gradients travel in this codec where their kind allows it. To be called between steps.
@@ -194,16 +207,20 @@ impl Stepper {
             let part = tamper(index, model.loss(inputs, targets).div_scalar(tokens as f64));
             let value = part.clone().inner();
             forward_s += forward.elapsed().as_secs_f64();
+            self.span(forward, Label { micro_batch: Some(index), ..Label::new("forward", step) });
             self.progress.enter(Stage::Backward);
             let backward = Instant::now();
             part.backward();
             backward_s += backward.elapsed().as_secs_f64();
+            self.span(backward, Label { micro_batch: Some(index), ..Label::new("backward", step) });
             loss += scalar(value, step)?;
         }
         let exposed = Instant::now();
         self.progress.enter(Stage::Waiting);
         let Word { stop, busy, parameters, codec } = word;
         let finished = self.stream.finish(Ballot { finite: loss.is_finite(), stop, busy, loss, parameters, codec })?;
+        self.span(exposed, Label::new("wait", step));
+        let update = Instant::now();
         self.progress.enter(Stage::Updating);
         drop(model);
 
@@ -224,6 +241,8 @@ impl Stepper {
             state.updates += 1;
             self.apply(state, recipe, sum, learning_rate, clip_factor(grad_norm, recipe.train.clip_norm));
         }
+        self.span(update, Label::new("update", step));
+        self.span(start, Label::new("step", step));
         let (exposed_s, overlap) = hidden(&finished.timing, exposed);
         Ok(Report {
             loss,
@@ -248,6 +267,13 @@ impl Stepper {
             codec_chosen: ballots[0].codec,
             step_s: start.elapsed().as_secs_f64(),
         })
+    }
+
+    /// Enters a span that ends now.
+    fn span(&self, begin: Instant, label: Label) {
+        if let Some(trace) = &self.trace {
+            trace.span(Track::Compute, begin, label);
+        }
     }
 
     fn apply(&self, state: &mut State, recipe: &Recipe, sum: &Sum<'_>, learning_rate: f64, scale: f32) {

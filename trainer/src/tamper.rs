@@ -26,6 +26,8 @@ pub struct Tamper {
     fail: Vec<(usize, u64)>,
     /// Error feedback forgets what was left out.
     pub no_feedback: bool,
+    /// No gradient leaves before the end of the backward pass.
+    late: bool,
     /// A resume forgets what owners left out.
     pub forget_owner: bool,
     /// What every rank believes to be the rate of its link.
@@ -39,7 +41,7 @@ pub struct Tamper {
 }
 
 impl Tamper {
-    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,fail:1:4,no-feedback,forget-owner,link:1e6,
+    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,fail:1:4,no-feedback,late,forget-owner,link:1e6,
     /// step:0.5,record:DIR,hashes:DIR`. What it does not know it refuses.
     ///
     /// # Errors
@@ -60,6 +62,7 @@ impl Tamper {
                 ("die", Some(place)) => tamper.die.push(place),
                 ("fail", Some(place)) => tamper.fail.push(place),
                 ("no-feedback", None) => tamper.no_feedback = true,
+                ("late", None) => tamper.late = true,
                 ("forget-owner", None) => tamper.forget_owner = true,
                 ("link", None) => tamper.link_bytes_per_s = Some(number()?),
                 ("step", None) => tamper.step_s = Some(number()?),
@@ -71,8 +74,11 @@ impl Tamper {
         Ok(tamper)
     }
 
-    /// Makes a rank keep what is to be recorded.
+    /// Makes a rank keep what is to be recorded, and be late.
     pub fn prepare(&self, stepper: &Stepper) {
+        if self.late {
+            stepper.be_late();
+        }
         if self.record.is_some() {
             stepper.keep_own_gradients();
         }

@@ -40,6 +40,8 @@ pub struct Options {
     pub restart: u32,
     /// Whether a codec that the run chose before is to be chosen anew.
     pub choose_codec_anew: bool,
+    /// Where this process serves metrics for Prometheus, if it does.
+    pub metrics_address: Option<String>,
     /// After so long everybody has ended when somebody is lost.
     pub peer_timeout: Duration,
     /// All ranks must have joined and prepared after so long.
@@ -179,6 +181,10 @@ pub struct RankNumbers {
     pub host: String,
     /// Its process id.
     pub pid: u32,
+    /// Where it is, and whether it waits there for other ranks.
+    pub at: String,
+    /// See `at`.
+    pub waits: bool,
     /// What its last step took; nothing before the first.
     pub numbers: Option<Numbers>,
 }
@@ -191,7 +197,9 @@ impl State {
             rank,
             host: worker.host.clone(),
             pid: worker.pid,
-            numbers: worker.mark.numbers,
+            at: worker.place(),
+            waits: worker.mark.waits,
+            numbers: worker.mark.numbers.clone(),
         };
         self.workers.iter().map(of).collect()
     }
@@ -265,6 +273,7 @@ impl State {
                     host: self.options.host.clone(),
                     pid: self.options.pid,
                     choose_codec_anew: self.options.choose_codec_anew,
+                    metrics_address: self.options.metrics_address.clone(),
                 };
                 out.push(Output::Send { connection, what: To::Welcome(welcome) });
                 self.workers.insert(rank, Worker::new(now, connection, line(&hello.host, NAME_CHARS_MAX), hello.pid));

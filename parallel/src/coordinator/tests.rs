@@ -29,6 +29,7 @@ fn coordinator(ranks: usize) -> Coordinator {
         resume: false,
         restart: 0,
         choose_codec_anew: false,
+        metrics_address: None,
         peer_timeout: Duration::from_secs(2),
         join_within: GUARD,
         epoch: 7,

@@ -25,6 +25,7 @@ use self::packing::Packing;
 use super::exchange::{Exchange, ExchangeError, Group, Verdict};
 use crate::note::{Ballot, NoteError};
 use crate::progress::Progress;
+use crate::trace::Trace;
 use crate::transport::{Counted, Incoming, Sink, Transport};
 
 /// Why a step cannot be completed. Every later request fails with the same.
@@ -108,7 +109,8 @@ enum Event {
     Settle(Ballot),
     Gather(Vec<f64>),
     Burst,
-    Incoming(Incoming),
+    /// With when it came, where that is recorded.
+    Incoming(Incoming, Option<Instant>),
     Pack(Box<Packing>, f64),
     Abort(String),
     Quit,
@@ -126,6 +128,7 @@ enum Reply {
 pub struct Inbox {
     events: Sender<Event>,
     incoming: Receiver<Event>,
+    trace: Option<Arc<Trace>>,
 }
 
 /// Ends whatever the engine is waiting for.
@@ -147,18 +150,24 @@ pub struct Engine {
 
 impl Default for Inbox {
     fn default() -> Self {
-        let (events, incoming) = channel();
-        Self { events, incoming }
+        Self::new(None)
     }
 }
 
 impl Inbox {
+    /// An inbox whose engine records what it does, if that is wanted.
+    #[must_use]
+    pub fn new(trace: Option<Arc<Trace>>) -> Self {
+        let (events, incoming) = channel();
+        Self { events, incoming, trace }
+    }
+
     /// What a transport calls.
     #[must_use]
     pub fn sink(&self) -> Sink {
-        let events = self.events.clone();
+        let (events, traces) = (self.events.clone(), self.trace.is_some());
         // When the engine is gone nobody wants the message.
-        Arc::new(move |incoming| _ = events.send(Event::Incoming(incoming)))
+        Arc::new(move |incoming| _ = events.send(Event::Incoming(incoming, traces.then(Instant::now))))
     }
 
     /// Ends whatever the engine waits for, once it exists.
@@ -200,11 +209,18 @@ impl Engine {
         inbox: Inbox,
         progress: Arc<Progress>,
     ) -> (Self, work::Work, Receiver<Event>) {
-        let Inbox { events, incoming } = inbox;
+        let Inbox { events, incoming, trace } = inbox;
         let exchange = Arc::new(Mutex::new(exchange));
         let handed = Arc::new(AtomicU64::new(0));
         let (answer, replies) = channel();
-        let work = work::Work::new(exchange.clone(), transport.clone(), progress.clone(), handed.clone(), answer);
+        let shared = work::Shared {
+            exchange: exchange.clone(),
+            transport: transport.clone(),
+            progress: progress.clone(),
+            handed: handed.clone(),
+            trace,
+        };
+        let work = work::Work::new(shared, answer);
         let replies = Mutex::new(replies);
         (Self { events, replies, exchange, transport, handed, progress, thread: None }, work, incoming)
     }

@@ -295,11 +295,16 @@ impl Exchange {
         }
     }
 
-    /// Takes a frame that `from` sent, and hands the frames that follow from it to `out`.
+    /// Takes a frame that `from` sent, hands the frames that follow from it to `out`, and says which way it went.
     ///
     /// # Errors
     /// A frame that is damaged or has no place here; nothing is taken from it.
-    pub fn receive(&mut self, from: usize, frame: &Bytes, out: &mut dyn FnMut(Outgoing)) -> Result<(), ExchangeError> {
+    pub fn receive(
+        &mut self,
+        from: usize,
+        frame: &Bytes,
+        out: &mut dyn FnMut(Outgoing),
+    ) -> Result<Phase, ExchangeError> {
         let wrong = |error| ExchangeError::Frame { from, error };
         let (header, payload) = Header::read(frame).map_err(wrong)?;
         header.check_now(self.group.epoch, self.step).map_err(wrong)?;
@@ -323,7 +328,7 @@ impl Exchange {
                 self.missing -= 1;
             }
         }
-        Ok(())
+        Ok(header.phase)
     }
 
     /// Whether every sum that this rank owns is reduced and encoded, so that it can vote.

@@ -91,6 +91,8 @@ struct State {
     micro_batches: usize,
     /// A copy of each complete bucket, where somebody wants it.
     own: Option<Vec<Vec<f32>>>,
+    /// Whether complete buckets wait for the end of the backward pass.
+    late: bool,
     /// Buckets in the order in which they became complete.
     complete: Vec<usize>,
     /// The first fault of the step. `add` runs inside the backward pass, from which nothing can be returned.
@@ -160,6 +162,7 @@ impl GradientStream {
             micro_batch: 0,
             micro_batches: 0,
             own: None,
+            late: false,
             complete: Vec::with_capacity(plan.buckets().len()),
             fault: None,
         };
@@ -169,6 +172,11 @@ impl GradientStream {
     /// From the next step on, keeps a copy of this rank's own gradient, which the way to the other ranks uses up.
     pub fn keep_own(&self) {
         self.lock().own = Some(vec![Vec::new(); self.plan.buckets().len()]);
+    }
+
+    /// From the next step on, no bucket leaves before [`finish`](Self::finish): the control of a test, and of no other use.
+    pub fn be_late(&self) {
+        self.lock().late = true;
     }
 
     /// This rank's own gradient of parameter `index` in the last finished step, micro-batches added; `None` unless it is
@@ -238,6 +246,7 @@ impl GradientStream {
         if let Err(fault) = state.add(&self.plan, index, gradient) {
             state.fault = Some(fault);
         } else if state.complete.len() > complete
+            && !state.late
             && let Some(engine) = self.engine()
         {
             let bucket = self.plan.slot(index).bucket;
@@ -295,7 +304,7 @@ impl GradientStream {
         }
         if let Some(engine) = &self.engine {
             for bucket in 0..self.plan.buckets().len() {
-                if !state.complete.contains(&bucket) {
+                if state.late || !state.complete.contains(&bucket) {
                     engine.give(bucket, state.take(bucket));
                 }
             }

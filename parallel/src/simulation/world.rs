@@ -161,6 +161,7 @@ impl World {
             join_within: JOIN_WITHIN,
             epoch: 1,
             token: "token".into(),
+            metrics_address: None,
         };
         let mut world = Self {
             random: Random::new(setting.seed ^ 0x5A5A),

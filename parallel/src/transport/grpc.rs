@@ -13,7 +13,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -24,11 +24,13 @@ use tokio::time::{Instant, timeout};
 use tonic::transport::Server;
 
 pub use self::error::TransportError;
+use self::outbound::Queued;
 use self::watch::{Connecting, watch};
 use super::raw::Uncopied;
 use super::raw::service::data_server::DataServer;
 use super::socket::{Accepted, Counters, Limits};
-use super::{Counted, Sink, Transport};
+use super::{Counted, Incoming, Sink, Transport};
+use crate::trace::Trace;
 
 mod error;
 mod inbound;
@@ -86,6 +88,7 @@ pub struct Listener {
     address: SocketAddr,
     /// [`ADMITTED_WITHIN`], but in the tests, which do not want to wait for it.
     admitted_within: Duration,
+    trace: Option<Arc<Trace>>,
 }
 
 impl Listener {
@@ -101,9 +104,15 @@ impl Listener {
             let listener = std::net::TcpListener::bind(address)?;
             listener.set_nonblocking(true)?;
             let address = listener.local_addr()?;
-            Ok(Self { listener, address, admitted_within: ADMITTED_WITHIN })
+            Ok(Self { listener, address, admitted_within: ADMITTED_WITHIN, trace: None })
         };
         bind().map_err(|source| TransportError::Bind { address, source })
+    }
+
+    /// Records what is sent, if that is wanted.
+    #[must_use]
+    pub fn traced(self, trace: Option<Arc<Trace>>) -> Self {
+        Self { trace, ..self }
     }
 
     /// The address with the port that the system chose.
@@ -128,6 +137,8 @@ impl Listener {
         let runtime =
             Builder::new_multi_thread().worker_threads(threads).thread_name("transport").enable_all().build()?;
         let counters = Counters::default();
+        let peers: Arc<[Peer]> = (0..ranks).map(|_| Peer::default()).collect();
+        let sink = counting(sink, peers.clone());
         let (events, happened) = mpsc::unbounded_channel();
         let entered = runtime.enter();
         let listener = tokio::net::TcpListener::from_std(self.listener)?;
@@ -146,14 +157,15 @@ impl Listener {
                 tracing::error!("the server of the data plane stopped: {error}");
             }
         });
-        let caller = outbound::Caller::new(group, counters.clone(), events);
+        let caller = outbound::Caller::new(group, counters.clone(), events, self.trace.clone());
         let connecting = Connecting { group, deadline };
         match runtime.block_on(connecting.run(caller, happened)) {
             Ok(connected) => {
                 let lost: Arc<[AtomicBool]> = (0..ranks).map(|_| AtomicBool::new(false)).collect();
                 runtime.spawn(watch(connected.standing, connected.happened, lost.clone(), sink));
                 let running = Mutex::new(Some(Running { runtime, calls_ended: connected.calls_ended }));
-                Ok(GrpcTransport { rank, queues: connected.queues, lost, counters, running })
+                let traces = self.trace.is_some();
+                Ok(GrpcTransport { rank, queues: connected.queues, lost, counters, running, traces, peers })
             }
             Err(error) => {
                 stop(runtime, SHUTDOWN_WITHIN);
@@ -169,10 +181,19 @@ impl Listener {
 /// free when the drop returns (in an asynchronous context, which may not wait, a little later).
 pub struct GrpcTransport {
     rank: usize,
-    queues: Vec<Option<UnboundedSender<Bytes>>>,
+    queues: Vec<Option<UnboundedSender<Queued>>>,
     lost: Arc<[AtomicBool]>,
     counters: Counters,
+    traces: bool,
+    peers: Arc<[Peer]>,
     running: Mutex<Option<Running>>,
+}
+
+/// Bytes of messages to and from one rank.
+#[derive(Debug, Default)]
+struct Peer {
+    sent: AtomicU64,
+    received: AtomicU64,
 }
 
 struct Running {
@@ -187,6 +208,28 @@ impl fmt::Debug for GrpcTransport {
     }
 }
 
+impl GrpcTransport {
+    /// Bytes of messages to and from each rank so far, without what the network's protocols add.
+    #[must_use]
+    pub fn counted_by_rank(&self) -> Vec<Counted> {
+        let counted = |peer: &Peer| Counted {
+            sent: peer.sent.load(Ordering::Relaxed),
+            received: peer.received.load(Ordering::Relaxed),
+        };
+        self.peers.iter().map(counted).collect()
+    }
+}
+
+/// The same sink, which counts what comes in from each rank.
+fn counting(sink: Sink, peers: Arc<[Peer]>) -> Sink {
+    Arc::new(move |incoming| {
+        if let Incoming::Message { from, bytes } = &incoming {
+            peers[*from].received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        }
+        sink(incoming);
+    })
+}
+
 impl Transport for GrpcTransport {
     /// # Panics
     ///
@@ -196,8 +239,9 @@ impl Transport for GrpcTransport {
         assert!(message.len() <= MESSAGE_BYTES_MAX, "a message of {} bytes: cut it before", message.len());
         let queue = self.queues[to].as_ref().expect("a rank sends nothing to itself");
         if !self.lost[to].load(Ordering::Relaxed) {
+            self.peers[to].sent.fetch_add(message.len() as u64, Ordering::Relaxed);
             // It fails when the call has ended; the loss is told, or the peer has said goodbye.
-            let _ = queue.send(message);
+            let _ = queue.send(Queued { message, since: self.traces.then(Instant::now) });
         }
     }
 
@@ -213,7 +257,7 @@ impl Transport for GrpcTransport {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(Running { runtime, mut calls_ended }) = running else { return };
         for queue in self.queues.iter().flatten() {
-            let _ = queue.send(Bytes::new());
+            let _ = queue.send(Queued { message: Bytes::new(), since: None });
         }
         if runtime.block_on(async { timeout(within, calls_ended.recv()).await }).is_err() {
             tracing::warn!("rank {}: not all ranks took its last messages within {within:?}", self.rank);

@@ -24,6 +24,8 @@ pub struct Worker {
     pub quiet: bool,
     /// Whether connections beyond loopback may be neither encrypted nor authenticated.
     pub trusted_network: bool,
+    /// How many steps are to be traced, if any.
+    pub trace_steps: Option<u64>,
     /// Seconds in which the coordinator must answer.
     pub within_s: f64,
 }
@@ -63,6 +65,9 @@ impl Children {
         worker.join.iter().for_each(|address| _ = command.args(["--join", address]));
         command.args(worker.quiet.then_some("--quiet"));
         command.args(worker.trusted_network.then_some("--trusted-network"));
+        if let Some(steps) = worker.trace_steps {
+            command.args(["--trace", "--trace-steps", &steps.to_string()]);
+        }
         // A terminal's Ctrl-C is the launcher's matter; the worker's end of the pipe tells it that the launcher lives.
         command.process_group(0).stdin(Stdio::piped());
         if rank > 0 {

@@ -141,6 +141,7 @@ pub const KEYS: &[Key] = &[
     key("device.threads", Integer(0, 4096), DefaultInteger(0), Local, "threads that compute; 0 for all cores"),
     key("metrics.runs_dir", Text, DefaultText("runs"), Local, "where run folders are made"),
     key("metrics.tensorboard", Flag, DefaultFlag(true), Free, "whether to write TensorBoard event files"),
+    key("metrics.prometheus_port", Integer(0, 65_535), Empty, Local, "where `http://127.0.0.1:PORT/metrics` shows the numbers of all ranks to Prometheus; 0 lets the system choose; nothing is served unless written"),
     key("metrics.log_every", Integer(1, MANY), DefaultInteger(10), Free, "steps between two lines where there is no terminal for a progress bar"),
     key("export.at_end", Flag, DefaultFlag(true), Free, "whether the finished run is exported to `runs/NAME/export`"),
     key("export.dtype", Choice(&["f32", "bf16", "f16"]), DefaultText("f32"), Free, "type of the exported weights"),

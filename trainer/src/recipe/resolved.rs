@@ -248,6 +248,8 @@ pub struct Metrics {
     pub runs_dir: PathBuf,
     /// Whether to write TensorBoard files.
     pub tensorboard: bool,
+    /// The port for Prometheus on loopback, if there is to be one; 0 lets the system choose.
+    pub prometheus_port: Option<u16>,
     /// Steps between two plain lines.
     pub log_every: u64,
 }
@@ -355,6 +357,7 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
         metrics: Metrics {
             runs_dir: keys.text("metrics.runs_dir")?.into(),
             tensorboard: keys.flag("metrics.tensorboard")?,
+            prometheus_port: keys.count("metrics.prometheus_port").and_then(|port| u16::try_from(port).ok()),
             log_every: keys.count("metrics.log_every")? as u64,
         },
         export: Export {

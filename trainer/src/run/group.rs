@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use checkpoint::writer::{Outcome, Part};
 use parallel::control::{Control, ControlError};
@@ -13,7 +13,7 @@ use parallel::progress::Stage;
 use parallel::transport::grpc::GrpcTransport;
 use parallel::transport::{Counted, Transport};
 use parallel::wire::control::from_worker::What as From;
-use parallel::wire::control::{Committed, Leaving, Lost, Part as PartMessage, Settled};
+use parallel::wire::control::{Committed, Leaving, Lost, Part as PartMessage, PeerBytes, Settled};
 use serde_json::json;
 
 use super::ender::Ender;
@@ -75,6 +75,13 @@ impl Group {
         self.transport.close(GOODBYE_WITHIN);
         let Counted { sent, received } = self.transport.counted();
         tracing::info!(sent, received, "bytes at the sockets in all");
+    }
+
+    /// Bytes of messages between this rank and each other, so far.
+    pub(super) fn bytes_by_rank(&self) -> Vec<PeerBytes> {
+        let counted = self.transport.counted_by_rank().into_iter().enumerate();
+        let others = counted.filter(|(rank, _)| *rank != self.share.rank);
+        others.map(|(rank, Counted { sent, received })| PeerBytes { rank: rank as u32, sent, received }).collect()
     }
 
     /// Says how this rank ended.
@@ -177,8 +184,10 @@ impl Run {
     pub(super) fn compare(&self) -> Result<()> {
         let Some(engine) = self.stepper.engine() else { return Ok(()) };
         self.stepper.progress().enter(Stage::Waiting);
+        let start = Instant::now();
         let own = self.state.parameter_hash(&self.config).as_bytes().map(f64::from);
         let all = engine.gather(own.to_vec()).map_err(StreamError::from)?;
+        self.span("compare", start);
         let hash = |values: &Vec<f64>| -> Option<[u8; 32]> {
             let bytes: Vec<u8> = values.iter().map(|value| *value as u8).collect();
             bytes.try_into().ok()

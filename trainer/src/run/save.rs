@@ -1,5 +1,7 @@
 //! Checkpoints of a run, and the way back from them.
 
+use std::time::Instant;
+
 use checkpoint::reader::{self, Checkpoint};
 use checkpoint::writer::{Offer, Outcome};
 use serde_json::json;
@@ -31,6 +33,7 @@ impl Run {
             compression: self.travelled(),
         };
         let attachments = state::attachments(self.data.tokenizer.json(), &self.recipe_toml);
+        let start = Instant::now();
         let (state, step, stepper) = (&self.state, self.state.step, &self.stepper);
         let offer = match &mut self.group {
             // Ranks decide alike: one that is busy keeps all from taking it.
@@ -46,6 +49,7 @@ impl Run {
             }
             None => self.writer.offer(step, json!(meta), attachments, |snapshot| state.snapshot(snapshot)),
         };
+        self.span("snapshot", start);
         match offer {
             Offer::Taken { copy_s } => self.stall_s += copy_s,
             Offer::Busy => {

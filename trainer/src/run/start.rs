@@ -13,15 +13,20 @@ use burn::tensor::Device;
 use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
 use checkpoint::writer::{Retention, Writer};
+use parallel::coordinator::state::RankNumbers;
+use parallel::data::Plan;
+use parallel::progress::Progress;
 use serde_json::json;
 
 use super::codec::Codecs;
 use super::folder::{Folder, Status};
 use super::group::Group;
+use super::join::host;
 use super::metrics::Metrics;
-use super::progress::Progress;
+use super::progress::Progress as Bar;
 use super::save::{newest_good, same_text};
 use super::signals::{Manner, Stop};
+use super::trace::Tracing;
 use super::{Left, Request, Run};
 use crate::data::{self, Data};
 use crate::device;
@@ -29,6 +34,7 @@ use crate::error::{Error, Result};
 use crate::generate::prompt_tokens;
 use crate::log::say;
 use crate::model::Config;
+use crate::prometheus::Port;
 use crate::recipe::Recipe;
 use crate::recipe::resolved::TokenizerSource;
 use crate::state::{self, State};
@@ -57,6 +63,7 @@ pub fn train(request: Request) -> Result<Left> {
         say(&format!("run {}: there is nothing to resume, so it starts from the beginning", request.name));
     }
     make_runs(&runs)?;
+    let port = Port::open(request.recipe.metrics.prometheus_port)?;
     let newest = match &existing {
         Some((folder, _)) => newest_good(folder)?,
         None => None,
@@ -72,6 +79,8 @@ pub fn train(request: Request) -> Result<Left> {
         folder.keep_recipe(&request.raw)?;
         request.log.open(&folder.file("logs/rank-0.log"))?;
         let stepper = Stepper::new(&ready.config, &ready.device, request.recipe.parallel.bucket_bytes_max)?;
+        let tracing = begin_trace(&request, folder.path(), 0, stepper.plan(), begun.state.step)?;
+        let stepper = stepper.traced(tracing.as_ref().map(Tracing::trace).cloned());
         let writer = Writer::new(
             Arc::new(RealDisk),
             folder.checkpoints(),
@@ -79,9 +88,9 @@ pub fn train(request: Request) -> Result<Left> {
             retention(&request.recipe),
         )?;
         let books = Books::open(&request, &folder, resumed.then_some(begun.state.step), &changed)?;
-        Ok((stepper, writer, books))
+        Ok((stepper, writer, books, tracing))
     };
-    let (stepper, writer, books) = match open() {
+    let (stepper, writer, mut books, tracing) = match open() {
         Ok(opened) => opened,
         Err(error) => {
             if !resumed {
@@ -90,8 +99,16 @@ pub fn train(request: Request) -> Result<Left> {
             return Err(error);
         }
     };
-    let parts =
-        Parts { request, started, stop, ready, begun, stepper, writer, books: Some(books), group: None, codecs: None };
+    let _endpoint = match port {
+        Some(port) => {
+            books.serves(&port.url(), begun.state.step);
+            let progress = stepper.progress().clone();
+            Some(port.serve(Arc::new(move || vec![alone(&progress)]))?)
+        }
+        None => None,
+    };
+    let (books, group, codecs) = (Some(books), None, None);
+    let parts = Parts { request, started, stop, ready, begun, stepper, writer, books, group, codecs, tracing };
     let mut run = parts.run();
     work(&mut run, Some(&folder))
 }
@@ -144,7 +161,7 @@ struct Begun {
 /// What a run writes for people.
 struct Books {
     metrics: Metrics,
-    progress: Progress,
+    progress: Bar,
     wall_before_s: f64,
 }
 
@@ -159,6 +176,25 @@ struct Parts {
     books: Option<Books>,
     group: Option<Group>,
     codecs: Option<Codecs>,
+    tracing: Option<Tracing>,
+}
+
+/// What the only rank says of itself.
+fn alone(progress: &Progress) -> RankNumbers {
+    let (mark, numbers) = (progress.mark(), progress.numbers());
+    let (host, pid) = (host(), std::process::id());
+    RankNumbers { rank: 0, host, pid, at: mark.text, waits: mark.waits, numbers }
+}
+
+/// What a rank records for a picture, if that is wanted.
+fn begin_trace(
+    request: &Request,
+    folder: &Path,
+    rank: usize,
+    plan: &Arc<Plan>,
+    before: u64,
+) -> Result<Option<Tracing>> {
+    request.trace_steps.map(|steps| Tracing::begin(folder, rank, plan.clone(), before, steps)).transpose()
 }
 
 fn make_runs(runs: &Path) -> Result<()> {
@@ -231,7 +267,7 @@ impl Books {
     fn open(request: &Request, folder: &Folder, resumed_at: Option<u64>, changed: &[String]) -> Result<Self> {
         let recipe = &request.recipe;
         let mut metrics = Metrics::open(folder.path(), resumed_at, recipe.metrics.tensorboard)?;
-        let progress = Progress::new(resumed_at.unwrap_or(0), recipe.train.steps, recipe.metrics.log_every);
+        let progress = Bar::new(resumed_at.unwrap_or(0), recipe.train.steps, recipe.metrics.log_every);
         if let Some(step) = resumed_at {
             metrics.event("resumed", step, json!({ "changed": changed }));
             progress.say(&format!("run {}: going on after step {step}", folder.name()));
@@ -244,9 +280,17 @@ impl Books {
     }
 }
 
+impl Books {
+    /// Says where numbers are served for Prometheus.
+    fn serves(&mut self, url: &str, step: u64) {
+        self.metrics.event("prometheus", step, json!({ "url": url }));
+        self.progress.say(&format!("metrics for Prometheus: {url}"));
+    }
+}
+
 impl Parts {
     fn run(self) -> Run {
-        let Self { request, started, stop, ready, begun, stepper, writer, books, group, codecs } = self;
+        let Self { request, started, stop, ready, begun, stepper, writer, books, group, codecs, tracing } = self;
         let Ready { device, data, config, from: _ } = ready;
         let Begun { state, tokens, last_loss, committed } = begun;
         let (metrics, progress, wall_before_s) = match books {
@@ -268,6 +312,7 @@ impl Parts {
             progress,
             group,
             codecs,
+            tracing,
             tamper: request.tamper,
             stopping: false,
             busy: false,

@@ -28,6 +28,7 @@ fn options(ranks: usize) -> Options {
         resume: true,
         restart: 0,
         choose_codec_anew: false,
+        metrics_address: None,
         peer_timeout: PEER_TIMEOUT,
         join_within: Duration::from_secs(60),
         epoch: 7,

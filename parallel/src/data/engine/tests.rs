@@ -104,7 +104,7 @@ fn a_lost_rank_wakes_whoever_waits_and_the_message_says_what_it_waited_for() {
         // Whether the loss comes before the wait or into it, it must end it.
         let events = waiting.engine().expect("several ranks").events.clone();
         let lost = Incoming::Lost { rank: 1, why: "the connection was closed".into() };
-        events.send(Event::Incoming(lost)).expect("alive");
+        events.send(Event::Incoming(lost, None)).expect("alive");
         waits.join().expect("no panic").expect_err("rank 1 is gone")
     });
     assert!(error.contains("step ") && error.contains("rank 1 is lost: the connection was closed"), "{error}");
@@ -139,7 +139,7 @@ fn garbage_and_what_is_too_early_or_out_of_turn_end_the_step_with_the_senders_na
         let stream = &ranks[0].0;
         stream.begin(1, 1);
         let events = stream.engine().expect("several ranks").events.clone();
-        events.send(Event::Incoming(Incoming::Message { from: 1, bytes })).expect("alive");
+        events.send(Event::Incoming(Incoming::Message { from: 1, bytes }, None)).expect("alive");
         let error = stream.finish(ballot(0)).map(|_| ()).expect_err("garbage").to_string();
         assert!(error.contains(said), "{error}");
     }
@@ -152,7 +152,7 @@ fn what_comes_before_its_step_is_kept_within_bounds() {
     let events = stream.engine().expect("several ranks").events.clone();
     let flood = Bytes::from(vec![0; 1 << 20]);
     for _ in 0..8 {
-        events.send(Event::Incoming(Incoming::Message { from: 2, bytes: flood.clone() })).expect("alive");
+        events.send(Event::Incoming(Incoming::Message { from: 2, bytes: flood.clone() }, None)).expect("alive");
     }
     stream.begin(1, 1);
     let error = stream.finish(ballot(0)).map(|_| ()).expect_err("a flood").to_string();
@@ -204,15 +204,15 @@ fn a_rank_that_is_lost_in_the_burst_is_named_with_what_was_missing() {
         // The others are at the burst but send none of it.
         for from in [1, 2] {
             let bytes = Note::Values(Vec::new()).write(1, 0);
-            events.send(Event::Incoming(Incoming::Message { from, bytes })).expect("alive");
+            events.send(Event::Incoming(Incoming::Message { from, bytes }, None)).expect("alive");
         }
         let filler = Note::Filler.write(1, 0);
-        events.send(Event::Incoming(Incoming::Message { from: 2, bytes: filler })).expect("alive");
+        events.send(Event::Incoming(Incoming::Message { from: 2, bytes: filler }, None)).expect("alive");
         while !engine.progress().mark().text.contains("rank 2's burst, of which 1 of 32 parts are here") {
             std::thread::sleep(Duration::from_millis(1));
         }
         let lost = Incoming::Lost { rank: 2, why: "the connection was closed".into() };
-        events.send(Event::Incoming(lost)).expect("alive");
+        events.send(Event::Incoming(lost, None)).expect("alive");
         let error = waits.join().expect("no panic");
         assert!(
             error.contains("rank 2 is lost: the connection was closed; this rank waited for rank 2's burst"),
@@ -225,7 +225,7 @@ fn a_rank_that_is_lost_in_the_burst_is_named_with_what_was_missing() {
     let events = stream.engine().expect("several ranks").events.clone();
     stream.begin(1, 1);
     let bytes = Note::Filler.write(1, 0);
-    events.send(Event::Incoming(Incoming::Message { from: 1, bytes })).expect("alive");
+    events.send(Event::Incoming(Incoming::Message { from: 1, bytes }, None)).expect("alive");
     let error = stream.finish(ballot(0)).map(|_| ()).expect_err("not from the rank before").to_string();
     assert!(error.contains("rank 1, step 1: note 0 of a burst, expected note 0 of 32 from rank 2"), "{error}");
 }

@@ -12,9 +12,10 @@ use super::burst::Burst;
 use super::packing::Packing;
 use super::{EngineError, Event, Packed, Reply, Settled};
 use crate::data::exchange::{Exchange, Group, Outgoing, Vote};
-use crate::frame::{HEADER_BYTES, PAYLOAD_BYTES_MAX};
+use crate::frame::{PAYLOAD_BYTES_MAX, Phase, peek};
 use crate::note::{Ballot, Note, is_note};
 use crate::progress::Progress;
+use crate::trace::{Label, Trace, Track};
 use crate::transport::{Incoming, Transport};
 
 /// How often a waiting rank looks what it waits for.
@@ -27,6 +28,7 @@ pub(super) struct Work {
     transport: Arc<dyn Transport>,
     progress: Arc<Progress>,
     handed: Arc<AtomicU64>,
+    trace: Option<Arc<Trace>>,
     replies: Sender<Result<Reply, EngineError>>,
     group: Group,
     /// The step under way, or the last one.
@@ -51,14 +53,18 @@ pub(super) struct Work {
     fault: Option<EngineError>,
 }
 
+/// What the thread shares with the engine's other end.
+pub(super) struct Shared {
+    pub(super) exchange: Arc<Mutex<Exchange>>,
+    pub(super) transport: Arc<dyn Transport>,
+    pub(super) progress: Arc<Progress>,
+    pub(super) handed: Arc<AtomicU64>,
+    pub(super) trace: Option<Arc<Trace>>,
+}
+
 impl Work {
-    pub(super) fn new(
-        exchange: Arc<Mutex<Exchange>>,
-        transport: Arc<dyn Transport>,
-        progress: Arc<Progress>,
-        handed: Arc<AtomicU64>,
-        replies: Sender<Result<Reply, EngineError>>,
-    ) -> Self {
+    pub(super) fn new(shared: Shared, replies: Sender<Result<Reply, EngineError>>) -> Self {
+        let Shared { exchange, transport, progress, handed, trace } = shared;
         let (group, elements) = {
             let exchange = lock(&exchange);
             (exchange.group(), exchange.plan().elements())
@@ -72,6 +78,7 @@ impl Work {
             transport,
             progress,
             handed,
+            trace,
             replies,
             group,
             step: 0,
@@ -147,8 +154,13 @@ impl Work {
                 self.bursting = true;
                 Ok(())
             }
-            Event::Incoming(Incoming::Message { from, bytes }) => self.message(from, bytes),
-            Event::Incoming(Incoming::Lost { rank, why }) => {
+            Event::Incoming(Incoming::Message { from, bytes }, came) => {
+                if let (Some(trace), Some(came)) = (&self.trace, came) {
+                    trace.queued(Track::Receive(from), came, Label::of("receive", &bytes));
+                }
+                self.message(from, bytes)
+            }
+            Event::Incoming(Incoming::Lost { rank, why }, _) => {
                 let waited = self.waits().then(|| self.missing()).flatten();
                 Err(EngineError::Lost { rank, step: self.step, why, waited })
             }
@@ -183,8 +195,13 @@ impl Work {
         let start = Instant::now();
         self.first_encode.get_or_insert(start);
         let (transport, handed, packing) = (&*self.transport, &*self.handed, &mut self.packing);
+        let bytes = Some(size_of_val(&values[..]));
         lock(&self.exchange).give(bucket, values, &mut |out| hand(transport, handed, packing, out));
         self.encode_s += start.elapsed().as_secs_f64();
+        if let Some(trace) = &self.trace {
+            let label = Label { bucket: Some(bucket), bytes, ..Label::new("encode", self.step) };
+            trace.span(Track::Gradients, start, label);
+        }
         self.progress.advance();
     }
 
@@ -193,12 +210,20 @@ impl Work {
         if is_note(&bytes) {
             return self.note(from, bytes);
         }
-        if !self.open || frame_step(&bytes) == step + 1 {
+        if !self.open || peek(&bytes).is_some_and(|(of, ..)| of == step + 1) {
             return self.keep(from, bytes);
         }
+        let start = self.trace.as_ref().map(|_| Instant::now());
         let (transport, handed, packing) = (&*self.transport, &*self.handed, &mut self.packing);
-        lock(&self.exchange).receive(from, &bytes, &mut |out| hand(transport, handed, packing, out))?;
+        let phase = lock(&self.exchange).receive(from, &bytes, &mut |out| hand(transport, handed, packing, out))?;
         self.progress.advance();
+        if let (Some(trace), Some(start)) = (&self.trace, start) {
+            let name = match phase {
+                Phase::Scatter => "reduce",
+                Phase::Gather => "decode",
+            };
+            trace.span(Track::Gradients, start, Label { of_rank: Some(from), ..Label::of(name, &bytes) });
+        }
         Ok(())
     }
 
@@ -228,6 +253,7 @@ impl Work {
             Note::Ballot(_) if !self.open || number == self.step + 1 => self.keep(from, bytes),
             Note::Ballot(ballot) if number == self.step && self.ballots[from].is_none() => {
                 self.ballots[from] = Some(ballot);
+                self.trace_vote(from);
                 Ok(())
             }
             Note::Ballot(_) => out_of_turn(format!("a ballot of step {number}")),
@@ -257,6 +283,7 @@ impl Work {
                 self.own = Some((ballot, true));
                 self.ballots[self.group.rank] = Some(ballot);
                 drop(exchange);
+                self.trace_vote(self.group.rank);
                 self.to_all(&Note::Ballot(ballot).write(self.group.epoch, self.step));
                 exchange = lock(&self.exchange);
             }
@@ -295,6 +322,13 @@ impl Work {
             return self.reply(Reply::Burst(bytes_per_s));
         }
         Ok(())
+    }
+
+    fn trace_vote(&self, of_rank: usize) {
+        if let Some(trace) = &self.trace {
+            let label = Label { of_rank: Some(of_rank), ..Label::new("vote", self.step) };
+            trace.instant(Track::Gradients, label);
+        }
     }
 
     fn reply(&self, reply: Reply) -> Result<(), EngineError> {
@@ -340,12 +374,6 @@ fn hand(transport: &dyn Transport, handed: &AtomicU64, packing: &mut Option<Pack
     };
     transport.send(out.to, frame);
     handed.fetch_add(1, Ordering::SeqCst);
-}
-
-/// The step that a frame claims to be of; whoever takes it checks the rest.
-fn frame_step(bytes: &[u8]) -> u64 {
-    let field = bytes.get(16..24).filter(|_| bytes.len() >= HEADER_BYTES);
-    field.and_then(|field| field.try_into().ok()).map_or(0, u64::from_le_bytes)
 }
 
 fn lock(exchange: &Mutex<Exchange>) -> MutexGuard<'_, Exchange> {

@@ -19,6 +19,7 @@ use tonic::{Code, Request, Status};
 
 use super::watch::Event;
 use super::{CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, Group, STREAM_WINDOW_BYTES};
+use crate::trace::{Label, Trace, Track};
 use crate::transport::raw::service::data_client::DataClient;
 use crate::transport::socket::{Counters, Line, Socket, words};
 
@@ -42,12 +43,18 @@ pub(super) struct Caller {
     token: blake3::Hash,
     counters: Counters,
     events: UnboundedSender<Event>,
+    trace: Option<Arc<Trace>>,
 }
 
 impl Caller {
-    pub(super) fn new(group: &Group, counters: Counters, events: UnboundedSender<Event>) -> Self {
+    pub(super) fn new(
+        group: &Group,
+        counters: Counters,
+        events: UnboundedSender<Event>,
+        trace: Option<Arc<Trace>>,
+    ) -> Self {
         let token = blake3::hash(group.token.as_bytes());
-        Self { rank: group.rank, epoch: group.epoch, token, counters, events }
+        Self { rank: group.rank, epoch: group.epoch, token, counters, events, trace }
     }
 
     /// Reaches rank `to`, trying until `deadline`, and then pushes what is put in the queue that it reports until the
@@ -55,7 +62,7 @@ impl Caller {
     pub(super) async fn call(self, to: usize, address: SocketAddr, deadline: Instant, _alive: mpsc::Sender<()>) {
         let line = Arc::<Line>::default();
         let Some(channel) = self.reach(to, address, deadline, &line).await else { return };
-        let (queue, outbox) = outbox();
+        let (queue, outbox) = outbox(self.trace.map(|trace| (trace, to)));
         let _ = self.events.send(Event::Reached { rank: to, queue });
         let mut request = Request::new(outbox);
         let metadata = request.metadata_mut();
@@ -97,16 +104,23 @@ impl Caller {
     }
 }
 
-/// A queue for one rank, and what empties it.
-pub(super) fn outbox() -> (UnboundedSender<Bytes>, Outbox) {
+/// A message in a queue, with when it was put there, where that is recorded.
+pub(super) struct Queued {
+    pub(super) message: Bytes,
+    pub(super) since: Option<Instant>,
+}
+
+/// A queue for one rank, and what empties it. `trace` is where to record what is sent, and the rank.
+pub(super) fn outbox(trace: Option<(Arc<Trace>, usize)>) -> (UnboundedSender<Queued>, Outbox) {
     let (queue, waiting) = mpsc::unbounded_channel();
-    (queue, Outbox { waiting, ended: false })
+    (queue, Outbox { waiting, ended: false, trace })
 }
 
 /// What waits for one rank, as the body of the call to it. It ends behind the goodbye.
 pub(super) struct Outbox {
-    waiting: UnboundedReceiver<Bytes>,
+    waiting: UnboundedReceiver<Queued>,
     ended: bool,
+    trace: Option<(Arc<Trace>, usize)>,
 }
 
 impl Stream for Outbox {
@@ -116,7 +130,11 @@ impl Stream for Outbox {
         if self.ended {
             return Poll::Ready(None);
         }
-        let message = ready!(self.waiting.poll_recv(context));
+        let queued = ready!(self.waiting.poll_recv(context));
+        if let (Some((trace, to)), Some(Queued { message, since: Some(since) })) = (&self.trace, &queued) {
+            trace.queued(Track::Send(*to), (*since).into(), Label::of("send", message));
+        }
+        let message = queued.map(|queued| queued.message);
         self.ended = message.as_ref().is_none_or(Bytes::is_empty);
         if self.ended {
             // What is sent after the goodbye fails at once and does not pile up.

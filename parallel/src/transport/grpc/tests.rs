@@ -389,11 +389,12 @@ fn an_empty_message_cannot_be_sent() {
 
 #[test]
 fn a_service_that_reads_the_stream_gets_what_waits_until_the_goodbye() {
-    let (queue, outbox) = outbound::outbox();
+    let (queue, outbox) = outbound::outbox(None);
+    let queued = |text: &'static str| Queued { message: text.into(), since: None };
     for text in ["one", "two", "", "three"] {
-        queue.send(text.into()).expect("it is open");
+        queue.send(queued(text)).expect("it is open");
     }
     let came = asynchronous().block_on(outbox.collect::<Vec<Bytes>>());
     assert_eq!(came, ["one", "two", ""]);
-    assert!(queue.send("four".into()).is_err(), "it does not pile up");
+    assert!(queue.send(queued("four")).is_err(), "it does not pile up");
 }

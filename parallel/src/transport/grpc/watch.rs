@@ -4,11 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::outbound::Caller;
+use super::outbound::{Caller, Queued};
 use super::{Group, TransportError};
 use crate::transport::{Incoming, Sink};
 
@@ -21,7 +20,7 @@ pub(super) enum Event {
     /// A try to reach the rank failed; there will be another one.
     Trouble { rank: usize, why: String },
     /// Our call to the rank has begun, and this is what it sends.
-    Reached { rank: usize, queue: UnboundedSender<Bytes> },
+    Reached { rank: usize, queue: UnboundedSender<Queued> },
     /// The rank's call was let in.
     Arrived { rank: usize },
     /// The rank said goodbye.
@@ -75,7 +74,7 @@ pub(super) struct Connected {
     pub(super) standing: Standing,
     pub(super) happened: UnboundedReceiver<Event>,
     /// To each rank, but for this one.
-    pub(super) queues: Vec<Option<UnboundedSender<Bytes>>>,
+    pub(super) queues: Vec<Option<UnboundedSender<Queued>>>,
     /// Ends when all calls have.
     pub(super) calls_ended: mpsc::Receiver<()>,
 }
@@ -99,7 +98,7 @@ impl Connecting<'_> {
         };
         others().for_each(|to| call(to, Duration::ZERO));
         let mut standing = Standing::new(addresses.len());
-        let mut queues = vec![None; addresses.len()];
+        let mut queues: Vec<_> = addresses.iter().map(|_| None).collect();
         let mut arrived = vec![false; addresses.len()];
         let mut trouble = vec![String::from("no answer"); addresses.len()];
         loop {

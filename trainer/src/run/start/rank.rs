@@ -14,12 +14,13 @@ use parallel::data::engine::{Engine, Inbox};
 use parallel::data::exchange::{self, Exchange};
 use parallel::data::plan::{Parameter, Plan};
 use parallel::data::shard::payload_bytes_sent;
+use parallel::trace::Trace;
 use parallel::transport::Incoming;
 use parallel::transport::grpc::{self, GrpcTransport};
-use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start};
+use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start, Welcome};
 use serde_json::json;
 
-use super::{Begun, Books, Parts, Ready, make_runs, peek, prepare, retention, work};
+use super::{Begun, Books, Parts, Ready, begin_trace, make_runs, peek, prepare, retention, work};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::log::say;
@@ -30,6 +31,7 @@ use crate::run::group::Group;
 use crate::run::join::{Joined, Met, addresses, leave_with};
 use crate::run::save::newest_good;
 use crate::run::signals::TRY_AGAIN;
+use crate::run::trace::Tracing;
 use crate::run::{Ended, Left, Request, Run};
 use crate::state::{self, Held, Share};
 use crate::step::Stepper;
@@ -202,12 +204,12 @@ fn open_rank(
     started: Instant,
 ) -> std::result::Result<Run, (Box<Joined>, Error)> {
     match connect(&request, &mut joined, &ready, (met, folder)) {
-        Ok(Connected { begun, stepper, writer, books, share, transport, f32_bytes, codecs }) => {
+        Ok(Connected { begun, stepper, writer, books, share, transport, f32_bytes, codecs, tracing }) => {
             let Joined { control, ender, stop, .. } = joined;
             let (saving, committing, writing) = Default::default();
             let group = Group { share, control, transport, ender, f32_bytes, saving, committing, writing };
             let group = Some(group);
-            Ok(Parts { request, started, stop, ready, begun, stepper, writer, books, group, codecs }.run())
+            Ok(Parts { request, started, stop, ready, begun, stepper, writer, books, group, codecs, tracing }.run())
         }
         Err(error) => Err((Box::new(joined), error)),
     }
@@ -223,6 +225,7 @@ struct Connected {
     transport: Arc<GrpcTransport>,
     f32_bytes: Option<u64>,
     codecs: Option<Codecs>,
+    tracing: Option<Tracing>,
 }
 
 fn connect(
@@ -249,10 +252,10 @@ fn connect(
     let codecs = (share.ranks > 1).then(|| Codecs::new(recipe.compression, chosen));
     let codec = codecs.as_ref().map_or(Codec::Fp32, |codecs| codecs.codec(begun.state.step + 1));
     let plan = Plan::new(ready.config.parameters(), recipe.parallel.bucket_bytes_max);
-    let plan = plan.map_err(|error| Error::Usage(error.to_string()))?;
+    let plan = Arc::new(plan.map_err(|error| Error::Usage(error.to_string()))?);
     let f32_bytes = (share.ranks > 1).then(|| f32_bytes(&plan, &share));
     let group = exchange::Group { rank, ranks: share.ranks, epoch: met.start.epoch, chunk_blocks: CHUNK_BLOCKS };
-    let mut exchange = Exchange::new(Arc::new(plan), group, codec);
+    let mut exchange = Exchange::new(plan.clone(), group, codec);
     if request.tamper.no_feedback {
         exchange = exchange.without_feedback();
     }
@@ -269,20 +272,20 @@ fn connect(
     let pieces = state::pieces(&ready.config, &share);
     let writer = Writer::member(Arc::new(RealDisk), checkpoints, pieces, member, retention(recipe))?;
 
-    let inbox = Inbox::default();
+    let tracing = begin_trace(request, &path, rank, &plan, begun.state.step)?;
+    let trace = tracing.as_ref().map(Tracing::trace).cloned();
+    let inbox = Inbox::new(trace.clone());
     joined.ender.wake(inbox.aborter());
-    let transport = Arc::new(meet_peers(joined, &met.start, &inbox)?);
+    let transport = Arc::new(meet_peers(joined, &met.start, &inbox, trace.clone())?);
     let engine = Engine::start(exchange, transport.clone(), inbox, joined.progress.clone())
         .map_err(Error::io("start a thread in", "this process"))?;
-    let stepper = Stepper::across(&ready.config, &ready.device, engine);
+    let stepper = Stepper::across(&ready.config, &ready.device, engine).traced(trace);
     request.tamper.prepare(&stepper);
     let books = match folder {
-        Some(folder) if rank == 0 => {
-            Some(open_books(request, folder, begun.state.step, joined.control.welcome().restart)?)
-        }
+        Some(folder) if rank == 0 => Some(open_books(request, folder, begun.state.step, joined.control.welcome())?),
         _ => None,
     };
-    Ok(Connected { begun, stepper, writer, books, share, transport, f32_bytes, codecs })
+    Ok(Connected { begun, stepper, writer, books, share, transport, f32_bytes, codecs, tracing })
 }
 
 /// Which part of a checkpoint this rank writes. `held` is what the checkpoint that it goes on from has.
@@ -303,7 +306,7 @@ fn f32_bytes(plan: &Plan, share: &Share) -> u64 {
 }
 
 /// Connects with all other ranks.
-fn meet_peers(joined: &mut Joined, start: &Start, inbox: &Inbox) -> Result<GrpcTransport> {
+fn meet_peers(joined: &mut Joined, start: &Start, inbox: &Inbox, trace: Option<Arc<Trace>>) -> Result<GrpcTransport> {
     let group = grpc::Group {
         rank: joined.rank(),
         addresses: addresses(start)?,
@@ -321,16 +324,19 @@ fn meet_peers(joined: &mut Joined, start: &Start, inbox: &Inbox) -> Result<GrpcT
         to_engine(incoming);
     });
     let listener = joined.listener.take().expect("a rank connects once");
-    Ok(listener.connect(&group, sink)?)
+    Ok(listener.traced(trace).connect(&group, sink)?)
 }
 
 /// What rank 0 writes for people.
-fn open_books(request: &Request, folder: &RunFolder, step: u64, restart: u32) -> Result<Books> {
+fn open_books(request: &Request, folder: &RunFolder, step: u64, welcome: &Welcome) -> Result<Books> {
     let RunFolder { folder, changed, .. } = folder;
     let resumed = request.resume && folder.file("run.json").exists();
     let mut books = Books::open(request, folder, resumed.then_some(step), changed)?;
-    if restart > 0 {
-        books.metrics.event("restart", step, json!({ "restart": restart }));
+    if welcome.restart > 0 {
+        books.metrics.event("restart", step, json!({ "restart": welcome.restart }));
+    }
+    if let Some(url) = &welcome.metrics_address {
+        books.serves(url, step);
     }
     Ok(books)
 }
