@@ -12,4 +12,5 @@ mod processes;
 mod ranks;
 mod recipes;
 mod resume;
+mod secured;
 mod support;

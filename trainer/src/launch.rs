@@ -14,6 +14,7 @@ use checkpoint::disk::RealDisk;
 use checkpoint::writer::give_up_all;
 use parallel::coordinator::state::{Ending, Input, Options, RankNumbers, silence};
 use parallel::coordinator::{Compare, Coordinator};
+use parallel::transport::tls::Security;
 use serde_json::json;
 
 use crate::data::cache::replace;
@@ -21,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::log::say;
 use crate::recipe::{Raw, Tag, raw};
 use crate::run::folder::{check_name, in_use};
-use crate::run::join::{host, random, remove_nonces, trusted};
+use crate::run::join::{host, permit, random, remove_nonces};
 use crate::run::signals::{Manner, Stop, TRY_AGAIN};
 use crate::run::{Request, start};
 
@@ -63,8 +64,8 @@ pub struct Orders {
     pub restarts: u32,
     /// Where its ranks are.
     pub world: World,
-    /// Whether connections beyond loopback may be neither encrypted nor authenticated.
-    pub trusted_network: bool,
+    /// What keeps strangers out.
+    pub security: Security,
 }
 
 /// The exit code of a Rust process that panicked.
@@ -129,7 +130,7 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
         }
         World::Ranks(ranks) => {
             let coordinator = match ranks.rank {
-                0 => Some(coordinate(orders, restart, master_listener(ranks, orders.trusted_network)?)?),
+                0 => Some(coordinate(orders, restart, master_listener(ranks, &orders.security)?)?),
                 _ => None,
             };
             let at = |port: &u16| format!("{}:{port}", ranks.master);
@@ -140,7 +141,7 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
             (coordinator, join)
         }
         World::Elsewhere { listen: at } => {
-            trusted(at.ip(), orders.trusted_network)?;
+            permit(at.ip(), &orders.security)?;
             let coordinator = coordinate(orders, restart, listen(*at)?)?;
             let address = coordinator.address();
             say(&format!(
@@ -159,7 +160,7 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
         join,
         recipe: request.raw.to_toml(),
         quiet: coordinator.is_some(),
-        trusted_network: orders.trusted_network,
+        trusted_network: matches!(orders.security, Security::TrustedNetwork),
         within_s: recipe.parallel.join_timeout_s,
     };
     for (index, &rank) in ranks.iter().enumerate() {
@@ -278,7 +279,8 @@ fn coordinate(orders: &Orders, restart: u32, listener: TcpListener) -> Result<Co
         pid: std::process::id(),
     };
     let ours = request.raw.clone();
-    Coordinator::start(listener, options, compare(ours)).map_err(Error::io("start the coordinator in", "this process"))
+    let started = Coordinator::start(listener, options, compare(ours), orders.security.clone());
+    started.map_err(Error::io("start the coordinator in", "this process"))
 }
 
 /// Names every key but the local ones in which a worker's recipe differs.
@@ -308,7 +310,7 @@ fn listen(address: SocketAddr) -> Result<TcpListener> {
 }
 
 /// Listens where rank 0 is to listen: at the first of the ports that is free.
-fn master_listener(ranks: &Ranks, trusted_network: bool) -> Result<TcpListener> {
+fn master_listener(ranks: &Ranks, security: &Security) -> Result<TcpListener> {
     let ip = resolve(&ranks.master)?;
     let written = ranks.master == "localhost" || ranks.master.parse::<IpAddr>().is_ok();
     if ip.is_loopback() && !written {
@@ -318,7 +320,7 @@ fn master_listener(ranks: &Ranks, trusted_network: bool) -> Result<TcpListener> 
             ranks.master
         )));
     }
-    trusted(ip, trusted_network)?;
+    permit(ip, security)?;
     let mut last = Err(Error::Usage("MASTER_PORT: expected a port".into()));
     for &port in &ranks.ports {
         last = listen((ip, port).into());
