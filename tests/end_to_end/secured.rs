@@ -1,11 +1,13 @@
 //! Runs with a join secret, and whoever does not know it. Linux.
 
+use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::process::Command;
 
 use crate::dying::{RANKS, outcome, undisturbed};
-use crate::processes::{Job, nobody_is_left, processes};
+use crate::processes::{HANG, Job, Listening, nobody_is_left, ports, processes};
 use crate::support::{Place, Ran};
 
 const SECRET: &str = "a secret that only this test knows";
@@ -47,23 +49,50 @@ fn told(folder: &std::path::Path, found: &mut Vec<String>) {
     }
 }
 
+/// What every port of the run answers first to the beginning of HTTP/2.
+fn answers(place: &Place) -> Vec<u8> {
+    let open: BTreeSet<Listening> = processes(&place.path("")).iter().flat_map(|process| ports(process.pid)).collect();
+    let answer = |port: Listening| {
+        let mut stream = TcpStream::connect(("127.0.0.1", port.port)).expect("somebody listens");
+        stream.set_read_timeout(Some(HANG)).expect("a socket");
+        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").expect("room for a few bytes");
+        let mut first = [0xff];
+        stream.read_exact(&mut first).expect("an answer");
+        first[0]
+    };
+    open.into_iter().map(answer).collect()
+}
+
 #[test]
-fn a_launchers_run_with_a_secret_is_bitwise_the_one_without_and_tells_nobody() {
+fn a_launchers_run_with_a_secret_is_encrypted_and_bitwise_the_one_without_and_tells_nobody() {
+    const STEPS: usize = 300;
+    /// The first byte of an alert of TLS, and of the settings of HTTP/2.
+    const SECURED: u8 = 21;
+    const PLAIN: u8 = 0;
     let place = Place::with(RANKS);
-    let mut command = with(&place, &["train", "small.toml", "--name", "a"], VARIABLE, SECRET);
-    command.env("TRIBUTARY_LOG", "debug");
-    let mut job = Job::spawn(&place, command);
-    let mut workers = 0;
-    job.wait("ten steps", |_| place.lines("a") >= 10);
-    for process in processes(&place.path("")) {
-        let line = std::fs::read(format!("/proc/{}/cmdline", process.pid)).unwrap_or_default();
-        assert!(!line.windows(SECRET.len()).any(|window| window == SECRET.as_bytes()), "{process:?}");
-        workers += usize::from(process.rank().is_some());
-    }
-    assert_eq!(workers, 2, "the run ended too soon to prove anything");
-    job.end().ok();
-    nobody_is_left(&place.path(""));
-    assert_eq!(outcome(&place, "a"), undisturbed(2));
+    let run = |name: &str, secret: Option<&str>| {
+        let mut command =
+            place.command(&["train", "small.toml", "--name", name, "--set", &format!("train.steps={STEPS}")]);
+        command.env("TRIBUTARY_LOG", "debug");
+        secret.iter().for_each(|secret| _ = command.env(VARIABLE, secret));
+        let mut job = Job::spawn(&place, command);
+        job.wait("a step", |_| place.lines(name) >= 1);
+        let answers = answers(&place);
+        for process in processes(&place.path("")) {
+            let line = std::fs::read(format!("/proc/{}/cmdline", process.pid)).unwrap_or_default();
+            assert!(!line.windows(SECRET.len()).any(|window| window == SECRET.as_bytes()), "{process:?}");
+        }
+        assert!(place.lines(name) < STEPS, "the run ended too soon to prove anything");
+        job.end().ok();
+        nobody_is_left(&place.path(""));
+        (answers, outcome(&place, name))
+    };
+    // The coordinator's port, and both workers' for data.
+    let (answers, secured) = run("a", Some(SECRET));
+    assert_eq!(answers, [SECURED; 3]);
+    let (answers, plain) = run("b", None);
+    assert_eq!(answers, [PLAIN; 3]);
+    assert_eq!(secured, plain);
     // Also what the processes said lies in this folder.
     let mut found = Vec::new();
     told(&place.path(""), &mut found);

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read as _;
 use std::os::unix::ffi::OsStringExt as _;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use parallel::transport::tls::{Keys, SECRET_BYTES, Security};
@@ -33,7 +33,7 @@ pub(super) fn security(trusted_network: bool, get: impl Fn(&str) -> Option<OsStr
             return Err(Error::Usage(format!("{SECRET} and {FILE}: expected one of them, found both")));
         }
         (Some(secret), None) => (SECRET.to_owned(), secret.into_vec()),
-        (None, Some(file)) => read(PathBuf::from(file))?,
+        (None, Some(file)) => read(Path::new(&file))?,
     };
     // What an editor or `echo` puts behind it is not a part of it.
     let end = secret.iter().rposition(|byte| !b"\r\n".contains(byte)).map_or(0, |last| last + 1);
@@ -44,12 +44,12 @@ pub(super) fn security(trusted_network: bool, get: impl Fn(&str) -> Option<OsStr
 }
 
 /// The name of the file, and what is in it, as far as that could be a secret.
-fn read(path: PathBuf) -> Result<(String, Vec<u8>)> {
+fn read(path: &Path) -> Result<(String, Vec<u8>)> {
     let from = format!("{FILE}: {}", path.display());
     // One byte more than a secret may have, and the end of a line: what is longer is seen to be.
     let most = *SECRET_BYTES.end() as u64 + 3;
     let mut secret = Vec::new();
-    let read = File::open(&path).and_then(|file| file.take(most).read_to_end(&mut secret));
+    let read = File::open(path).and_then(|file| file.take(most).read_to_end(&mut secret));
     read.map_err(|error| Error::Usage(format!("{from}: expected a file with the secret: {error}")))?;
     Ok((from, secret))
 }
