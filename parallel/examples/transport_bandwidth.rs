@@ -1,5 +1,5 @@
-//! How fast messages go over [`GrpcTransport`](parallel::transport::grpc::GrpcTransport) on loopback, next to a plain
-//! TCP stream that carries the same bytes in the same run. Prints one JSON object a message size.
+//! How fast messages go over [`GrpcTransport`](parallel::transport::grpc::GrpcTransport) on loopback, plain and with TLS,
+//! next to a plain TCP stream that carries the same bytes in the same run. Prints one JSON object a message size.
 //!
 //! `cargo run -p parallel --example transport_bandwidth`. The system's allocator decides much of the result: the binary
 //! `tributary` uses one that keeps large blocks. glibc's does with
@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parallel::transport::grpc::{Group, GrpcTransport, Listener};
+use parallel::transport::tls::{Keys, Security};
 use parallel::transport::{Incoming, Sink, Transport};
 
 const RUN_BYTES: usize = 512 << 20;
@@ -25,35 +26,49 @@ const HANG: Duration = Duration::from_secs(60);
 type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
 fn main() -> Outcome<()> {
-    let (sender, receiver, came) = pair()?;
+    let keys = Keys::of(b"a secret of both of these ranks")?;
+    let (plain, tls) = (pair(&Security::Loopback)?, pair(&Security::Tls(Arc::new(keys)))?);
     for message_bytes in [256 << 10, 1 << 20] {
         let message = Bytes::from(vec![0x5a_u8; message_bytes]);
-        let (mut grpc_s, mut tcp_s, mut ratio) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut tcp_s, mut grpc_s, mut tls_s) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut ratio, mut tls_ratio) = (Vec::new(), Vec::new());
         // One round more than is counted: the first one warms windows, buffers and the allocator up.
         for round in 0..=RUNS {
             let tcp = over_tcp(&message)?;
-            let grpc = over_grpc(&sender, &came, &message)?;
+            let grpc = over_grpc(&plain, &message)?;
+            let encrypted = over_grpc(&tls, &message)?;
             if round > 0 {
                 tcp_s.push(tcp);
                 grpc_s.push(grpc);
+                tls_s.push(encrypted);
                 ratio.push(tcp / grpc);
+                tls_ratio.push(tcp / encrypted);
             }
         }
         let gb_per_s = |seconds: &mut Vec<f64>| RUN_BYTES as f64 / 1e9 / median(seconds);
-        let (grpc, tcp, ratio) = (gb_per_s(&mut grpc_s), gb_per_s(&mut tcp_s), median(&mut ratio));
+        let (tcp, grpc, tls) = (gb_per_s(&mut tcp_s), gb_per_s(&mut grpc_s), gb_per_s(&mut tls_s));
+        let (ratio, tls_ratio) = (median(&mut ratio), median(&mut tls_ratio));
         println!(
-            r#"{{"message_bytes": {message_bytes}, "grpc_gb_per_s": {grpc:.3}, "tcp_gb_per_s": {tcp:.3}, "ratio": {ratio:.3}}}"#
+            r#"{{"message_bytes": {message_bytes}, "tcp_gb_per_s": {tcp:.3}, "grpc_gb_per_s": {grpc:.3}, "ratio": {ratio:.3}, "tls_gb_per_s": {tls:.3}, "tls_ratio": {tls_ratio:.3}}}"#
         );
     }
-    thread::scope(|scope| {
-        scope.spawn(|| sender.close(HANG));
-        receiver.close(HANG);
-    });
+    for pair in [plain, tls] {
+        thread::scope(|scope| {
+            scope.spawn(|| pair.sender.close(HANG));
+            pair.receiver.close(HANG);
+        });
+    }
     Ok(())
 }
 
 /// Two ranks, and the lengths of what reaches the second one.
-fn pair() -> Outcome<(GrpcTransport, GrpcTransport, mpsc::Receiver<usize>)> {
+struct Pair {
+    sender: GrpcTransport,
+    receiver: GrpcTransport,
+    came: mpsc::Receiver<usize>,
+}
+
+fn pair(security: &Security) -> Outcome<Pair> {
     let listeners = [Listener::bind(LOOPBACK, 0)?, Listener::bind(LOOPBACK, 0)?];
     let addresses = listeners.iter().map(Listener::local_address).collect::<Vec<_>>();
     let group = |rank| Group {
@@ -62,6 +77,7 @@ fn pair() -> Outcome<(GrpcTransport, GrpcTransport, mpsc::Receiver<usize>)> {
         epoch: 1,
         token: "bandwidth".into(),
         connect_within: Duration::from_secs(10),
+        security: security.clone(),
     };
     let (tell, came) = mpsc::channel();
     let sink: Sink = Arc::new(move |incoming| {
@@ -74,10 +90,10 @@ fn pair() -> Outcome<(GrpcTransport, GrpcTransport, mpsc::Receiver<usize>)> {
     let first = thread::spawn(move || first.connect(&of_first, Arc::new(|_| {})));
     let second = second.connect(&of_second, sink)?;
     let first = first.join().map_err(|_| "the first rank panicked")??;
-    Ok((first, second, came))
+    Ok(Pair { sender: first, receiver: second, came })
 }
 
-fn over_grpc(sender: &GrpcTransport, came: &mpsc::Receiver<usize>, message: &Bytes) -> Outcome<f64> {
+fn over_grpc(Pair { sender, came, .. }: &Pair, message: &Bytes) -> Outcome<f64> {
     let start = Instant::now();
     for _ in 0..RUN_BYTES / message.len() {
         sender.send(1, message.clone());

@@ -20,6 +20,7 @@ use tokio::sync::mpsc::{UnboundedSender, WeakUnboundedSender};
 
 use crate::coordinator::state::{Ending, TRY_AGAIN};
 use crate::progress::Progress;
+use crate::transport::tls::{Mismatch, Security};
 use crate::wire::control::from_worker::What as From;
 use crate::wire::control::to_worker::What as To;
 use crate::wire::control::{FromWorker, Hello, Leaving, Lost, Mark, Welcome};
@@ -31,6 +32,8 @@ pub struct Join {
     pub address: String,
     /// It must answer after so long.
     pub within: Duration,
+    /// What keeps strangers out.
+    pub security: Security,
     /// Who the worker is.
     pub hello: Hello,
     /// Read by the heartbeat.
@@ -76,6 +79,14 @@ pub enum ControlError {
         address: String,
         /// What it said.
         why: String,
+    },
+    /// The coordinator, or who is in its place, and this worker are not secured alike.
+    #[error("no connection to the coordinator at {address}: {why}")]
+    Mismatch {
+        /// Where it is.
+        address: String,
+        /// What is wrong with it.
+        why: Mismatch,
     },
     /// The run has ended.
     #[error("{}", .0.verdict)]

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::transport::socket::{Accepted, Counters, Limits};
+use crate::transport::tls::Security;
 use crate::wire::control::coordinator_server::CoordinatorServer;
 use crate::wire::control::to_worker::What as To;
 use front::{Front, Lines, carry};
@@ -62,7 +63,12 @@ impl Coordinator {
     ///
     /// # Errors
     /// The system refuses the listener or a thread.
-    pub fn start(listener: TcpListener, options: Options, compare: Compare) -> std::io::Result<Self> {
+    pub fn start(
+        listener: TcpListener,
+        options: Options,
+        compare: Compare,
+        security: Security,
+    ) -> std::io::Result<Self> {
         let address = listener.local_addr()?;
         listener.set_nonblocking(true)?;
         let (inputs, told) = mpsc::unbounded_channel();
@@ -72,7 +78,8 @@ impl Coordinator {
         let shown = numbers.clone();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let work = move || {
-            runtime.block_on(serve(listener, options, compare, Channels { told, quits, tell, numbers: shown }));
+            let channels = Channels { told, quits, tell, numbers: shown };
+            runtime.block_on(serve((listener, security), options, compare, channels));
             runtime.shutdown_timeout(Duration::from_millis(200));
         };
         let thread = std::thread::Builder::new().name("coordinator".into()).spawn(work)?;
@@ -139,7 +146,7 @@ struct Channels {
     numbers: Numbers,
 }
 
-async fn serve(listener: TcpListener, options: Options, compare: Compare, channels: Channels) {
+async fn serve((listener, security): (TcpListener, Security), options: Options, compare: Compare, channels: Channels) {
     let Channels { mut told, mut quits, tell, numbers } = channels;
     let (inputs, mut incoming) = mpsc::channel(INPUTS_MAX);
     let lines = Lines::default();
@@ -156,12 +163,13 @@ async fn serve(listener: TcpListener, options: Options, compare: Compare, channe
     let service = CoordinatorServer::new(Front::new(lines.clone(), inputs, compare))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let accepted = Accepted::new(listener, limits, Counters::default(), security);
     let (close, closing) = oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
         // A worker makes one call on a connection of its own.
         .max_concurrent_streams(1)
         .add_service(service)
-        .serve_with_incoming_shutdown(Accepted::new(listener, limits, Counters::default()), async {
+        .serve_with_incoming_shutdown(accepted, async {
             _ = closing.await;
         });
     let mut server = tokio::spawn(server);

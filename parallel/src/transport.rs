@@ -2,7 +2,7 @@
 //!
 //! - [`channel`]: ranks in one process, for tests; [`simulated`]: the same on a network with delays and faults.
 //! - [`grpc`]: ranks in other processes, over gRPC streams.
-//! - [`raw`]: gRPC messages that are plain bytes; [`socket`]: sockets that count.
+//! - [`raw`]: gRPC messages that are plain bytes; [`socket`]: sockets that count; [`tls`]: who may connect.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ pub mod grpc;
 pub mod raw;
 pub mod simulated;
 pub mod socket;
+pub mod tls;
 
 /// What comes in from another rank.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -13,5 +13,6 @@ mod prometheus;
 mod ranks;
 mod recipes;
 mod resume;
+mod secured;
 mod support;
 mod traces;

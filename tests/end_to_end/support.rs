@@ -155,7 +155,10 @@ impl Drop for Place {
 /// The command line in a folder.
 pub fn command(folder: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tributary-under-test"));
-    command.args(args).current_dir(folder).env_remove("TRIBUTARY_LOG");
+    command.args(args).current_dir(folder);
+    for name in ["TRIBUTARY_LOG", "TRIBUTARY_JOIN_SECRET", "TRIBUTARY_JOIN_SECRET_FILE"] {
+        command.env_remove(name);
+    }
     command
 }
 

@@ -1,8 +1,10 @@
 //! The command line. The environment is read here and nowhere below.
 //!
 //! - `models`: the commands on models that are there.
+//! - `secret`: what keeps strangers out of a run.
 
 mod models;
+mod secret;
 
 use std::io::{Read as _, Write as _};
 use std::path::PathBuf;
@@ -70,7 +72,8 @@ struct Train {
     /// Start again from the newest checkpoint, so many times, when a rank was lost
     #[arg(long, default_value_t = 0)]
     restarts: u32,
-    /// Let ranks connect beyond loopback, neither encrypted nor authenticated: for isolated networks
+    /// Let ranks connect beyond loopback, neither encrypted nor authenticated, whether TRIBUTARY_JOIN_SECRET is set or not:
+    /// for isolated networks
     #[arg(long)]
     trusted_network: bool,
     #[command(flatten)]
@@ -116,7 +119,8 @@ struct WorkerArgs {
     /// Seconds to wait for the coordinator
     #[arg(long, default_value_t = 60.0, value_parser = seconds)]
     join_timeout_s: f64,
-    /// Let ranks connect beyond loopback, neither encrypted nor authenticated: for isolated networks
+    /// Let ranks connect beyond loopback, neither encrypted nor authenticated, whether TRIBUTARY_JOIN_SECRET is set or not:
+    /// for isolated networks
     #[arg(long)]
     trusted_network: bool,
     #[command(flatten)]
@@ -183,7 +187,6 @@ fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
 }
 
 fn train(args: &Train, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
-    let (restarts, trusted_network) = (args.restarts, args.trusted_network);
     let ranks = ranks(|name| std::env::var(name).ok())?;
     let request = request(args, log, tamper)?;
     let world = match ranks {
@@ -191,10 +194,10 @@ fn train(args: &Train, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         Some(ranks) if ranks.ranks > 1 || request.recipe.parallel.data > 1 => World::Ranks(ranks),
         _ => World::Local,
     };
-    if world == World::Local && request.recipe.parallel.data == 1 && restarts == 0 {
+    if world == World::Local && request.recipe.parallel.data == 1 && args.restarts == 0 {
         return Ok(code(run::start::train(request)?.ended));
     }
-    launch::launch(Orders { request, restarts, world, trusted_network }).map(ExitCode::from)
+    launch(request, args, world)
 }
 
 fn coordinator(args: &CoordinatorArgs, log: RunLog) -> Result<ExitCode> {
@@ -202,10 +205,15 @@ fn coordinator(args: &CoordinatorArgs, log: RunLog) -> Result<ExitCode> {
         let why = "--trace: a coordinator has nothing to record; give it to each worker, or to `tributary train`";
         return Err(Error::Usage(why.into()));
     }
-    let (restarts, trusted_network) = (args.train.restarts, args.train.trusted_network);
     let request = request(&args.train, log, Tamper::default())?;
     let world = World::Elsewhere { listen: args.listen };
-    launch::launch(Orders { request, restarts, world, trusted_network }).map(ExitCode::from)
+    launch(request, &args.train, world)
+}
+
+fn launch(request: run::Request, args: &Train, world: World) -> Result<ExitCode> {
+    let security = secret::security(args.trusted_network, |name| std::env::var_os(name))?;
+    secret::warn_of_plain(&security, |name| std::env::var_os(name));
+    launch::launch(Orders { request, restarts: args.restarts, world, security }).map(ExitCode::from)
 }
 
 fn request(args: &Train, log: RunLog, tamper: Tamper) -> Result<run::Request> {
@@ -225,6 +233,10 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     let stop = Stop::default();
     let launcher = std::os::unix::process::parent_id();
     let ender = Ender::new(args.quiet);
+    let security = secret::security(args.trusted_network, |name| std::env::var_os(name))?;
+    if !args.supervised {
+        secret::warn_of_plain(&security, |name| std::env::var_os(name));
+    }
     let recipe = if args.supervised { Some(supervised(launcher, ender.clone())?) } else { None };
     let host = std::env::var("HOST_ADDR").ok();
     let host_address = host
@@ -250,7 +262,7 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         recipe,
         sets: args.sets,
         host_address,
-        trusted_network: args.trusted_network,
+        security,
         ender: ender.clone(),
     };
     let joined = join::join(&ticket, &stop)?;

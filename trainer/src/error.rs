@@ -174,7 +174,7 @@ impl Error {
         use parallel::control::ControlError;
         match self {
             Self::Recipe(_) | Self::Usage(_) | Self::Mismatch { .. } | Self::Run { .. } => 2,
-            Self::Control(ControlError::Refused { .. }) => 2,
+            Self::Control(ControlError::Refused { .. } | ControlError::Mismatch { .. }) => 2,
             Self::Control(ControlError::NotThere { .. }) | Self::Transport(_) => TRY_AGAIN,
             Self::Control(ControlError::Ended(ending)) => ending.code,
             Self::Verdict(_, code) => *code,

@@ -14,6 +14,7 @@ use checkpoint::disk::RealDisk;
 use checkpoint::writer::give_up_all;
 use parallel::coordinator::state::{Ending, Input, Options, RankNumbers, silence};
 use parallel::coordinator::{Compare, Coordinator};
+use parallel::transport::tls::Security;
 use serde_json::json;
 
 use crate::data::cache::replace;
@@ -22,7 +23,7 @@ use crate::log::say;
 use crate::prometheus::{Endpoint, Port};
 use crate::recipe::{Raw, Tag, raw};
 use crate::run::folder::{check_name, in_use};
-use crate::run::join::{host, random, remove_nonces, trusted};
+use crate::run::join::{host, permit, random, remove_nonces};
 use crate::run::signals::{Manner, Stop, TRY_AGAIN};
 use crate::run::{Request, start};
 
@@ -64,8 +65,8 @@ pub struct Orders {
     pub restarts: u32,
     /// Where its ranks are.
     pub world: World,
-    /// Whether connections beyond loopback may be neither encrypted nor authenticated.
-    pub trusted_network: bool,
+    /// What keeps strangers out.
+    pub security: Security,
 }
 
 /// The exit code of a Rust process that panicked.
@@ -131,7 +132,7 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
         }
         World::Ranks(ranks) => {
             let coordinator = match ranks.rank {
-                0 => Some(coordinate(orders, restart, &mut endpoint, master_listener(ranks, orders.trusted_network)?)?),
+                0 => Some(coordinate(orders, restart, &mut endpoint, master_listener(ranks, &orders.security)?)?),
                 _ => None,
             };
             let at = |port: &u16| format!("{}:{port}", ranks.master);
@@ -142,7 +143,7 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
             (coordinator, join)
         }
         World::Elsewhere { listen: at } => {
-            trusted(at.ip(), orders.trusted_network)?;
+            permit(at.ip(), &orders.security)?;
             let coordinator = coordinate(orders, restart, &mut endpoint, listen(*at)?)?;
             let address = coordinator.address();
             say(&format!(
@@ -161,7 +162,7 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
         join,
         recipe: request.raw.to_toml(),
         quiet: coordinator.is_some(),
-        trusted_network: orders.trusted_network,
+        trusted_network: matches!(orders.security, Security::TrustedNetwork),
         trace_steps: request.trace_steps,
         within_s: recipe.parallel.join_timeout_s,
     };
@@ -289,7 +290,7 @@ fn coordinate(
     };
     let ours = request.raw.clone();
     let failed = Error::io("start the coordinator in", "this process");
-    let coordinator = Coordinator::start(listener, options, compare(ours)).map_err(failed)?;
+    let coordinator = Coordinator::start(listener, options, compare(ours), orders.security.clone()).map_err(failed)?;
     if let Some(port) = port {
         tracing::info!("metrics for Prometheus: {}", port.url());
         *endpoint = Some(port.serve(Arc::new(coordinator.shown()))?);
@@ -324,7 +325,7 @@ fn listen(address: SocketAddr) -> Result<TcpListener> {
 }
 
 /// Listens where rank 0 is to listen: at the first of the ports that is free.
-fn master_listener(ranks: &Ranks, trusted_network: bool) -> Result<TcpListener> {
+fn master_listener(ranks: &Ranks, security: &Security) -> Result<TcpListener> {
     let ip = resolve(&ranks.master)?;
     let written = ranks.master == "localhost" || ranks.master.parse::<IpAddr>().is_ok();
     if ip.is_loopback() && !written {
@@ -334,7 +335,7 @@ fn master_listener(ranks: &Ranks, trusted_network: bool) -> Result<TcpListener> 
             ranks.master
         )));
     }
-    trusted(ip, trusted_network)?;
+    permit(ip, security)?;
     let mut last = Err(Error::Usage("MASTER_PORT: expected a port".into()));
     for &port in &ranks.ports {
         last = listen((ip, port).into());

@@ -1,10 +1,11 @@
 //! The control thread of a worker: it greets the coordinator, carries messages and heartbeats, and notices its silence.
 
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use hyper_util::rt::TokioIo;
 use tokio::sync::mpsc::{UnboundedSender, WeakUnboundedSender, unbounded_channel};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Endpoint;
@@ -13,7 +14,8 @@ use super::silence::Silence;
 use super::{By, ControlError, End, Join, LEAVE_WITHIN};
 use crate::coordinator::MESSAGE_BYTES_MAX;
 use crate::coordinator::state::{Ending, TRY_AGAIN, interval};
-use crate::transport::socket::words;
+use crate::transport::socket::{Counters, Line, words};
+use crate::transport::tls::Mismatch;
 use crate::wire::control::coordinator_client::CoordinatorClient;
 use crate::wire::control::from_worker::What as From;
 use crate::wire::control::to_worker::What as To;
@@ -35,6 +37,11 @@ pub(super) async fn run(join: &Join, tell: &Sender<Told>, to_main: &Sender<To>, 
             Err(Unwelcome::Never(why)) => {
                 let address = join.address.clone();
                 let _ = tell.send(Err(ControlError::Refused { address, why }));
+                return;
+            }
+            Err(Unwelcome::Mismatch(why)) => {
+                let address = join.address.clone();
+                let _ = tell.send(Err(ControlError::Mismatch { address, why }));
                 return;
             }
             Err(Unwelcome::Later(why)) => why,
@@ -131,19 +138,35 @@ enum Unwelcome {
     Later(String),
     /// The coordinator does not want this worker.
     Never(String),
+    /// The two are not secured alike.
+    Mismatch(Mismatch),
 }
 
 /// One try: connects, says hello, and waits for the answer, all of it until then. A connection has [`TRY_WITHIN`]; a
 /// coordinator that has been reached is not called a second time while it thinks, for it would see two workers.
 async fn greet(join: &Join, until: Instant) -> Result<Greeted, Unwelcome> {
+    let line = Arc::<Line>::default();
+    greet_on(join, &line, until).await.map_err(|why| match line.mismatch() {
+        Some(mismatch) if mismatch.is_final() => Unwelcome::Mismatch(mismatch),
+        Some(mismatch) => Unwelcome::Later(mismatch.to_string()),
+        None => why,
+    })
+}
+
+async fn greet_on(join: &Join, line: &Arc<Line>, until: Instant) -> Result<Greeted, Unwelcome> {
     let until = tokio::time::Instant::from_std(until);
     let later = Unwelcome::Later;
     if join.address.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_err()) {
         return Err(later("that is not HOST:PORT".into()));
     }
     let endpoint = Endpoint::from_shared(format!("http://{}", join.address)).map_err(|error| later(cause(&error)))?;
-    let endpoint = endpoint.tcp_nodelay(true).connect_timeout(TRY_WITHIN);
-    let connected = tokio::time::timeout_at(until, endpoint.connect()).await;
+    let endpoint = endpoint.connect_timeout(TRY_WITHIN);
+    let (security, address, line) = (join.security.clone(), join.address.clone(), line.clone());
+    let connector = tower::service_fn(move |_| {
+        let (security, address, line) = (security.clone(), address.clone(), line.clone());
+        async move { security.connect(address, Counters::default(), line).await.map(TokioIo::new) }
+    });
+    let connected = tokio::time::timeout_at(until, endpoint.connect_with_connector(connector)).await;
     let connected = connected.map_err(|_| later("it could not be reached in time".into()))?;
     let channel = connected.map_err(|error| later(cause(&error)))?;
     let mut client = CoordinatorClient::new(channel)

@@ -17,10 +17,16 @@ use crate::wire::control::coordinator_server::Coordinator as Service;
 use crate::wire::control::from_worker::What as From;
 use crate::wire::control::{FromWorker, Hello, Holds, Leaving, Prepared, Seen, Start, ToWorker, Welcome};
 
+mod secured;
+
 /// Only so that a fault does not hang the suite: nothing here should take this long.
 const GUARD: Duration = Duration::from_secs(60);
 
 fn coordinator(ranks: usize) -> Coordinator {
+    coordinator_with(ranks, Security::Loopback)
+}
+
+fn coordinator_with(ranks: usize, security: Security) -> Coordinator {
     let options = Options {
         ranks,
         version: "1.0".into(),
@@ -41,7 +47,7 @@ fn coordinator(ranks: usize) -> Coordinator {
         if theirs == "steps = 3" { Vec::new() } else { vec![format!("train.steps: {theirs}, here steps = 3")] }
     };
     let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
-    Coordinator::start(listener, options, Arc::new(compare)).expect("starts")
+    Coordinator::start(listener, options, Arc::new(compare), security).expect("starts")
 }
 
 fn hello(rank: Option<u32>) -> Hello {
@@ -66,10 +72,15 @@ struct Worker {
 }
 
 fn try_join(address: String, within: Duration, hello: Hello) -> Result<Worker, ControlError> {
+    try_join_with(address, within, hello, Security::Loopback)
+}
+
+fn try_join_with(address: String, within: Duration, hello: Hello, security: Security) -> Result<Worker, ControlError> {
     let ((end, ended), (stop, stopped)) = (channel(), channel());
     let join = Join {
         address,
         within,
+        security,
         hello,
         progress: Arc::new(Progress::default()),
         on_end: Box::new(move |ending, _| end.send(ending.clone()).expect("the test listens")),

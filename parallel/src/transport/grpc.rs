@@ -29,6 +29,7 @@ use self::watch::{Connecting, watch};
 use super::raw::Uncopied;
 use super::raw::service::data_server::DataServer;
 use super::socket::{Accepted, Counters, Limits};
+use super::tls::Security;
 use super::{Counted, Incoming, Sink, Transport};
 use crate::trace::Trace;
 
@@ -56,7 +57,7 @@ const ADMITTED_WITHIN: Duration = Duration::from_secs(10);
 const SHUTDOWN_WITHIN: Duration = Duration::from_secs(1);
 
 /// The ranks that talk to each other.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Group {
     /// This rank.
     pub rank: usize,
@@ -68,6 +69,8 @@ pub struct Group {
     pub token: String,
     /// How long all ranks together may take to be connected.
     pub connect_within: Duration,
+    /// What keeps strangers out.
+    pub security: Security,
 }
 
 /// Without the token.
@@ -77,6 +80,7 @@ impl fmt::Debug for Group {
             .field("rank", &self.rank)
             .field("addresses", &self.addresses)
             .field("epoch", &self.epoch)
+            .field("security", &self.security)
             .finish_non_exhaustive()
     }
 }
@@ -144,7 +148,7 @@ impl Listener {
         let listener = tokio::net::TcpListener::from_std(self.listener)?;
         drop(entered);
         let limits = Limits { connections_max: ranks + STRANGERS_MAX, admitted_within: self.admitted_within };
-        let accepted = Accepted::new(listener, limits, counters.clone());
+        let accepted = Accepted::new(listener, limits, counters.clone(), group.security.clone());
         let service = Uncopied(DataServer::new(inbound::Inbound::new(group, sink.clone(), events.clone())));
         let server = Server::builder()
             .initial_stream_window_size(STREAM_WINDOW_BYTES)

@@ -13,14 +13,16 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, ToSocketAddrs};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
 use tokio::time::{Sleep, sleep};
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
 use tracing::warn;
 
 use super::Counted;
+use super::tls::{self, Connection, Mismatch, Security};
 
 /// After an accept that failed (no file descriptors left, say), and between two warnings of the same kind.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -48,6 +50,7 @@ impl Counters {
 pub struct Line {
     admitted: AtomicBool,
     ended: OnceLock<String>,
+    mismatch: OnceLock<Mismatch>,
 }
 
 impl Line {
@@ -60,6 +63,19 @@ impl Line {
     #[must_use]
     pub fn ended(&self) -> Option<&str> {
         self.ended.get().map(String::as_str)
+    }
+
+    /// What is wrong with the other side, if that is why the connection ended.
+    #[must_use]
+    pub fn mismatch(&self) -> Option<Mismatch> {
+        self.mismatch.get().copied()
+    }
+
+    /// Ends the connection, because the other side does not fit.
+    pub(super) fn mismatched(&self, mismatch: Mismatch) -> io::Error {
+        let _ = self.mismatch.set(mismatch);
+        self.end(mismatch.to_string());
+        io::Error::other(mismatch)
     }
 
     fn end(&self, why: impl Into<String>) {
@@ -112,10 +128,17 @@ impl Socket {
     /// # Errors
     ///
     /// Those of the system.
-    pub async fn connect(address: SocketAddr, counters: Counters, line: Arc<Line>) -> io::Result<Self> {
+    pub async fn connect(address: impl ToSocketAddrs, counters: Counters, line: Arc<Line>) -> io::Result<Self> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
+        // There is none any more where the other side was quicker.
+        let address = stream.peer_addr().map_err(|_| io::ErrorKind::ConnectionReset)?;
         Ok(Self { stream, address, counters, line, probation: None, _place: None })
+    }
+
+    /// What is known of it.
+    pub(super) const fn line(&self) -> &Arc<Line> {
+        &self.line
     }
 
     /// Fails once the time is over in which a service had to let the connection in.
@@ -204,13 +227,16 @@ pub struct Limits {
     pub admitted_within: Duration,
 }
 
-/// The connections that come in at a port, for `serve_with_incoming`.
+/// The connections that come in at a port, for `serve_with_incoming`. Handshakes run beside each other; each has a place
+/// and the time of a connection that no service has let in, so their number and their length are bounded.
 #[derive(Debug)]
 pub struct Accepted {
     listener: TcpListener,
     counters: Counters,
     limits: Limits,
+    security: Security,
     places: Arc<Semaphore>,
+    handshakes: JoinSet<(SocketAddr, io::Result<Connection>)>,
     pause: Option<Pin<Box<Sleep>>>,
     warned: Option<Instant>,
 }
@@ -218,9 +244,26 @@ pub struct Accepted {
 impl Accepted {
     /// Takes connections from the listener, within these limits.
     #[must_use]
-    pub fn new(listener: TcpListener, limits: Limits, counters: Counters) -> Self {
+    pub fn new(listener: TcpListener, limits: Limits, counters: Counters, security: Security) -> Self {
         let places = Arc::new(Semaphore::new(limits.connections_max));
-        Self { listener, counters, limits, places, pause: None, warned: None }
+        let handshakes = JoinSet::new();
+        Self { listener, counters, limits, security, places, handshakes, pause: None, warned: None }
+    }
+
+    /// A connection whose handshake is over, if there is one.
+    fn shaken(&mut self, context: &mut Context<'_>) -> Option<Connection> {
+        loop {
+            match self.handshakes.poll_join_next(context) {
+                Poll::Ready(Some(Ok((_, Ok(connection))))) => return Some(connection),
+                Poll::Ready(Some(Ok((address, Err(error))))) => {
+                    if let Some(why) = tls::telling(&error) {
+                        self.warn(&format!("closed the connection from {address}: {why}"));
+                    }
+                }
+                Poll::Ready(Some(Err(error))) => self.warn(&format!("a handshake broke off: {error}")),
+                Poll::Ready(None) | Poll::Pending => return None,
+            }
+        }
     }
 
     fn enter(&mut self, stream: TcpStream, address: SocketAddr) -> Option<Socket> {
@@ -250,19 +293,25 @@ impl Accepted {
 }
 
 impl Stream for Accepted {
-    type Item = io::Result<Socket>;
+    type Item = io::Result<Connection>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         loop {
+            if let Some(connection) = self.shaken(context) {
+                return Poll::Ready(Some(Ok(connection)));
+            }
             if let Some(pause) = &mut self.pause {
                 ready!(pause.as_mut().poll(context));
                 self.pause = None;
             }
             match ready!(self.listener.poll_accept(context)) {
                 Ok((stream, address)) => {
-                    if let Some(socket) = self.enter(stream, address) {
-                        return Poll::Ready(Some(Ok(socket)));
-                    }
+                    let Some(socket) = self.enter(stream, address) else { continue };
+                    let Security::Tls(keys) = &self.security else {
+                        return Poll::Ready(Some(Ok(Connection::plain(socket))));
+                    };
+                    let keys = keys.clone();
+                    self.handshakes.spawn(async move { (address, tls::accept(keys, socket).await) });
                 }
                 Err(error) => {
                     self.warn(&format!("could not accept a connection: {error}"));

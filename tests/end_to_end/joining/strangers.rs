@@ -6,6 +6,7 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use parallel::control::{Control, ControlError, Join};
+use parallel::transport::tls::Security;
 use parallel::wire::control::Hello;
 
 use super::{coordinator, port, rank_command, two_ports, worker};
@@ -58,7 +59,7 @@ fn a_command_line_that_cannot_work_is_named() {
     run(&join("127.0.0.1:http")).failed(2, &["--join 127.0.0.1:http: expected HOST:PORT of a coordinator"]);
     run(&["worker"]).failed(2, &["--join: expected HOST:PORT of a coordinator"]);
     run(&listen(&taken_at)).failed(2, &["the coordinator cannot listen at 127.0.0.1:", "the port is in use"]);
-    run(&listen("0.0.0.0:0")).failed(2, &["0.0.0.0 is beyond loopback", "--trusted-network"]);
+    run(&listen("0.0.0.0:0")).failed(2, &["0.0.0.0 is beyond loopback", "TRIBUTARY_JOIN_SECRET", "--trusted-network"]);
     for (name, value, code, said) in [
         // On one machine the world's address does not matter: it goes on to look for the coordinator.
         ("HOST_ADDR", "10.1.2.3", 75, "no coordinator answered at 127.0.0.1:"),
@@ -120,6 +121,7 @@ fn of_another_version(address: &str) -> ControlError {
     let joined = Control::join(Join {
         address: address.into(),
         within: Duration::from_secs(10),
+        security: Security::Loopback,
         hello,
         progress: Default::default(),
         on_end: Box::new(|_, _| ()),

@@ -22,7 +22,7 @@ pub struct Worker {
     pub recipe: String,
     /// Whether the launcher says how the run ended.
     pub quiet: bool,
-    /// Whether connections beyond loopback may be neither encrypted nor authenticated.
+    /// Whether connections are plain, also beyond loopback. Without it a worker finds the join secret as this process did.
     pub trusted_network: bool,
     /// How many steps are to be traced, if any.
     pub trace_steps: Option<u64>,

@@ -9,6 +9,7 @@ use parallel::control::{Control, ControlError, Join, local_address};
 use parallel::coordinator::FromCoordinator as To;
 use parallel::progress::Progress;
 use parallel::transport::grpc::Listener;
+use parallel::transport::tls::Security;
 use parallel::wire::control::from_worker::What as From;
 use parallel::wire::control::{Held, Hello, Holds, Prepared, Property, Seen, Start};
 
@@ -34,8 +35,8 @@ pub struct Ticket {
     pub sets: Vec<String>,
     /// Where the other ranks reach it, if that is not the local address of the way to the coordinator.
     pub host_address: Option<IpAddr>,
-    /// Whether connections beyond loopback may be neither encrypted nor authenticated.
-    pub trusted_network: bool,
+    /// What keeps strangers out.
+    pub security: Security,
     /// What happens when the run ends for everybody.
     pub ender: Ender,
 }
@@ -43,6 +44,8 @@ pub struct Ticket {
 /// A worker with a rank.
 #[derive(Debug)]
 pub struct Joined {
+    /// What keeps strangers out.
+    pub security: Security,
     /// The line to the coordinator.
     pub control: Control,
     /// The recipe as written, with this machine's local keys.
@@ -62,7 +65,7 @@ pub struct Joined {
 /// Joins a run.
 ///
 /// # Errors
-/// Nobody is there, the coordinator refuses, or the addresses are beyond loopback and the network is not trusted.
+/// Nobody is there, the coordinator refuses, or the addresses are beyond loopback and nothing keeps strangers out.
 pub fn join(ticket: &Ticket, stop: &Stop) -> Result<Joined> {
     for set in &ticket.sets {
         let name = set.split('=').next().unwrap_or_default().trim();
@@ -107,8 +110,8 @@ pub fn join(ticket: &Ticket, stop: &Stop) -> Result<Joined> {
         }
     };
     ender.tidy_nonces(recipe.metrics.runs_dir.clone());
-    let listener = Some(listener);
-    Ok(Joined { control, raw, recipe, listener, ender, stop: stop.clone(), progress })
+    let (listener, security) = (Some(listener), ticket.security.clone());
+    Ok(Joined { security, control, raw, recipe, listener, ender, stop: stop.clone(), progress })
 }
 
 /// How long one of several addresses is tried: who listens there may be somebody else, who never answers.
@@ -134,7 +137,7 @@ fn greet(
     let here = local_address(address).map_err(not_there)?;
     // On one machine the world's addresses do not matter.
     let ip = ticket.host_address.filter(|_| !here.is_loopback()).unwrap_or(here);
-    trusted(ip, ticket.trusted_network)?;
+    permit(ip, &ticket.security)?;
     let listener = Listener::bind(ip, 0)?;
     let hello = Hello {
         version: crate::VERSION.into(),
@@ -147,6 +150,7 @@ fn greet(
     let control = Control::join(Join {
         address: address.to_owned(),
         within,
+        security: ticket.security.clone(),
         hello,
         progress: progress.clone(),
         on_end: Box::new(move |ending, by| on_end.end(ending, by)),
@@ -155,17 +159,17 @@ fn greet(
     Ok((control, listener))
 }
 
-/// Refuses an address beyond loopback unless the network is trusted.
+/// Refuses an address beyond loopback if nothing keeps strangers out there.
 ///
 /// # Errors
-/// The address is beyond loopback and the network is not trusted.
-pub fn trusted(ip: IpAddr, trusted_network: bool) -> Result<()> {
-    if ip.is_loopback() || trusted_network {
+/// That is so.
+pub fn permit(ip: IpAddr, security: &Security) -> Result<()> {
+    if security.permits(ip) {
         return Ok(());
     }
     Err(Error::Usage(format!(
-        "{ip} is beyond loopback, and connections are neither encrypted nor authenticated yet: give --trusted-network if \
-         nobody else is on this network"
+        "{ip} is beyond loopback: set TRIBUTARY_JOIN_SECRET (or TRIBUTARY_JOIN_SECRET_FILE) to the same secret everywhere, \
+         `openssl rand -hex 32` prints one; or give --trusted-network if nobody else is on this network"
     )))
 }
 

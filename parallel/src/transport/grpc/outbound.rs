@@ -21,7 +21,8 @@ use super::watch::Event;
 use super::{CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, Group, STREAM_WINDOW_BYTES};
 use crate::trace::{Label, Trace, Track};
 use crate::transport::raw::service::data_client::DataClient;
-use crate::transport::socket::{Counters, Line, Socket, words};
+use crate::transport::socket::{Counters, Line, words};
+use crate::transport::tls::{Mismatch, Security};
 
 /// Who calls: the rank, in decimal.
 pub(super) const RANK: &str = "tributary-rank";
@@ -42,6 +43,7 @@ pub(super) struct Caller {
     epoch: u32,
     token: blake3::Hash,
     counters: Counters,
+    security: Security,
     events: UnboundedSender<Event>,
     trace: Option<Arc<Trace>>,
 }
@@ -54,14 +56,14 @@ impl Caller {
         trace: Option<Arc<Trace>>,
     ) -> Self {
         let token = blake3::hash(group.token.as_bytes());
-        Self { rank: group.rank, epoch: group.epoch, token, counters, events, trace }
+        let (rank, epoch, security) = (group.rank, group.epoch, group.security.clone());
+        Self { rank, epoch, token, counters, security, events, trace }
     }
 
     /// Reaches rank `to`, trying until `deadline`, and then pushes what is put in the queue that it reports until the
     /// goodbye. Reports how it went; `_alive` is held until all is over.
     pub(super) async fn call(self, to: usize, address: SocketAddr, deadline: Instant, _alive: mpsc::Sender<()>) {
-        let line = Arc::<Line>::default();
-        let Some(channel) = self.reach(to, address, deadline, &line).await else { return };
+        let Some((channel, line)) = self.reach(to, address, deadline).await else { return };
         let (queue, outbox) = outbox(self.trace.map(|trace| (trace, to)));
         let _ = self.events.send(Event::Reached { rank: to, queue });
         let mut request = Request::new(outbox);
@@ -74,18 +76,20 @@ impl Caller {
             // The codes with which `inbound` refuses, and with which another service does.
             use Code::{AlreadyExists, FailedPrecondition, InvalidArgument, Unauthenticated, Unimplemented};
             let refusals = [AlreadyExists, FailedPrecondition, InvalidArgument, Unauthenticated, Unimplemented];
-            let refused = refusals.contains(&status.code());
+            let refused = refusals.contains(&status.code()) || line.mismatch().is_some_and(Mismatch::is_final);
             let why = explain(&status, &line);
             let _ = self.events.send(Event::CallFailed { rank: to, why, refused });
         }
     }
 
-    async fn reach(&self, to: usize, address: SocketAddr, deadline: Instant, line: &Arc<Line>) -> Option<Channel> {
+    /// A connection and what is known of it.
+    async fn reach(&self, to: usize, address: SocketAddr, deadline: Instant) -> Option<(Channel, Arc<Line>)> {
         loop {
-            let (counters, line) = (self.counters.clone(), line.clone());
+            let line = Arc::<Line>::default();
+            let (security, counters, known) = (self.security.clone(), self.counters.clone(), line.clone());
             let connector = tower::service_fn(move |_| {
-                let (counters, line) = (counters.clone(), line.clone());
-                async move { Socket::connect(address, counters, line).await.map(TokioIo::new) }
+                let (security, counters, line) = (security.clone(), counters.clone(), known.clone());
+                async move { security.connect(address, counters, line).await.map(TokioIo::new) }
             });
             // The name is only what the call's header says; the connector knows the address.
             let endpoint = Endpoint::from_static("http://tributary")
@@ -94,9 +98,14 @@ impl Caller {
                 .max_frame_size(FRAME_BYTES_MAX);
             match timeout_at(deadline, endpoint.connect_with_connector(connector)).await {
                 Err(_) => return None,
-                Ok(Ok(channel)) => return Some(channel),
+                Ok(Ok(channel)) => return Some((channel, line)),
                 Ok(Err(error)) => {
-                    let _ = self.events.send(Event::Trouble { rank: to, why: root(&error) });
+                    let (why, refused) = (root(&error), line.mismatch().is_some_and(Mismatch::is_final));
+                    if refused {
+                        let _ = self.events.send(Event::CallFailed { rank: to, why, refused });
+                        return None;
+                    }
+                    let _ = self.events.send(Event::Trouble { rank: to, why });
                     sleep(PAUSE).await;
                 }
             }

@@ -15,6 +15,8 @@ use super::*;
 use crate::transport::Incoming;
 use crate::transport::raw::service::data_client::DataClient;
 
+mod secured;
+
 /// Only a guard: nothing here takes so long unless it hangs.
 const HANG: Duration = Duration::from_secs(60);
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -48,7 +50,14 @@ fn listen() -> Listener {
 }
 
 fn group(rank: usize, addresses: &[SocketAddr]) -> Group {
-    Group { rank, addresses: addresses.to_vec(), epoch: 7, token: "secret".into(), connect_within: HANG }
+    Group {
+        rank,
+        addresses: addresses.to_vec(),
+        epoch: 7,
+        token: "secret".into(),
+        connect_within: HANG,
+        security: Security::Loopback,
+    }
 }
 
 fn sink() -> (Sink, Receiver<Incoming>) {

@@ -17,10 +17,11 @@ async fn listen(connections_max: usize, admitted_within: Duration) -> (Accepted,
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
     let address = listener.local_addr().expect("an address");
     let counters = Counters::default();
-    (Accepted::new(listener, Limits { connections_max, admitted_within }, counters.clone()), address, counters)
+    let limits = Limits { connections_max, admitted_within };
+    (Accepted::new(listener, limits, counters.clone(), Security::Loopback), address, counters)
 }
 
-async fn next(accepted: &mut Accepted) -> Socket {
+async fn next(accepted: &mut Accepted) -> Connection {
     accepted.next().await.expect("it never ends").expect("a connection")
 }
 

@@ -314,6 +314,7 @@ fn meet_peers(joined: &mut Joined, start: &Start, inbox: &Inbox, trace: Option<A
         token: start.token.clone(),
         // Whoever dies meanwhile is noticed on the control plane; a slow disk is no death.
         connect_within: Duration::from_secs_f64(joined.recipe.parallel.join_timeout_s),
+        security: joined.security.clone(),
     };
     // A lost rank is reported at once, also while the training thread computes.
     let (to_engine, reporter) = (inbox.sink(), joined.control.reporter());
