@@ -2,15 +2,15 @@
 //!
 //! ```text
 //!  0  magic    4 bytes  "TRIN"
-//!  4  version  u16      1
+//!  4  version  u16      2
 //!  6  kind     u8       0 ballot, 1 values, 2 filler
 //!  7  flags    u8       of a ballot: bit 0 finite, bit 1 stop, bit 2 busy, bit 3 the hash counts, bit 4 the codec counts
 //!  8  epoch    u32
 //! 12  length   u32      bytes of the payload
 //! 16  step     u64      of values: which round; of filler: which note of the burst
 //! 24  crc32c   u32      of bytes 0..24 and of the payload
-//! 28  payload  a ballot: the loss (f64), a BLAKE3 hash (32 bytes) and the number of a codec (u8), zeros where they do
-//!              not count; values: f64 each; filler: 256 KiB, with which the rate of a link is measured
+//! 28  payload  a ballot: the loss (f64), seconds of computing (f64), a BLAKE3 hash (32 bytes) and the number of a codec
+//!              (u8), zeros where they do not count; values: f64 each; filler: 256 KiB, with which the rate of a link is measured
 //! ```
 //!
 //! All little-endian.
@@ -22,9 +22,9 @@ use thiserror::Error;
 use crate::frame::{codec_number, codec_of_number};
 
 const MAGIC: [u8; 4] = *b"TRIN";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const HEADER_BYTES: usize = 28;
-const BALLOT_BYTES: usize = 41;
+const BALLOT_BYTES: usize = 49;
 /// The most values that one message carries.
 pub const VALUES_MAX: usize = 1 << 18;
 /// The payload of a filler.
@@ -41,6 +41,8 @@ pub struct Ballot {
     pub busy: bool,
     /// This rank's part of the loss.
     pub loss: f64,
+    /// Seconds that its forward and backward passes took.
+    pub compute_s: f64,
     /// BLAKE3 of the parameters before this step, where they are compared.
     pub parameters: Option<[u8; 32]>,
     /// What tensors are to travel in from the next step on. Only what rank 0 says counts, and it says it once.
@@ -92,7 +94,7 @@ impl Note {
                     | u8::from(ballot.parameters.is_some()) << 3
                     | u8::from(ballot.codec.is_some()) << 4;
                 let (hash, codec) = (ballot.parameters.unwrap_or_default(), ballot.codec.map_or(0, codec_number));
-                (0, flags, [&ballot.loss.to_le_bytes()[..], &hash, &[codec]].concat())
+                (0, flags, [&ballot.loss.to_le_bytes()[..], &ballot.compute_s.to_le_bytes(), &hash, &[codec]].concat())
             }
             Self::Values(values) => {
                 assert!(values.len() <= VALUES_MAX, "{} values in one message", values.len());
@@ -139,15 +141,16 @@ impl Note {
         let note = match (header[6], payload.len()) {
             (0, BALLOT_BYTES) if header[7] < 32 => {
                 let flag = |bit: u8| header[7] >> bit & 1 == 1;
-                let hash = payload[8..40].try_into().expect("32 bytes");
-                let Some(codec) = codec_of_number(payload[40]) else {
-                    return fault(format!("no codec has the number {}", payload[40]));
+                let hash = payload[16..48].try_into().expect("32 bytes");
+                let Some(codec) = codec_of_number(payload[48]) else {
+                    return fault(format!("no codec has the number {}", payload[48]));
                 };
                 Self::Ballot(Ballot {
                     finite: flag(0),
                     stop: flag(1),
                     busy: flag(2),
                     loss: double(&payload[..8]),
+                    compute_s: double(&payload[8..16]),
                     parameters: flag(3).then_some(hash),
                     codec: flag(4).then_some(codec),
                 })
@@ -168,7 +171,7 @@ mod tests {
 
     fn notes() -> [Note; 4] {
         let ballot =
-            Ballot { finite: true, stop: false, busy: true, loss: 0.1, parameters: Some([7; 32]), codec: None };
+            Ballot { finite: true, stop: false, busy: true, loss: 0.1, compute_s: 0.5, parameters: Some([7; 32]), codec: None };
         let chosen = Ballot { parameters: None, codec: Some(Codec::Int4), ..ballot };
         [
             Note::Ballot(ballot),
@@ -208,9 +211,9 @@ mod tests {
 
     #[test]
     fn a_codec_that_nobody_knows_is_refused() {
-        let ballot = Ballot { finite: true, stop: false, busy: false, loss: 0.0, parameters: None, codec: None };
+        let ballot = Ballot { finite: true, stop: false, busy: false, loss: 0.0, compute_s: 0.0, parameters: None, codec: None };
         let mut bytes = Note::Ballot(ballot).write(1, 1).to_vec();
-        bytes[HEADER_BYTES + 40] = 200;
+        bytes[HEADER_BYTES + 48] = 200;
         let checksum = crc32c::crc32c_append(crc32c::crc32c(&bytes[..24]), &bytes[28..]);
         bytes[24..28].copy_from_slice(&checksum.to_le_bytes());
         let error = Note::read(&bytes).expect_err("no codec").to_string();

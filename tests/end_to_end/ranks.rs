@@ -125,6 +125,39 @@ fn ranks_with_one_micro_batch_are_one_rank_with_as_many_micro_batches_bitwise() 
 }
 
 #[test]
+fn unequal_shares_are_one_rank_with_all_micro_batches() {
+    let place = Place::new();
+    let set = ["--set", "train.steps=12", "--set", "eval.every=6", "--set", "compression.codec=fp32"];
+    let run = |name: &str, more: &[&str]| place.train(name, &[&set[..], more].concat()).ok();
+    run("one", &["--set", "train.micro_batches=4"]);
+    let shares = |shares| ["--set", "parallel.data=2", "--set", shares];
+    run("unequal", &shares("parallel.micro_batches=[3,1]"));
+    same(&place, ["one", "unequal"]);
+    assert_eq!(place.summary("one")["tokens"], place.summary("unequal")["tokens"]);
+    let metrics = std::fs::read_to_string(place.path("runs/unequal/metrics.jsonl")).expect("readable");
+    for line in metrics.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        // It computes three times as much; who is slower in one step is the scheduler's business.
+        assert!(line["slowest_rank"].as_u64().is_some_and(|rank| rank < 2), "{line}");
+        assert!(line["slowest_compute_s"].as_f64().is_some_and(|seconds| seconds > 0.0), "{line}");
+    }
+    // Rank 0 has the first micro-batch: (a) + ((b + c) + d) is another order.
+    run("other", &shares("parallel.micro_batches=[1,3]"));
+    let (one, other) = (place.curve("one"), place.curve("other"));
+    assert_ne!(one, other, "the control");
+    for (a, b) in one.iter().zip(&other) {
+        let [a, b] = [a, b].map(|line| line[1].parse::<f64>().expect("a loss"));
+        assert!((a / b - 1.0).abs() < 1e-5, "{a} and {b}");
+    }
+    // A resume goes on with the same samples.
+    run("again", &[&shares("parallel.micro_batches=[3,1]")[..], &["--set", "train.stop_at_step=5"]].concat());
+    run("again", &[&shares("parallel.micro_batches=[3,1]")[..], &["--resume"]].concat());
+    same(&place, ["one", "again"]);
+    let said = "expected one number for each of the parallel.data = 2 ranks, found 3";
+    place.train("wrong", &shares("parallel.micro_batches=[3,1,1]")).failed(2, &[said]);
+}
+
+#[test]
 fn with_every_codec_all_ranks_have_the_same_parameters_after_every_step_and_only_fp32_has_those_of_one_rank() {
     let (place, hashes) = &*UNDISTURBED;
     place.train("one", &["--set", "parallel.data=1", "--set", "train.micro_batches=2"]).ok();

@@ -252,7 +252,7 @@ impl Run {
     fn say_what(&self) {
         let millions = self.config.parameter_count() as f64 / 1e6;
         let (train, ranks) = (&self.recipe.train, self.recipe.parallel.data);
-        let batch = train.seq_len * train.micro_batch_size * train.micro_batches * ranks;
+        let batch = train.seq_len * train.micro_batch_size * self.recipe.parallel.micro_batches.iter().sum::<usize>();
         let over = match ranks {
             1 => String::new(),
             _ => format!(", {ranks} ranks"),
@@ -272,12 +272,13 @@ impl Run {
 
     /// One step and its line of metrics.
     fn step(&mut self) -> Result<Line> {
-        let (rank, ranks) = self.place();
-        let train = &self.recipe.train;
+        let (rank, _) = self.place();
+        let (train, shares) = (&self.recipe.train, &self.recipe.parallel.micro_batches);
         let windows = self.data.train.windows(train.seq_len);
-        let (rows, own) = (train.micro_batch_size as u64, train.micro_batches as u64);
+        let (rows, own) = (train.micro_batch_size as u64, shares[rank] as u64);
         // The order of the data is that of one rank with all micro-batches.
-        let first = self.state.step * rows * own * ranks as u64 + rank as u64 * own * rows;
+        let [before, all] = [&shares[..rank], &shares[..]].map(|shares| shares.iter().sum::<usize>() as u64);
+        let first = rows * (self.state.step * all + before);
         let batches: Vec<_> = (0..own)
             .map(|micro_batch| {
                 let samples = first + micro_batch * rows..first + (micro_batch + 1) * rows;
@@ -339,6 +340,8 @@ impl Run {
             step_s: report.step_s,
             forward_s: report.forward_s,
             backward_s: report.backward_s,
+            slowest_rank: report.slowest_rank,
+            slowest_compute_s: report.slowest_compute_s,
             encode_s: report.encode_s,
             wait_s: report.wait_s,
             exposed_s: report.exposed_s,

@@ -66,6 +66,10 @@ pub struct Report {
     pub forward_s: f64,
     /// Seconds of the backward passes.
     pub backward_s: f64,
+    /// The rank whose forward and backward passes took longest, and their seconds.
+    pub slowest_rank: usize,
+    /// See `slowest_rank`.
+    pub slowest_compute_s: f64,
     /// Seconds from the last `backward()`'s return to the complete sum.
     pub exposed_s: f64,
     /// Seconds of encoding, on another thread.
@@ -175,8 +179,8 @@ impl Stepper {
         &self.plan
     }
 
-    /// Takes one step: the sum of the gradients of all micro-batches of all ranks, clipped, applied by AdamW. Every rank
-    /// brings as many tokens as this one. `tamper` may change a loss before it goes backward; training passes
+    /// Takes one step: the sum of the gradients of all micro-batches of all ranks, clipped, applied by AdamW. Every micro-batch
+    /// of every rank has as many tokens. `tamper` may change a loss before it goes backward; training passes
     /// [`untouched`], tests inject faults with it.
     ///
     /// # Errors
@@ -192,8 +196,12 @@ impl Stepper {
     ) -> Result<Report> {
         let start = Instant::now();
         let step = state.step + 1;
-        let ranks = self.engine().map_or(1, |engine| engine.group().ranks);
-        let tokens = ranks * batches.iter().map(|batch| batch.targets.len()).sum::<usize>();
+        let own: usize = batches.iter().map(|batch| batch.targets.len()).sum();
+        // Other ranks may have more micro-batches, or fewer.
+        let tokens = match self.engine() {
+            Some(_) => own / batches.len() * recipe.parallel.micro_batches.iter().sum::<usize>(),
+            None => own,
+        };
         let (mut loss, mut forward_s, mut backward_s) = (0.0, 0.0, 0.0);
         self.progress.begin(step);
 
@@ -218,7 +226,8 @@ impl Stepper {
         let exposed = Instant::now();
         self.progress.enter(Stage::Waiting);
         let Word { stop, busy, parameters, codec } = word;
-        let finished = self.stream.finish(Ballot { finite: loss.is_finite(), stop, busy, loss, parameters, codec })?;
+        let (finite, compute_s) = (loss.is_finite(), forward_s + backward_s);
+        let finished = self.stream.finish(Ballot { finite, stop, busy, loss, compute_s, parameters, codec })?;
         self.span(exposed, Label::new("wait", step));
         let update = Instant::now();
         self.progress.enter(Stage::Updating);
@@ -228,6 +237,7 @@ impl Stepper {
         let hashes: Vec<_> = ballots.iter().map(|ballot| ballot.parameters).collect();
         same_parameters(&hashes, state.step)?;
         let loss: f64 = ballots.iter().fold(0.0, |sum, ballot| sum + ballot.loss);
+        let slowest = (0..ballots.len()).max_by(|&a, &b| ballots[a].compute_s.total_cmp(&ballots[b].compute_s)).unwrap_or(0);
         let grad_norm = global_norm(sum);
         let learning_rate = optimizer::learning_rate(&recipe.schedule, step, recipe.train.steps);
         // With several ranks the votes have covered both; a sum that is finite has a finite norm.
@@ -254,6 +264,8 @@ impl Stepper {
             busy: ballots.iter().any(|ballot| ballot.busy),
             forward_s,
             backward_s,
+            slowest_rank: slowest,
+            slowest_compute_s: ballots[slowest].compute_s,
             exposed_s,
             encode_s: finished.timing.encode_s,
             wait_s: finished.timing.wait_s,

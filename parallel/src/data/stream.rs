@@ -394,7 +394,7 @@ mod tests {
     use crate::data::plan::Parameter;
 
     fn ballot() -> Ballot {
-        Ballot { finite: true, stop: false, busy: false, loss: 0.0, parameters: None, codec: None }
+        Ballot { finite: true, stop: false, busy: false, loss: 0.0, compute_s: 0.0, parameters: None, codec: None }
     }
 
     fn stream(bucket_bytes_max: usize) -> GradientStream {

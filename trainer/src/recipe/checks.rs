@@ -8,6 +8,7 @@ pub fn all(raw: &Raw, faults: &mut Vec<Fault>) {
     model_faults(raw, faults);
     data_faults(raw, faults);
     schedule_faults(raw, faults);
+    share_faults(raw, faults);
     device_faults(raw, faults);
 }
 
@@ -124,6 +125,15 @@ fn schedule_faults(raw: &Raw, faults: &mut Vec<Fault>) {
             "schedule.min_learning_rate",
             format!("expected at most schedule.learning_rate = {peak}, found {end}"),
         ));
+    }
+}
+
+fn share_faults(raw: &Raw, faults: &mut Vec<Fault>) {
+    let (name, keys) = ("parallel.micro_batches", Reader(raw));
+    let (Some(ranks), Some(shares)) = (keys.count("parallel.data"), keys.counts(name)) else { return };
+    if shares.len() != ranks {
+        let what = format!("expected one number for each of the parallel.data = {ranks} ranks, found {}", shares.len());
+        faults.push(Fault::new(raw.origin(name), name, what));
     }
 }
 

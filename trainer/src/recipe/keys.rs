@@ -32,6 +32,8 @@ pub enum Kind {
     Choice(&'static [&'static str]),
     /// A list of texts.
     Texts,
+    /// A list of whole numbers within bounds, both included; not an empty one.
+    Integers(i64, i64),
 }
 
 /// What a key has when it is not written.
@@ -81,7 +83,7 @@ pub const BACKENDS: &[&str] = &["flex", "libtorch", "libtorch-cuda", "vulkan", "
 use Fallback::{
     Empty, Flag as DefaultFlag, Integer as DefaultInteger, NoTexts, Real as DefaultReal, Required, Text as DefaultText,
 };
-use Kind::{Choice, Flag, Integer, Real, Text, Texts};
+use Kind::{Choice, Flag, Integer, Integers, Real, Text, Texts};
 use Tag::{Fixed, Free, Local, Resumable};
 
 /// The table, in the order of the sections.
@@ -125,6 +127,7 @@ pub const KEYS: &[Key] = &[
     key("schedule.warmup_steps", Integer(0, MANY), DefaultInteger(0), Resumable, "steps of linear warm-up"),
     key("schedule.min_learning_rate", Real(0.0, 100.0), DefaultReal(0.0), Resumable, "where the cosine ends, at `train.steps`"),
     key("parallel.data", Integer(1, 1024), DefaultInteger(1), Fixed, "data-parallel ranks, a process each; every rank computes `train.micro_batches` of its own"),
+    key("parallel.micro_batches", Integers(1, 1 << 20), Empty, Fixed, "forward and backward passes a step of each rank, in rank order, in place of `train.micro_batches`: for machines of unequal speed"),
     key("parallel.bucket_bytes_max", Integer(4, 1 << 34), DefaultInteger(4 << 20), Free, "bytes of f32 gradient a bucket, which leaves as soon as it is full"),
     key("parallel.peer_timeout_s", Real(1.0, 86_400.0), DefaultReal(30.0), Free, "when a rank is lost, all others have ended after so many seconds; three quarters of it in silence count as lost"),
     key("parallel.join_timeout_s", Real(1.0, 604_800.0), DefaultReal(300.0), Free, "seconds in which all ranks must have joined and read their text"),
@@ -183,6 +186,7 @@ impl Kind {
             Text => "a string".into(),
             Choice(words) => format!("one of {}", words.join(", ")),
             Texts => "a list of strings".into(),
+            Integers(min, max) => format!("a list of integers from {min} to {max}"),
         }
     }
 }

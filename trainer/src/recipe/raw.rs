@@ -22,6 +22,8 @@ pub enum Value {
     Text(String),
     /// A list of texts.
     Texts(Vec<String>),
+    /// A list of whole numbers.
+    Integers(Vec<i64>),
 }
 
 /// Everything that was written, and the defaults of the rest. Values that are at fault are left out.
@@ -193,6 +195,7 @@ impl Value {
             (Self::Integer(x), Kind::Integer(min, max)) => (min..=max).contains(x),
             (Self::Real(x), Kind::Real(min, max)) => (min..=max).contains(x),
             (Self::Text(x), Kind::Choice(words)) => words.contains(&x.as_str()),
+            (Self::Integers(list), Kind::Integers(min, max)) => list.iter().all(|x| (min..=max).contains(x)),
             (Self::Flag(_), Kind::Flag) | (Self::Text(_), Kind::Text) | (Self::Texts(_), Kind::Texts) => true,
             _ => false,
         };
@@ -208,6 +211,7 @@ impl Value {
             Self::Flag(x) => x.to_string(),
             Self::Text(x) => toml::Value::String(x.clone()).to_string(),
             Self::Texts(x) => toml::Value::from(x.clone()).to_string(),
+            Self::Integers(x) => toml::Value::from(x.clone()).to_string(),
         }
     }
 }
@@ -261,6 +265,15 @@ impl Reader<'_> {
             _ => Vec::new(),
         }
     }
+
+    /// A list of counts.
+    #[must_use]
+    pub fn counts(&self, name: &str) -> Option<Vec<usize>> {
+        match self.0.get(name)? {
+            Value::Integers(x) => x.iter().map(|&x| usize::try_from(x).ok()).collect(),
+            _ => None,
+        }
+    }
 }
 
 /// A TOML value as one of ours, or how it should be shown after "found".
@@ -274,11 +287,20 @@ fn convert(value: &Spanned<DeValue<'_>>) -> Result<Value, String> {
         }
         DeValue::Float(x) => x.as_str().parse().map(Value::Real).map_err(|_| x.as_str().to_owned()),
         DeValue::Array(items) => {
-            let texts = items.iter().map(|item| match item.get_ref() {
+            // A list is of what its first item is; an empty one is of texts.
+            let wrong = |other: &Spanned<DeValue<'_>>| format!("a list with {} in it", show(other.get_ref()));
+            if let Some(DeValue::Integer(_)) = items.iter().next().map(Spanned::get_ref) {
+                let whole = |item| match convert(item) {
+                    Ok(Value::Integer(x)) => Ok(x),
+                    _ => Err(wrong(item)),
+                };
+                return items.iter().map(whole).collect::<Result<_, _>>().map(Value::Integers);
+            }
+            let text = |item: &Spanned<DeValue<'_>>| match item.get_ref() {
                 DeValue::String(x) => Ok(x.to_string()),
-                other => Err(format!("a list with {} in it", show(other))),
-            });
-            texts.collect::<Result<_, _>>().map(Value::Texts)
+                _ => Err(wrong(item)),
+            };
+            items.iter().map(text).collect::<Result<_, _>>().map(Value::Texts)
         }
         other => Err(show(other)),
     }

@@ -130,8 +130,6 @@ pub struct Train {
     pub seq_len: usize,
     /// Sequences a forward pass.
     pub micro_batch_size: usize,
-    /// Forward passes a step.
-    pub micro_batches: usize,
     /// Of weights and order.
     pub seed: u64,
     /// Largest global norm; `None` for no clipping.
@@ -178,6 +176,8 @@ pub struct Schedule {
 pub struct Parallel {
     /// Data-parallel ranks.
     pub data: usize,
+    /// Forward passes a step, of each rank.
+    pub micro_batches: Vec<usize>,
     /// Bytes of f32 gradient a bucket.
     pub bucket_bytes_max: usize,
     /// Seconds until all have ended when one is lost.
@@ -311,7 +311,6 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
             stop_at_step: keys.count("train.stop_at_step").map(|x| x as u64),
             seq_len: keys.count("train.seq_len")?,
             micro_batch_size: keys.count("train.micro_batch_size")?,
-            micro_batches: keys.count("train.micro_batches")?,
             seed: keys.count("train.seed")? as u64,
             clip_norm: keys.real("train.clip_norm").filter(|&norm| norm > 0.0),
             skip_max: keys.count("train.skip_max")? as u64,
@@ -330,6 +329,10 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
         },
         parallel: Parallel {
             data: keys.count("parallel.data")?,
+            micro_batches: match keys.counts("parallel.micro_batches") {
+                Some(shares) => shares,
+                None => vec![keys.count("train.micro_batches")?; keys.count("parallel.data")?],
+            },
             bucket_bytes_max: keys.count("parallel.bucket_bytes_max")?,
             peer_timeout_s: keys.real("parallel.peer_timeout_s")?,
             join_timeout_s: keys.real("parallel.join_timeout_s")?,

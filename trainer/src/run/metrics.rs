@@ -37,6 +37,12 @@ pub struct Line {
     pub forward_s: f64,
     /// Backward passes.
     pub backward_s: f64,
+    /// The rank whose forward and backward passes took longest.
+    #[serde(default)]
+    pub slowest_rank: usize,
+    /// The seconds that they took.
+    #[serde(default)]
+    pub slowest_compute_s: f64,
     /// Encoding; 0 with one rank, which encodes nothing.
     pub encode_s: f64,
     /// Waiting for peers; 0 with one rank.
@@ -215,6 +221,8 @@ mod tests {
             step_s: 0.1,
             forward_s: 0.0,
             backward_s: 0.0,
+            slowest_rank: 0,
+            slowest_compute_s: 0.0,
             encode_s: 0.0,
             wait_s: 0.0,
             exposed_s: 0.0,

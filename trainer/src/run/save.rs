@@ -21,8 +21,7 @@ impl Run {
             skips: self.state.skips,
             good_step: self.state.good_step,
             samples: self.state.step
-                * (self.recipe.train.micro_batch_size * self.recipe.train.micro_batches * self.recipe.parallel.data)
-                    as u64,
+                * (self.recipe.train.micro_batch_size * self.recipe.parallel.micro_batches.iter().sum::<usize>()) as u64,
             tokens: self.tokens,
             loss: self.last_loss,
             seed: self.recipe.train.seed,
