@@ -1,6 +1,7 @@
 //! Real runs of the real command line, each in a folder of its own.
 
 mod bad_input;
+mod benches;
 mod codecs;
 mod documents;
 mod dying;

@@ -137,6 +137,8 @@ struct WorkerArgs {
 enum Bench {
     /// The kernels of the codecs, against copies of the same elements
     Codec(bench::codec::Options),
+    /// The sum of gradients over ranks, against a plain TCP copy and the rate of the line
+    Aggregate(bench::aggregate::Options),
     /// One training step
     Step(bench::step::Step),
 }
@@ -181,6 +183,7 @@ fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         Command::Export(args) => models::export(&args),
         Command::Generate(args) => models::say(&args),
         Command::Bench(Bench::Codec(args)) => bench::codec::codec(&args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(Bench::Aggregate(args)) => aggregate(&args),
         Command::Bench(Bench::Step(args)) => bench::step::step(&args).map(|()| ExitCode::SUCCESS),
         Command::Keys => print(&keys::markdown()),
     }
@@ -208,6 +211,12 @@ fn coordinator(args: &CoordinatorArgs, log: RunLog) -> Result<ExitCode> {
     let request = request(&args.train, log, Tamper::default())?;
     let world = World::Elsewhere { listen: args.listen };
     launch(request, &args.train, world)
+}
+
+fn aggregate(args: &bench::aggregate::Options) -> Result<ExitCode> {
+    let security = secret::security(args.trusted_network, |name| std::env::var_os(name))?;
+    secret::warn_of_plain(&security, |name| std::env::var_os(name));
+    bench::aggregate::aggregate(args, &security).map(|()| ExitCode::SUCCESS)
 }
 
 fn launch(request: run::Request, args: &Train, world: World) -> Result<ExitCode> {

@@ -53,14 +53,7 @@ struct Line {
 /// # Errors
 /// A codec that does not exist, or threads that cannot be started.
 pub fn codec(options: &Options) -> Result<()> {
-    let known = |name: &String| {
-        let names = Codec::ALL.map(Codec::name).join(", ");
-        Codec::from_name(name).ok_or_else(|| Error::Usage(format!("--codec: expected one of {names}, found {name:?}")))
-    };
-    let mut codecs = options.codec.iter().map(known).collect::<Result<Vec<_>>>()?;
-    if codecs.is_empty() {
-        codecs.extend(Codec::ALL);
-    }
+    let codecs = super::codecs(&options.codec)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let given = |list: &[usize], default: Vec<usize>| if list.is_empty() { default } else { list.to_vec() };
     let threads = given(&options.threads, if cores > 1 { vec![1, cores] } else { vec![1] });

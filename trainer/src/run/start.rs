@@ -2,7 +2,7 @@
 //!
 //! - `rank`: what is different for one rank of several.
 
-mod rank;
+pub mod rank;
 
 use std::panic::AssertUnwindSafe;
 use std::path::Path;

@@ -37,7 +37,7 @@ use crate::state::{self, Held, Share};
 use crate::step::Stepper;
 
 /// Blocks of a chunk: 256 KiB as `int8`.
-const CHUNK_BLOCKS: usize = 2048;
+pub const CHUNK_BLOCKS: usize = 2048;
 
 /// Trains as one rank of several.
 ///

@@ -1,0 +1,44 @@
+//! `tributary bench`: that it measures what it says. How fast it is says docs/benchmarks.md.
+
+use serde_json::Value;
+
+use crate::support::Place;
+
+#[test]
+fn bench_aggregate_sends_the_formulas_bytes_with_every_codec_and_with_tls() {
+    let place = Place::new();
+    let lines = |ran: &str| -> Vec<Value> { ran.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect() };
+    let arguments = ["bench", "aggregate", "--json", "--rounds", "1", "--elements", "300000", "--line-bits-per-s", "1e9"];
+    let plain = place.run(&arguments).ok();
+    let plain = lines(&plain.stdout);
+    let codecs: Vec<_> = plain.iter().map(|line| line["codec"].as_str().expect("a name")).collect();
+    assert_eq!(codecs, ["fp32", "bf16", "int8", "sparse24-int8", "int4", "sparse24-int4"]);
+    let number = |line: &Value, key: &str| line[key].as_f64().expect("a number");
+    for line in &plain {
+        let (sent, formula) = (number(line, "wire_bytes_sent"), number(line, "formula_bytes"));
+        assert!(sent > formula && sent <= 1.01 * formula + 65_536.0, "{line}");
+        for key in ["seconds", "tcp_copy_seconds", "part_of_line_rate"] {
+            assert!(number(line, key) > 0.0, "{line}");
+        }
+        assert_eq!(line["tls"], false);
+    }
+    assert!(number(&plain[0], "formula_bytes") > 3.9 * number(&plain[2], "formula_bytes"));
+    let mut secured = place.command(&[&arguments[..], &["--codec", "int8"]].concat());
+    let secured = secured.env("TRIBUTARY_JOIN_SECRET", "a secret of enough bytes").output().expect("it runs");
+    let secured = lines(&String::from_utf8_lossy(&secured.stdout));
+    assert_eq!((secured.len(), &secured[0]["tls"]), (1, &Value::Bool(true)));
+    assert!(number(&secured[0], "wire_bytes_sent") > number(&plain[2], "wire_bytes_sent"), "every record has its tag");
+}
+
+#[test]
+fn bench_aggregate_refuses_what_it_cannot_measure() {
+    let place = Place::new();
+    let refused = |arguments: &[&str], said: &str| {
+        place.run(&[&["bench", "aggregate"], arguments].concat()).failed(2, &[said]);
+    };
+    refused(&["--codec", "int9"], "expected one of fp32, bf16");
+    refused(&["--line-bits-per-s", "0"], "expected a number above 0");
+    refused(&["--rank", "0"], "--addresses");
+    refused(&["--rank", "2", "--addresses", "127.0.0.1:1,127.0.0.1:3"], "--rank 2: expected one of 2 addresses");
+    refused(&["--rank", "0", "--addresses", "10.77.0.1:1,10.77.0.2:1"], "10.77.0.1 is beyond loopback");
+}

@@ -1,0 +1,266 @@
+//! `tributary bench aggregate`: the sum of gradients over ranks, without a model that computes them.
+//!
+//! Two ranks in one process on loopback, or one rank of several on as many hosts. Every round of a codec is followed by a
+//! plain copy of as many bytes over TCP, from every rank to the next one at the same time, so that both meet the same
+//! network; what counts is the median of each over the rounds.
+
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use compression::Codec;
+use parallel::data::engine::{Engine, Inbox};
+use parallel::data::exchange::{self, Exchange};
+use parallel::data::rules::codec_of;
+use parallel::data::shard::payload_bytes_sent;
+use parallel::data::{Gradient, GradientStream, Parameter, Plan};
+use parallel::note::Ballot;
+use parallel::transport::Transport as _;
+use parallel::transport::grpc::{Group, Listener};
+use parallel::transport::tls::Security;
+use serde_json::json;
+
+use super::at_least_one;
+use crate::error::{Error, Result};
+use crate::run::join::permit;
+use crate::run::start::rank::CHUNK_BLOCKS;
+
+/// Elements of a tensor, and so of a bucket; the last one may be smaller.
+const TENSOR: usize = 1 << 20;
+const CONNECT_WITHIN: Duration = Duration::from_secs(60);
+
+/// What is measured.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// Codecs; all unless given
+    #[arg(long, value_delimiter = ',')]
+    codec: Vec<String>,
+    /// Elements
+    #[arg(long, value_delimiter = ',', value_parser = at_least_one, default_values_t = [1 << 20, 1 << 24])]
+    elements: Vec<usize>,
+    /// Rounds whose median counts
+    #[arg(long, value_parser = at_least_one, default_value_t = 7)]
+    rounds: usize,
+    /// Which of the ranks of --addresses this is; two ranks in this process unless given
+    #[arg(long, requires = "addresses")]
+    rank: Option<usize>,
+    /// Where each rank listens, IP:PORT, the port after it too
+    #[arg(long, value_delimiter = ',', requires = "rank")]
+    addresses: Vec<SocketAddr>,
+    /// What a link carries in a second, in bits, headers of packets included
+    #[arg(long, value_parser = rate)]
+    line_bits_per_s: Option<f64>,
+    /// Let ranks connect beyond loopback, neither encrypted nor authenticated
+    #[arg(long)]
+    pub trusted_network: bool,
+    /// One JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+fn rate(text: &str) -> std::result::Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate: &f64| rate.is_finite() && *rate > 0.0);
+    rate.ok_or_else(|| "expected a number above 0, such as 200e6".into())
+}
+
+/// Times the sum with every codec, and the copies.
+///
+/// # Errors
+/// A codec that does not exist, addresses that cannot be used, a rank that is lost.
+pub fn aggregate(options: &Options, security: &Security) -> Result<()> {
+    let codecs = super::codecs(&options.codec)?;
+    let ranks = options.addresses.len();
+    match options.rank {
+        None => {
+            let bind = || Ports::bind(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
+            for &elements in &options.elements {
+                let ports = [bind()?, bind()?];
+                let addresses = ports.each_ref().map(Ports::addresses);
+                std::thread::scope(|scope| {
+                    let each = ports.into_iter().enumerate().map(|(rank, ports)| {
+                        let place = Place { rank, addresses: addresses.to_vec(), security: security.clone() };
+                        let codecs = &codecs;
+                        scope.spawn(move || place.run(ports, elements, codecs, options))
+                    });
+                    let each: Vec<_> = each.collect();
+                    each.into_iter().try_for_each(|rank| rank.join().expect("a rank does not panic"))
+                })?;
+            }
+            Ok(())
+        }
+        Some(rank) if rank < ranks && ranks > 1 => {
+            for address in &options.addresses {
+                permit(address.ip(), security)?;
+            }
+            let next = |address: &SocketAddr| SocketAddr::new(address.ip(), address.port() + 1);
+            let addresses: Vec<_> = options.addresses.iter().map(|address| [*address, next(address)]).collect();
+            for &elements in &options.elements {
+                let place = Place { rank, addresses: addresses.clone(), security: security.clone() };
+                place.run(Ports::bind(options.addresses[rank])?, elements, &codecs, options)?;
+            }
+            Ok(())
+        }
+        Some(rank) => Err(Error::Usage(format!("--rank {rank}: expected one of {ranks} addresses, of which there are two or more"))),
+    }
+}
+
+/// Where a rank is called: for gradients, and for the plain copy.
+struct Ports(Listener, TcpListener);
+
+impl Ports {
+    fn bind(at: SocketAddr) -> Result<Self> {
+        let plain = SocketAddr::new(at.ip(), if at.port() == 0 { 0 } else { at.port() + 1 });
+        let bound = TcpListener::bind(plain).map_err(Error::io("listen at", plain.to_string()))?;
+        let listener = Listener::bind(at.ip(), at.port()).map_err(|error| Error::Usage(error.to_string()))?;
+        Ok(Self(listener, bound))
+    }
+
+    fn addresses(&self) -> [SocketAddr; 2] {
+        let plain = self.1.local_addr().map_or(0, |address| address.port());
+        [self.0.local_address(), SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), plain)]
+    }
+}
+
+/// One rank.
+struct Place {
+    rank: usize,
+    addresses: Vec<[SocketAddr; 2]>,
+    security: Security,
+}
+
+impl Place {
+    fn run(self, ports: Ports, elements: usize, codecs: &[Codec], options: &Options) -> Result<()> {
+        let (rank, ranks) = (self.rank, self.addresses.len());
+        let failed = |error: &dyn std::fmt::Display| Error::Usage(format!("bench aggregate: rank {rank}: {error}"));
+        let Ports(listener, plain) = ports;
+        let inbox = Inbox::default();
+        let group = Group {
+            rank,
+            addresses: self.addresses.iter().map(|[address, _]| *address).collect(),
+            epoch: 1,
+            token: "bench aggregate".into(),
+            connect_within: CONNECT_WITHIN,
+            security: self.security.clone(),
+        };
+        let transport = Arc::new(listener.connect(&group, inbox.sink()).map_err(|error| failed(&error))?);
+        let shape = |start: usize| vec![TENSOR.min(elements - start).div_ceil(256), 256];
+        let tensor = |start| Parameter { name: format!("tensor-{}", start / TENSOR), shape: shape(start) };
+        let plan = Plan::new((0..elements).step_by(TENSOR).map(tensor).collect(), 4 * TENSOR);
+        let plan = Arc::new(plan.map_err(|error| failed(&error))?);
+        let group = exchange::Group { rank, ranks, epoch: 1, chunk_blocks: CHUNK_BLOCKS };
+        let exchange = Exchange::new(plan.clone(), group, Codec::Fp32);
+        let engine = Engine::start(exchange, transport.clone(), inbox, Arc::default());
+        let stream = GradientStream::across(engine.map_err(Error::io("start", "a thread"))?);
+        let wire = Copies::connect(&plain, self.addresses[(rank + 1) % ranks][1])?;
+        let gradient: Vec<f32> = (0..TENSOR).map(|i| ((i * 31 + rank * 7) as f32 * 0.1).sin() * 1e-2).collect();
+
+        let mut step = 0;
+        for &codec in codecs {
+            stream.engine().expect("several ranks").exchange().set_codec(codec);
+            let (mut sums, mut copies, mut sent) = (Vec::new(), Vec::new(), 0);
+            // The first round warms buffers and connections up.
+            for round in 0..=options.rounds {
+                step += 1;
+                let before = stream.counted();
+                let sum_s = together(&stream, || {
+                    stream.begin(step, 1);
+                    for (index, parameter) in plan.parameters().iter().enumerate().rev() {
+                        stream.add(index, Gradient::Host(&gradient[..parameter.elements()]));
+                    }
+                    let ballot =
+                        Ballot { finite: true, stop: false, busy: false, loss: 0.0, compute_s: 0.0, parameters: None, codec: None };
+                    stream.finish(ballot).map(drop).map_err(Error::from)
+                })?;
+                let bytes = stream.counted().sent - before.sent;
+                let copy_s = together(&stream, || wire.copy(bytes))?;
+                if round > 0 {
+                    sums.push(sum_s);
+                    copies.push(copy_s);
+                    sent = bytes;
+                }
+            }
+            if rank == 0 {
+                let travel: Vec<_> =
+                    plan.parameters().iter().map(|parameter| (parameter.elements(), codec_of(parameter, codec))).collect();
+                let formula = payload_bytes_sent(&travel, rank, ranks);
+                report(options, codec, [plan.elements(), ranks, formula], sent, [median(&mut sums), median(&mut copies)], &self.security)?;
+            }
+        }
+        transport.close(CONNECT_WITHIN);
+        Ok(())
+    }
+}
+
+/// How long the slowest rank takes for something that all begin together.
+fn together(stream: &GradientStream, act: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let engine = stream.engine().expect("several ranks");
+    let lost = |error| Error::from(parallel::data::StreamError::from(error));
+    engine.gather(Vec::new()).map_err(lost)?;
+    let start = Instant::now();
+    act()?;
+    let all = engine.gather(vec![start.elapsed().as_secs_f64()]).map_err(lost)?;
+    Ok(all.iter().flatten().copied().fold(0.0, f64::max))
+}
+
+/// A plain connection to the next rank and one from the rank before.
+struct Copies(TcpStream, TcpStream);
+
+impl Copies {
+    fn connect(listener: &TcpListener, next: SocketAddr) -> Result<Self> {
+        let failed = |error| Error::io("connect to", next.to_string())(error);
+        let to = TcpStream::connect(next).map_err(failed)?;
+        let (from, _) = listener.accept().map_err(failed)?;
+        to.set_nodelay(true).map_err(failed)?;
+        Ok(Self(to, from))
+    }
+
+    /// Sends so many bytes, and receives as many.
+    fn copy(&self, bytes: u64) -> Result<()> {
+        const PIECE: usize = 256 << 10;
+        let pieces = || (0..bytes).step_by(PIECE).map(|start| PIECE.min((bytes - start) as usize));
+        let Self(mut to, mut from) = self;
+        std::thread::scope(|scope| {
+            let sends = scope.spawn(move || pieces().try_for_each(|count| to.write_all(&vec![0x5a; PIECE][..count])));
+            let mut into = vec![0; PIECE];
+            let received = pieces().try_for_each(|count| from.read_exact(&mut into[..count]));
+            sends.join().expect("a write does not panic").and(received)
+        })
+        .map_err(Error::io("copy over", "a plain connection"))
+    }
+}
+
+fn report(
+    options: &Options,
+    codec: Codec,
+    [elements, ranks, formula]: [usize; 3],
+    sent: u64,
+    [sum_s, copy_s]: [f64; 2],
+    security: &Security,
+) -> Result<()> {
+    let line_ratio = options.line_bits_per_s.map(|rate| sent as f64 * 8.0 / rate / sum_s);
+    let (of_formula, of_copy) = (sent as f64 / formula as f64, copy_s / sum_s);
+    let line = if options.json {
+        json!({
+            "codec": codec.name(), "elements": elements, "ranks": ranks, "rounds": options.rounds,
+            "tls": matches!(security, Security::Tls(_)), "seconds": sum_s, "wire_bytes_sent": sent,
+            "formula_bytes": formula, "bytes_over_formula": of_formula, "tcp_copy_seconds": copy_s,
+            "tcp_copy_over_sum": of_copy, "part_of_line_rate": line_ratio,
+        })
+        .to_string()
+    } else {
+        let line = line_ratio.map_or_else(String::new, |ratio| format!(", {ratio:.3} of the line rate"));
+        format!(
+            "{:<14} {elements:>10} elements: {:>8.2} ms, {sent:>10} bytes sent ({of_formula:.4} of the formula), {of_copy:.2} of a TCP copy's rate{line}",
+            codec.name(),
+            sum_s * 1e3,
+        )
+    };
+    writeln!(std::io::stdout(), "{line}").map_err(Error::io("write", "standard output"))
+}
+
+fn median(seconds: &mut [f64]) -> f64 {
+    seconds.sort_by(f64::total_cmp);
+    seconds[seconds.len() / 2]
+}
