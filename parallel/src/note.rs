@@ -170,8 +170,15 @@ mod tests {
     use super::*;
 
     fn notes() -> [Note; 4] {
-        let ballot =
-            Ballot { finite: true, stop: false, busy: true, loss: 0.1, compute_s: 0.5, parameters: Some([7; 32]), codec: None };
+        let ballot = Ballot {
+            finite: true,
+            stop: false,
+            busy: true,
+            loss: 0.1,
+            compute_s: 0.5,
+            parameters: Some([7; 32]),
+            codec: None,
+        };
         let chosen = Ballot { parameters: None, codec: Some(Codec::Int4), ..ballot };
         [
             Note::Ballot(ballot),
@@ -211,7 +218,8 @@ mod tests {
 
     #[test]
     fn a_codec_that_nobody_knows_is_refused() {
-        let ballot = Ballot { finite: true, stop: false, busy: false, loss: 0.0, compute_s: 0.0, parameters: None, codec: None };
+        let ballot =
+            Ballot { finite: true, stop: false, busy: false, loss: 0.0, compute_s: 0.0, parameters: None, codec: None };
         let mut bytes = Note::Ballot(ballot).write(1, 1).to_vec();
         bytes[HEADER_BYTES + 48] = 200;
         let checksum = crc32c::crc32c_append(crc32c::crc32c(&bytes[..24]), &bytes[28..]);

@@ -7,8 +7,10 @@ use crate::support::Place;
 #[test]
 fn bench_aggregate_sends_the_formulas_bytes_with_every_codec_and_with_tls() {
     let place = Place::new();
-    let lines = |ran: &str| -> Vec<Value> { ran.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect() };
-    let arguments = ["bench", "aggregate", "--json", "--rounds", "1", "--elements", "300000", "--line-bits-per-s", "1e9"];
+    let lines =
+        |ran: &str| -> Vec<Value> { ran.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect() };
+    let arguments =
+        ["bench", "aggregate", "--json", "--rounds", "1", "--elements", "300000", "--line-bits-per-s", "1e9"];
     let plain = place.run(&arguments).ok();
     let plain = lines(&plain.stdout);
     let codecs: Vec<_> = plain.iter().map(|line| line["codec"].as_str().expect("a name")).collect();

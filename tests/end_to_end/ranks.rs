@@ -136,7 +136,7 @@ fn unequal_shares_are_one_rank_with_all_micro_batches() {
     assert_eq!(place.summary("one")["tokens"], place.summary("unequal")["tokens"]);
     let metrics = std::fs::read_to_string(place.path("runs/unequal/metrics.jsonl")).expect("readable");
     for line in metrics.lines() {
-        let line: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        let line: Value = serde_json::from_str(line).expect("JSON");
         // It computes three times as much; who is slower in one step is the scheduler's business.
         assert!(line["slowest_rank"].as_u64().is_some_and(|rank| rank < 2), "{line}");
         assert!(line["slowest_compute_s"].as_f64().is_some_and(|seconds| seconds > 0.0), "{line}");

@@ -237,7 +237,8 @@ impl Stepper {
         let hashes: Vec<_> = ballots.iter().map(|ballot| ballot.parameters).collect();
         same_parameters(&hashes, state.step)?;
         let loss: f64 = ballots.iter().fold(0.0, |sum, ballot| sum + ballot.loss);
-        let slowest = (0..ballots.len()).max_by(|&a, &b| ballots[a].compute_s.total_cmp(&ballots[b].compute_s)).unwrap_or(0);
+        let slowest =
+            (0..ballots.len()).max_by(|&a, &b| ballots[a].compute_s.total_cmp(&ballots[b].compute_s)).unwrap_or(0);
         let grad_norm = global_norm(sum);
         let learning_rate = optimizer::learning_rate(&recipe.schedule, step, recipe.train.steps);
         // With several ranks the votes have covered both; a sum that is finite has a finite norm.

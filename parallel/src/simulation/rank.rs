@@ -177,8 +177,7 @@ impl Rank {
             return;
         }
         let (loss, parameters) = (self.rank as f64, None);
-        let ballot =
-            Ballot { finite: true, stop: false, busy: false, loss, compute_s: 0.0, parameters, codec: None };
+        let ballot = Ballot { finite: true, stop: false, busy: false, loss, compute_s: 0.0, parameters, codec: None };
         self.progress.enter(Stage::Waiting);
         self.stream.close(ballot).expect("every gradient has its parameter's shape");
         self.doing = Doing::Waiting;

@@ -130,7 +130,8 @@ fn a_message_says_what_it_is_of_and_garbage_says_nothing() {
     let frame = header.frame(&[0; 4]);
     let label = Label::of("send", &frame);
     assert_eq!(label, Label { bucket: Some(5), parameter: Some(6), bytes: Some(56), ..Label::new("send", 9) });
-    let ballot = Ballot { finite: true, stop: false, busy: false, loss: 0.0, compute_s: 0.0, parameters: None, codec: None };
+    let ballot =
+        Ballot { finite: true, stop: false, busy: false, loss: 0.0, compute_s: 0.0, parameters: None, codec: None };
     assert_eq!(Label::of("send", &Note::Ballot(ballot).write(1, 4)).step, 4);
     for garbage in [&frame[..51], &[0; 60], b"TRIN", b""] {
         assert_eq!(Label::of("send", garbage), Label { bytes: Some(garbage.len()), ..Label::new("send", 0) });

@@ -15,7 +15,7 @@ use parallel::data::engine::{Engine, Inbox};
 use parallel::data::exchange::{self, Exchange};
 use parallel::data::rules::codec_of;
 use parallel::data::shard::payload_bytes_sent;
-use parallel::data::{Gradient, GradientStream, Parameter, Plan};
+use parallel::data::{Gradient, GradientStream, Parameter, Plan, StreamError};
 use parallel::note::Ballot;
 use parallel::transport::Transport as _;
 use parallel::transport::grpc::{Group, Listener};
@@ -30,6 +30,8 @@ use crate::run::start::rank::CHUNK_BLOCKS;
 /// Elements of a tensor, and so of a bucket; the last one may be smaller.
 const TENSOR: usize = 1 << 20;
 const CONNECT_WITHIN: Duration = Duration::from_secs(60);
+/// A plain copy on which nothing moves for so long has failed.
+const STILL: Duration = Duration::from_secs(60);
 
 /// What is measured.
 #[derive(Debug, Args)]
@@ -102,7 +104,9 @@ pub fn aggregate(options: &Options, security: &Security) -> Result<()> {
             }
             Ok(())
         }
-        Some(rank) => Err(Error::Usage(format!("--rank {rank}: expected one of {ranks} addresses, of which there are two or more"))),
+        Some(rank) => Err(Error::Usage(format!(
+            "--rank {rank}: expected one of {ranks} addresses, of which there are two or more"
+        ))),
     }
 }
 
@@ -169,12 +173,21 @@ impl Place {
                     for (index, parameter) in plan.parameters().iter().enumerate().rev() {
                         stream.add(index, Gradient::Host(&gradient[..parameter.elements()]));
                     }
-                    let ballot =
-                        Ballot { finite: true, stop: false, busy: false, loss: 0.0, compute_s: 0.0, parameters: None, codec: None };
+                    let ballot = Ballot {
+                        finite: true,
+                        stop: false,
+                        busy: false,
+                        loss: 0.0,
+                        compute_s: 0.0,
+                        parameters: None,
+                        codec: None,
+                    };
                     stream.finish(ballot).map(drop).map_err(Error::from)
                 })?;
                 let bytes = stream.counted().sent - before.sent;
-                let copy_s = together(&stream, || wire.copy(bytes))?;
+                // Ranks send some bytes more or less than each other; the copies must agree.
+                let most = largest(&stream, bytes as f64)? as u64;
+                let copy_s = together(&stream, || wire.copy(most))?;
                 if round > 0 {
                     sums.push(sum_s);
                     copies.push(copy_s);
@@ -182,10 +195,20 @@ impl Place {
                 }
             }
             if rank == 0 {
-                let travel: Vec<_> =
-                    plan.parameters().iter().map(|parameter| (parameter.elements(), codec_of(parameter, codec))).collect();
+                let travel: Vec<_> = plan
+                    .parameters()
+                    .iter()
+                    .map(|parameter| (parameter.elements(), codec_of(parameter, codec)))
+                    .collect();
                 let formula = payload_bytes_sent(&travel, rank, ranks);
-                report(options, codec, [plan.elements(), ranks, formula], sent, [median(&mut sums), median(&mut copies)], &self.security)?;
+                report(
+                    options,
+                    codec,
+                    [plan.elements(), ranks, formula],
+                    sent,
+                    [median(&mut sums), median(&mut copies)],
+                    &self.security,
+                )?;
             }
         }
         transport.close(CONNECT_WITHIN);
@@ -195,12 +218,15 @@ impl Place {
 
 /// How long the slowest rank takes for something that all begin together.
 fn together(stream: &GradientStream, act: impl FnOnce() -> Result<()>) -> Result<f64> {
-    let engine = stream.engine().expect("several ranks");
-    let lost = |error| Error::from(parallel::data::StreamError::from(error));
-    engine.gather(Vec::new()).map_err(lost)?;
+    largest(stream, 0.0)?;
     let start = Instant::now();
     act()?;
-    let all = engine.gather(vec![start.elapsed().as_secs_f64()]).map_err(lost)?;
+    largest(stream, start.elapsed().as_secs_f64())
+}
+
+/// The largest of all ranks' numbers, once all have given theirs.
+fn largest(stream: &GradientStream, own: f64) -> Result<f64> {
+    let all = stream.engine().expect("several ranks").gather(vec![own]).map_err(StreamError::from)?;
     Ok(all.iter().flatten().copied().fold(0.0, f64::max))
 }
 
@@ -213,6 +239,9 @@ impl Copies {
         let to = TcpStream::connect(next).map_err(failed)?;
         let (from, _) = listener.accept().map_err(failed)?;
         to.set_nodelay(true).map_err(failed)?;
+        // The others have gone, or the network has: no copy waits for ever.
+        from.set_read_timeout(Some(STILL)).map_err(failed)?;
+        to.set_write_timeout(Some(STILL)).map_err(failed)?;
         Ok(Self(to, from))
     }
 
@@ -220,7 +249,7 @@ impl Copies {
     fn copy(&self, bytes: u64) -> Result<()> {
         const PIECE: usize = 256 << 10;
         let pieces = || (0..bytes).step_by(PIECE).map(|start| PIECE.min((bytes - start) as usize));
-        let Self(mut to, mut from) = self;
+        let (mut to, mut from) = (&self.0, &self.1);
         std::thread::scope(|scope| {
             let sends = scope.spawn(move || pieces().try_for_each(|count| to.write_all(&vec![0x5a; PIECE][..count])));
             let mut into = vec![0; PIECE];

@@ -172,7 +172,7 @@ pub struct Schedule {
 }
 
 /// `[parallel]`.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Parallel {
     /// Data-parallel ranks.
     pub data: usize,

@@ -21,7 +21,8 @@ impl Run {
             skips: self.state.skips,
             good_step: self.state.good_step,
             samples: self.state.step
-                * (self.recipe.train.micro_batch_size * self.recipe.parallel.micro_batches.iter().sum::<usize>()) as u64,
+                * (self.recipe.train.micro_batch_size * self.recipe.parallel.micro_batches.iter().sum::<usize>())
+                    as u64,
             tokens: self.tokens,
             loss: self.last_loss,
             seed: self.recipe.train.seed,

@@ -41,7 +41,15 @@ fn gradient(rank: usize, step: u64, tensor: usize) -> Vec<f32> {
 }
 
 fn ballot(rank: usize) -> Ballot {
-    Ballot { finite: true, stop: rank == 1, busy: false, loss: rank as f64, compute_s: 0.0, parameters: None, codec: None }
+    Ballot {
+        finite: true,
+        stop: rank == 1,
+        busy: false,
+        loss: rank as f64,
+        compute_s: 0.0,
+        parameters: None,
+        codec: None,
+    }
 }
 
 fn step(stream: &GradientStream, rank: usize, number: u64) -> Result<Vec<u32>, String> {
