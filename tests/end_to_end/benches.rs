@@ -39,6 +39,12 @@ fn bench_aggregate_refuses_what_it_cannot_measure() {
         place.run(&[&["bench", "aggregate"], arguments].concat()).failed(2, &[said]);
     };
     refused(&["--codec", "int9"], "expected one of fp32, bf16");
+    refused(&["--elements", "99999999999"], "expected a whole number from 1 to 1073741824");
+    refused(&["--elements", "0"], "expected a whole number from 1 to 1073741824");
+    refused(
+        &["--rank", "0", "--addresses", "127.0.0.1:65535,127.0.0.1:3"],
+        "127.0.0.1:65535: expected a port from 1 to 65534",
+    );
     refused(&["--line-bits-per-s", "0"], "expected a number above 0");
     refused(&["--rank", "0"], "--addresses");
     refused(&["--rank", "2", "--addresses", "127.0.0.1:1,127.0.0.1:3"], "--rank 2: expected one of 2 addresses");

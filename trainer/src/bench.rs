@@ -21,6 +21,12 @@ fn codecs(names: &[String]) -> Result<Vec<Codec>> {
     if names.is_empty() { Ok(Codec::ALL.to_vec()) } else { names.iter().map(known).collect() }
 }
 
+/// Elements of a gradient: at most 4 GiB of f32 in each buffer.
+fn elements(text: &str) -> std::result::Result<usize, String> {
+    let elements = text.parse().ok().filter(|elements| (1..=1 << 30).contains(elements));
+    elements.ok_or_else(|| "expected a whole number from 1 to 1073741824".into())
+}
+
 fn at_least_one(text: &str) -> std::result::Result<usize, String> {
     text.parse().ok().filter(|&x| x > 0).ok_or_else(|| "expected a whole number of at least 1".into())
 }

@@ -4,7 +4,7 @@
 //! plain copy of as many bytes over TCP, from every rank to the next one at the same time, so that both meet the same
 //! network; what counts is the median of each over the rounds.
 
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -40,7 +40,7 @@ pub struct Options {
     #[arg(long, value_delimiter = ',')]
     codec: Vec<String>,
     /// Elements
-    #[arg(long, value_delimiter = ',', value_parser = at_least_one, default_values_t = [1 << 20, 1 << 24])]
+    #[arg(long, value_delimiter = ',', value_parser = super::elements, default_values_t = [1 << 20, 1 << 24])]
     elements: Vec<usize>,
     /// Rounds whose median counts
     #[arg(long, value_parser = at_least_one, default_value_t = 7)]
@@ -76,7 +76,8 @@ pub fn aggregate(options: &Options, security: &Security) -> Result<()> {
     let ranks = options.addresses.len();
     match options.rank {
         None => {
-            let bind = || Ports::bind(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
+            // The system chooses.
+            let bind = || Ports::bind([SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0); 2]);
             for &elements in &options.elements {
                 let ports = [bind()?, bind()?];
                 let addresses = ports.each_ref().map(Ports::addresses);
@@ -96,11 +97,14 @@ pub fn aggregate(options: &Options, security: &Security) -> Result<()> {
             for address in &options.addresses {
                 permit(address.ip(), security)?;
             }
-            let next = |address: &SocketAddr| SocketAddr::new(address.ip(), address.port() + 1);
-            let addresses: Vec<_> = options.addresses.iter().map(|address| [*address, next(address)]).collect();
+            let both = |address: &SocketAddr| match (address.port(), address.port().checked_add(1)) {
+                (1.., Some(next)) => Ok([*address, SocketAddr::new(address.ip(), next)]),
+                _ => Err(Error::Usage(format!("--addresses: {address}: expected a port from 1 to 65534"))),
+            };
+            let addresses = options.addresses.iter().map(both).collect::<Result<Vec<_>>>()?;
             for &elements in &options.elements {
                 let place = Place { rank, addresses: addresses.clone(), security: security.clone() };
-                place.run(Ports::bind(options.addresses[rank])?, elements, &codecs, options)?;
+                place.run(Ports::bind(addresses[rank])?, elements, &codecs, options)?;
             }
             Ok(())
         }
@@ -114,11 +118,14 @@ pub fn aggregate(options: &Options, security: &Security) -> Result<()> {
 struct Ports(Listener, TcpListener);
 
 impl Ports {
-    fn bind(at: SocketAddr) -> Result<Self> {
-        let plain = SocketAddr::new(at.ip(), if at.port() == 0 { 0 } else { at.port() + 1 });
-        let bound = TcpListener::bind(plain).map_err(Error::io("listen at", plain.to_string()))?;
-        let listener = Listener::bind(at.ip(), at.port()).map_err(|error| Error::Usage(error.to_string()))?;
-        Ok(Self(listener, bound))
+    fn bind([at, plain]: [SocketAddr; 2]) -> Result<Self> {
+        let bind = || {
+            let listener = TcpListener::bind(plain)?;
+            listener.set_nonblocking(true)?;
+            Ok(listener)
+        };
+        let bound = bind().map_err(Error::io("listen at", plain.to_string()))?;
+        Ok(Self(Listener::bind(at.ip(), at.port())?, bound))
     }
 
     fn addresses(&self) -> [SocketAddr; 2] {
@@ -137,7 +144,6 @@ struct Place {
 impl Place {
     fn run(self, ports: Ports, elements: usize, codecs: &[Codec], options: &Options) -> Result<()> {
         let (rank, ranks) = (self.rank, self.addresses.len());
-        let failed = |error: &dyn std::fmt::Display| Error::Usage(format!("bench aggregate: rank {rank}: {error}"));
         let Ports(listener, plain) = ports;
         let inbox = Inbox::default();
         let group = Group {
@@ -148,11 +154,11 @@ impl Place {
             connect_within: CONNECT_WITHIN,
             security: self.security.clone(),
         };
-        let transport = Arc::new(listener.connect(&group, inbox.sink()).map_err(|error| failed(&error))?);
+        let transport = Arc::new(listener.connect(&group, inbox.sink())?);
         let shape = |start: usize| vec![TENSOR.min(elements - start).div_ceil(256), 256];
         let tensor = |start| Parameter { name: format!("tensor-{}", start / TENSOR), shape: shape(start) };
         let plan = Plan::new((0..elements).step_by(TENSOR).map(tensor).collect(), 4 * TENSOR);
-        let plan = Arc::new(plan.map_err(|error| failed(&error))?);
+        let plan = Arc::new(plan.map_err(|error| Error::Usage(format!("--elements {elements}: {error}")))?);
         let group = exchange::Group { rank, ranks, epoch: 1, chunk_blocks: CHUNK_BLOCKS };
         let exchange = Exchange::new(plan.clone(), group, Codec::Fp32);
         let engine = Engine::start(exchange, transport.clone(), inbox, Arc::default());
@@ -237,7 +243,17 @@ impl Copies {
     fn connect(listener: &TcpListener, next: SocketAddr) -> Result<Self> {
         let failed = |error| Error::io("connect to", next.to_string())(error);
         let to = TcpStream::connect(next).map_err(failed)?;
-        let (from, _) = listener.accept().map_err(failed)?;
+        let until = Instant::now() + CONNECT_WITHIN;
+        let from = loop {
+            match listener.accept() {
+                Ok((from, _)) => break from,
+                Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(error) => return Err(Error::io("accept a connection at", "the port of plain copies")(error)),
+            }
+        };
+        from.set_nonblocking(false).map_err(failed)?;
         to.set_nodelay(true).map_err(failed)?;
         // The others have gone, or the network has: no copy waits for ever.
         from.set_read_timeout(Some(STILL)).map_err(failed)?;
@@ -251,7 +267,10 @@ impl Copies {
         let pieces = || (0..bytes).step_by(PIECE).map(|start| PIECE.min((bytes - start) as usize));
         let (mut to, mut from) = (&self.0, &self.1);
         std::thread::scope(|scope| {
-            let sends = scope.spawn(move || pieces().try_for_each(|count| to.write_all(&vec![0x5a; PIECE][..count])));
+            let sends = scope.spawn(move || {
+                let out = vec![0x5a; PIECE];
+                pieces().try_for_each(|count| to.write_all(&out[..count]))
+            });
             let mut into = vec![0; PIECE];
             let received = pieces().try_for_each(|count| from.read_exact(&mut into[..count]));
             sends.join().expect("a write does not panic").and(received)

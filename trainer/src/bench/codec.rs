@@ -28,7 +28,7 @@ pub struct Options {
     #[arg(long, value_delimiter = ',')]
     codec: Vec<String>,
     /// Elements; from 64 Ki (256 KiB of f32) to 256 Mi (1 GiB) unless given
-    #[arg(long, value_delimiter = ',', value_parser = at_least_one)]
+    #[arg(long, value_delimiter = ',', value_parser = super::elements)]
     elements: Vec<usize>,
     /// Threads; one, and one a core, unless given
     #[arg(long, value_delimiter = ',', value_parser = at_least_one)]

@@ -87,16 +87,17 @@ fn connect(ranks: usize) -> Vec<Rank> {
 
 /// Two ranks and where they listen.
 fn pair() -> ([Rank; 2], [SocketAddr; 2]) {
-    pair_of([listen(), listen()])
+    pair_of([listen(), listen()], &Security::Loopback)
 }
 
-fn pair_of(listeners: [Listener; 2]) -> ([Rank; 2], [SocketAddr; 2]) {
+fn pair_of(listeners: [Listener; 2], security: &Security) -> ([Rank; 2], [SocketAddr; 2]) {
     let addresses = [listeners[0].local_address(), listeners[1].local_address()];
     let ranks = thread::scope(|scope| {
         let [first, second] = listeners;
         let start = |rank, listener: Listener| {
             let (sink, came) = sink();
-            Rank { transport: listener.connect(&group(rank, &addresses), sink).expect("both are here"), came }
+            let group = Group { security: security.clone(), ..group(rank, &addresses) };
+            Rank { transport: listener.connect(&group, sink).expect("both are here"), came }
         };
         let first = scope.spawn(move || start(0, first));
         let second = start(1, second);
@@ -263,7 +264,7 @@ fn strangers_are_sent_away_and_messages_go_on() {
     for listener in &mut listeners {
         listener.admitted_within = Duration::from_secs(2);
     }
-    let (ranks, addresses) = pair_of(listeners);
+    let (ranks, addresses) = pair_of(listeners, &Security::Loopback);
     let stranger = |bytes: &[u8], to: SocketAddr| {
         let mut stream = TcpStream::connect(to).expect("the port is open");
         stream.set_read_timeout(Some(HANG)).expect("a timeout");
@@ -297,7 +298,11 @@ fn strangers_are_sent_away_and_messages_go_on() {
 
 #[test]
 fn idle_connections_do_not_pile_up() {
-    let (ranks, [address, _]) = pair();
+    idle_connections(pair());
+}
+
+/// As many as there are places, and one more.
+fn idle_connections((ranks, [address, _]): ([Rank; 2], [SocketAddr; 2])) {
     // One place is the other rank's.
     let places = ranks.len() + STRANGERS_MAX - 1;
     let idle = (0..places).map(|_| TcpStream::connect(address).expect("a place")).collect::<Vec<_>>();

@@ -116,32 +116,7 @@ fn who_does_not_know_the_secret_is_kept_out_while_the_ranks_meet_and_go_on() {
 
 #[test]
 fn handshakes_that_do_not_go_on_do_not_pile_up() {
-    let (ranks, [address, _]) = {
-        let listeners = [listen(), listen()];
-        let addresses = listeners.each_ref().map(Listener::local_address);
-        let [first, second] = listeners;
-        let connect = |rank, listener: Listener| {
-            let group = Group { security: keys(SECRET), ..group(rank, &addresses) };
-            let (sink, came) = sink();
-            Rank { transport: listener.connect(&group, sink).expect("both are here"), came }
-        };
-        let ranks = thread::scope(|scope| {
-            let first = scope.spawn(move || connect(0, first));
-            let second = connect(1, second);
-            [first.join().expect("no panic"), second]
-        });
-        (ranks, addresses)
-    };
-    // One place is the other rank's.
-    let idle = (0..ranks.len() + STRANGERS_MAX - 1).map(|_| TcpStream::connect(address).expect("a place"));
-    let idle = idle.collect::<Vec<_>>();
-    let mut more = TcpStream::connect(address).expect("the system's queue");
-    more.set_read_timeout(Some(HANG)).expect("a timeout");
-    assert_eq!(more.read(&mut [0; 1]).expect("closed in order"), 0);
-    ranks[1].transport.send(0, Bytes::from_static(b"undisturbed"));
-    ranks[0].expect(1, "undisturbed");
-    drop(idle);
-    close_all(&ranks);
+    idle_connections(pair_of([listen(), listen()], &keys(SECRET)));
 }
 
 #[test]
