@@ -2,10 +2,7 @@
 
 use std::time::Duration;
 
-use crate::coordinator::state::{interval, silence};
-
-/// Heartbeats that were missed until then mean that this process slept, not the coordinator.
-const SLEPT: u32 = 5;
+use crate::coordinator::state::{SLEPT, interval, silence};
 
 /// How long nothing has been heard of the coordinator. Times count from the beginning of the line.
 #[derive(Debug)]

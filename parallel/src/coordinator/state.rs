@@ -159,6 +159,9 @@ pub fn interval(peer_timeout: Duration) -> Duration {
     (peer_timeout / 20).clamp(Duration::from_millis(1), Duration::from_millis(500))
 }
 
+/// A gap of so many intervals between two looks means that it was this process that slept.
+pub(crate) const SLEPT: u32 = 5;
+
 /// Silence that counts as death: what is left of the timeout is for everybody to end.
 #[must_use]
 pub fn silence(peer_timeout: Duration) -> Duration {

@@ -3,16 +3,13 @@
 use std::time::Duration;
 
 use super::worker::Worker;
-use super::{ERROR_CHARS_MAX, Output, Phase, State, TRY_AGAIN, interval, silence, text};
+use super::{ERROR_CHARS_MAX, Output, Phase, SLEPT, State, TRY_AGAIN, interval, silence, text};
 use crate::wire::control::to_worker::What as To;
 use crate::wire::control::{Beat, Lost};
 
 /// How long a closed connection may wait for the system's word on how its process ended, and an ended process for its
 /// last words.
 const CLOSED_FOR: Duration = Duration::from_millis(200);
-/// A gap of so many intervals between two looks means that this process slept.
-const SLEPT: u32 = 5;
-
 /// How many times longer a rank may take for what no step measures: an export, the disk.
 const SLOW_TIMES: u32 = 20;
 
