@@ -59,11 +59,11 @@ pub struct Speed {
 /// What was measured.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Facts {
-    /// Ranks of the group.
+    /// Ranks that a gradient travels between; where several are a machine, machines.
     pub ranks: usize,
     /// Bytes a second of the slowest link, each way.
     pub link_bytes_per_s: f64,
-    /// Of all tensors.
+    /// Of all tensors, one rank's part of them where several are a machine.
     pub elements: Elements,
     /// Of the last bucket of the backward pass.
     pub last_bucket: Elements,
@@ -100,7 +100,7 @@ pub struct Choice {
 #[must_use]
 pub fn choose(facts: &Facts) -> Choice {
     if facts.ranks < 2 {
-        let reason = "with one rank nothing travels, so nothing is compressed".into();
+        let reason = "with one rank, or one machine, nothing travels, so nothing is compressed".into();
         return Choice { codec: Codec::Fp32, predictions: Vec::new(), reason };
     }
     let speed = |codec: Codec| facts.speeds.iter().find(|speed| speed.codec == codec);

@@ -8,6 +8,7 @@
 //! - [`residual`]: what error feedback remembers, and how it follows a change of the mesh.
 //! - [`cost`]: which codec gives the shortest step.
 //! - [`weights`]: matrices in few bits, for export.
+//! - [`workers`]: threads for codecs.
 //! - [`ledger`]: exact sums of f32, to prove that nothing is lost.
 //! - [`region`]: the address of a part of a tensor, shared by gradients, checkpoints and manifests.
 
@@ -18,12 +19,14 @@ pub mod ledger;
 pub mod region;
 pub mod residual;
 pub mod weights;
+pub mod workers;
 
 pub use codec::{Codec, Found, Part, Payload, PayloadError};
 pub use kernel::{Level, Stores};
 pub use region::{Region, RegionError};
 pub use residual::{Residual, ResidualError, Side};
 pub use weights::{Quantised, WeightsError};
+pub use workers::Workers;
 
 /// Elements a block: each block has one scale, and every cut of a tensor falls on a block border.
 pub const BLOCK: usize = 128;

@@ -3,7 +3,7 @@
 //! ```text
 //!  0  magic        4 bytes  "TRIB"
 //!  4  version      u16      1
-//!  6  phase        u8       0 scatter, 1 gather
+//!  6  phase        u8       0 scatter, 1 gather, 2 inner
 //!  7  codec        u8       0 fp32, 1 bf16, 2 int8, 3 int4, 4 sparse24-int8, 5 sparse24-int4
 //!  8  flags        u8       bit 0: the payload stands in a zstd frame (RFC 8878)
 //!  9  reserved     3 bytes  0
@@ -38,10 +38,12 @@ const ZSTD: u8 = 1;
 /// Which way a payload goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// From a rank to the owner of the shard.
+    /// From a node to the owner of the shard.
     Scatter,
-    /// From the owner to a rank.
+    /// The sum, from its owner, or from whom the owner told.
     Gather,
+    /// From a member of a node to the one that adds.
+    Inner,
 }
 
 /// What a payload is part of.
@@ -199,6 +201,7 @@ impl Header {
         let phase = match header[6] {
             0 => Phase::Scatter,
             1 => Phase::Gather,
+            2 => Phase::Inner,
             other => return Err(unknown("phase", other)),
         };
         let codec = codec_of_number(header[7]).ok_or_else(|| unknown("codec", header[7]))?;
@@ -251,10 +254,16 @@ pub(crate) fn peek(bytes: &[u8]) -> Option<(u64, usize, usize)> {
     Some((step, word(24) as usize, word(28) as usize))
 }
 
+/// Whether these bytes begin as a frame does.
+pub(crate) fn is_frame(bytes: &[u8]) -> bool {
+    bytes.starts_with(&MAGIC)
+}
+
 const fn phase_number(phase: Phase) -> u8 {
     match phase {
         Phase::Scatter => 0,
         Phase::Gather => 1,
+        Phase::Inner => 2,
     }
 }
 
@@ -423,7 +432,7 @@ mod tests {
             read(&bytes).map(|_| ())
         };
         assert_eq!(with(4, 2), Err(FrameError::Version { found: 2 }));
-        assert_eq!(with(6, 2), Err(FrameError::Unknown { field: "phase", found: 2 }));
+        assert_eq!(with(6, 3), Err(FrameError::Unknown { field: "phase", found: 3 }));
         assert_eq!(with(7, 200), Err(FrameError::Unknown { field: "codec", found: 200 }));
         assert_eq!(with(8, 2), Err(FrameError::Unknown { field: "flags", found: 2 }));
         assert_eq!(with(9, 1), Err(FrameError::Unknown { field: "flags", found: 1 }));

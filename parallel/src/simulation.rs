@@ -25,12 +25,12 @@ use world::{Setting, World};
 const FEW: u64 = 150;
 
 /// What a run without delays and faults makes of the parameters, step by step.
-type Reference = BTreeMap<(usize, &'static str, usize, Option<u64>), Vec<blake3::Hash>>;
+type Reference = BTreeMap<(usize, usize, &'static str, usize, Option<u64>), Vec<blake3::Hash>>;
 
 /// Runs one seed.
 fn run(seed: u64, references: &Mutex<Reference>) -> Result<(), String> {
     let setting = Setting::drawn(seed);
-    let key = (setting.ranks, setting.codec.name(), setting.micro_batches, setting.skips());
+    let key = (setting.ranks, setting.members, setting.codec.name(), setting.micro_batches, setting.skips());
     let known = references.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
     let expected = match known {
         Some(known) => known,

@@ -27,6 +27,11 @@ pub enum Incoming {
         /// All of it.
         bytes: Bytes,
     },
+    /// A frame of gradients to this rank has left the queue of [`Transport::send`]. Other messages are not told.
+    Left {
+        /// Where it goes.
+        to: usize,
+    },
     /// Nothing more will come from this rank, or nothing more can be sent to it. Told once a rank.
     Lost {
         /// Which rank.
@@ -50,7 +55,8 @@ pub struct Counted {
 
 /// The way to the other ranks.
 pub trait Transport: Send + Sync + Debug {
-    /// Queues a message for rank `to` and returns at once. What waits is bounded by what a rank has to send in a step.
+    /// Queues a message for rank `to` and returns at once. What waits is bounded by whoever sends: when a frame of gradients
+    /// leaves, [`Incoming::Left`] says so.
     /// A message to a rank that is lost is dropped: its loss was told.
     fn send(&self, to: usize, message: Bytes);
 

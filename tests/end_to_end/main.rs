@@ -9,6 +9,7 @@ mod export;
 mod fuzzing;
 mod joining;
 mod ledger;
+mod nodes;
 mod processes;
 mod prometheus;
 mod ranks;

@@ -88,7 +88,7 @@ pub fn same(place: &Place, [a, b]: [&str; 2]) {
     }
 }
 
-fn checkpoint(place: &Place, run: &str, step: u64) -> Checkpoint {
+pub fn checkpoint(place: &Place, run: &str, step: u64) -> Checkpoint {
     let path: PathBuf = place.path(&format!("runs/{run}/checkpoints/step-{step:08}"));
     Checkpoint::open(&path).expect("a checkpoint")
 }

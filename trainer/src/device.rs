@@ -25,6 +25,12 @@ pub fn available(backend: &str) -> std::result::Result<(), String> {
     if built { Ok(()) } else { Err(format!("this build has no {backend}: build with `--features {feature}`")) }
 }
 
+/// Whether that backend computes on the processor's own cores.
+#[must_use]
+pub fn is_host(backend: &str) -> bool {
+    matches!(backend, "flex" | "libtorch" | "cpu")
+}
+
 /// Sets the number of threads that compute. Must be called before anything computes; 0 leaves the choice to the
 /// backend, which takes every core.
 pub fn set_threads(threads: usize) {

@@ -190,10 +190,11 @@ fn keep_numbers(coordinator: &Coordinator, folder: &Path) {
     let line = |rank: RankNumbers| {
         let RankNumbers { rank, host, pid, numbers, .. } = rank;
         let n = numbers.unwrap_or_default();
+        let peers = n.peers.iter().map(|to| json!({ "rank": to.rank, "sent": to.sent, "received": to.received }));
         let line = json!({
             "rank": rank, "host": host, "pid": pid, "step": n.step, "step_s": n.step_s, "encode_s": n.encode_s,
             "wait_s": n.wait_s, "wire_bytes_sent": n.wire_bytes_sent, "wire_bytes_received": n.wire_bytes_received,
-            "memory_bytes": n.memory_bytes,
+            "memory_bytes": n.memory_bytes, "peers": peers.collect::<Vec<_>>(),
         });
         format!("{line}\n")
     };

@@ -3,36 +3,46 @@
 //! Gradients and frames go in, frames come out; whoever drives it moves them. Each tensor is cut into one shard an owner
 //! ([`shard`](super::shard)) and each shard into chunks:
 //!
-//! 1. scatter: a rank encodes its gradient's chunk, with what it left out before (its residual as a sender), and sends
-//!    it to the owner. Its own shard needs no encoding.
-//! 2. The owner waits until a chunk has come from every rank, adds them **in rank order**, whatever the order of their
-//!    arrival, and encodes the sum with what it left out before (its residual as an owner).
-//! 3. gather: the owner sends the encoded sum to all and, like them, goes on with what a decoder reads. So all ranks
-//!    have the same bits.
+//! 1. inner: where several ranks are a node ([`nodes`](super::nodes)), a rank sends its gradient's chunk as f32 to the
+//!    member that adds the node's parts of it, in rank order.
+//! 2. scatter: that member encodes the node's sum, with what it left out before (its residual as a sender), and sends it
+//!    to the owner. Where every rank is a node, the node's sum is its gradient. An owner's own node needs no encoding.
+//! 3. The owner waits until a chunk has come from every node, adds them **in the order of the nodes**, whatever the order
+//!    of their arrival, and encodes the sum with what it left out before (its residual as an owner).
+//! 4. gather: the owner sends the encoded sum to its mates and to its peer in every other node, which hands the same bytes
+//!    on to its mates. All go on with what a decoder reads, the owner too. So all ranks have the same bits.
 //!
 //! The step ends with a vote: if any rank found a value that is not finite, all skip the step, and no residual changes.
 //!
 //! Encoding replaces a gradient by what it leaves out. So a bucket's buffer comes in as this rank's gradient, and if the
 //! step counts it stays as the new residual, while the old residual's buffer goes back to be filled with the next
 //! gradient. If the step is skipped the buffer goes back, and the old residual is as it was.
+//!
+//! A chunk is encoded when it may leave: no more than a window of frames is under way to one rank
+//! ([`left`](Exchange::left)), and what waits behind it is the gradient itself, which takes no memory of its own.
 
 mod error;
+mod missing;
 mod place;
 mod residual;
+mod send;
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use compression::codec::{all_finite, reduce};
-use compression::{BLOCK, Codec, Found, Part, Payload};
+use compression::codec::all_finite;
+use compression::{BLOCK, Codec, Found, Part, Payload, Workers};
 
+use super::nodes::Nodes;
 use super::plan::Plan;
 use super::rules::codec_of;
 use super::shard::shard;
 use crate::frame::{Header, PAYLOAD_BYTES_MAX, Phase};
 
 pub use error::ExchangeError;
+use send::Job;
 
 /// A frame that is to be sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +51,8 @@ pub struct Outgoing {
     pub to: usize,
     /// The bucket that it is of.
     pub bucket: usize,
+    /// Which part of the way it is on.
+    pub phase: Phase,
     /// Header and payload. The frames of one sum to all ranks share their bytes.
     pub frame: Bytes,
 }
@@ -52,10 +64,22 @@ pub struct Group {
     pub rank: usize,
     /// Ranks of the group.
     pub ranks: usize,
+    /// Ranks of a node, a divisor of `ranks`; 1 when every rank is a node of its own.
+    pub members: usize,
     /// Changes whenever the group does.
     pub epoch: u32,
     /// Blocks of a chunk.
     pub chunk_blocks: usize,
+    /// Frames that may be under way to one rank.
+    pub window: usize,
+}
+
+impl Group {
+    /// Which ranks are of one node.
+    #[must_use]
+    pub const fn nodes(&self) -> Nodes {
+        Nodes { rank: self.rank, ranks: self.ranks, members: self.members }
+    }
 }
 
 /// What a rank found in a step; every rank sends its vote to all.
@@ -94,7 +118,15 @@ pub struct Exchange {
     /// Chunks of all tensors whose sum is not here yet, and how many of them are our own.
     missing: usize,
     own_missing: usize,
+    /// Chunks of this step that are not encoded yet.
+    unsent: usize,
+    /// What waits for each rank, and how many frames are under way to it.
+    queues: Vec<VecDeque<Job>>,
+    under_way: Vec<usize>,
     payload: Vec<u8>,
+    /// A node's sum of a chunk.
+    scratch: Vec<f32>,
+    workers: Workers,
     /// As long as the longest chunk.
     zeros: Vec<f32>,
     feedback: bool,
@@ -120,9 +152,11 @@ struct Tensor {
     owner: Vec<f32>,
     /// The sum of our own shard, and then what is left out of it.
     reduced: Vec<f32>,
-    /// For each chunk of our own shard, what the other ranks sent.
+    /// What the other members sent of the shards that this one adds: by the owner's node, chunk, and place.
+    inner: Vec<Vec<Inner>>,
+    /// For each chunk of our own shard, what the other nodes sent.
     parts: Vec<Vec<Option<Payload<Bytes>>>>,
-    /// For each of them, the ranks in the order in which their parts came; kept for a control only.
+    /// For each of them, the nodes in the order in which their parts came; kept for a control only.
     arrived: Vec<Vec<usize>>,
     /// The sum, as far as `done` says.
     sum: Vec<f32>,
@@ -130,12 +164,22 @@ struct Tensor {
     done: Vec<Vec<bool>>,
 }
 
+/// One chunk whose parts this member adds for its node.
+#[derive(Clone, Debug)]
+struct Inner {
+    /// By place in the node.
+    parts: Vec<Option<Payload<Bytes>>>,
+    /// Whether the bucket's buffer has the node's sum.
+    summed: bool,
+}
+
 /// One bucket of the plan.
 #[derive(Debug, Default)]
 struct Bucket {
-    /// What this rank left out when it sent to owners, zero in its own shards; empty for nothing.
+    /// What this rank left out when it sent to owners, zero but where it adds for its node; empty for nothing.
     sender: Vec<f32>,
-    /// Once it was given: our own gradient in our own shards, and what is left of it in all others.
+    /// Once it was given: this rank's gradient; then the node's sum, where this member adds it; then what is left of it
+    /// where it was sent.
     given: Option<Vec<f32>>,
 }
 
@@ -143,18 +187,23 @@ impl Exchange {
     /// A side that has left out nothing yet.
     ///
     /// # Panics
-    /// When the rank is not in the group, or chunks are empty or larger than a frame.
+    /// When the rank is not in the group, nodes do not divide it, chunks are empty or larger than a frame, or the window is
+    /// closed.
     #[must_use]
     pub fn new(plan: Arc<Plan>, group: Group, codec: Codec) -> Self {
         assert!(group.rank < group.ranks && (1..=CHUNK_BLOCKS_MAX).contains(&group.chunk_blocks), "{group:?}");
+        assert!(group.members > 0 && group.ranks.is_multiple_of(group.members) && group.window > 0, "{group:?}");
+        let nodes = group.nodes();
         let tensors = plan.parameters().iter().map(|parameter| {
             let elements = parameter.elements();
             let chunks = |owner| chunks(shard(elements, owner, group.ranks), group.chunk_blocks).count();
+            let inner = Inner { parts: vec![None; nodes.members], summed: false };
             Tensor {
                 codec: codec_of(parameter, codec),
+                inner: (0..nodes.count()).map(|node| vec![inner.clone(); chunks(nodes.peer(node))]).collect(),
                 owner: Vec::new(),
                 reduced: Vec::new(),
-                parts: vec![vec![None; group.ranks]; chunks(group.rank)],
+                parts: vec![vec![None; nodes.count()]; chunks(group.rank)],
                 arrived: vec![Vec::new(); chunks(group.rank)],
                 sum: vec![0.0; elements],
                 done: (0..group.ranks).map(|owner| vec![false; chunks(owner)]).collect(),
@@ -174,7 +223,12 @@ impl Exchange {
             finite: true,
             missing: 0,
             own_missing: 0,
+            unsent: 0,
+            queues: (0..group.ranks).map(|_| VecDeque::new()).collect(),
+            under_way: vec![0; group.ranks],
             payload: Vec::new(),
+            scratch: Vec::new(),
+            workers: Workers::none(),
             feedback: true,
             by_arrival: false,
         }
@@ -191,6 +245,13 @@ impl Exchange {
     #[must_use]
     pub const fn in_order_of_arrival(mut self) -> Self {
         self.by_arrival = true;
+        self
+    }
+
+    /// A side that encodes, adds and decodes with these threads, to the same bits.
+    #[must_use]
+    pub fn with_workers(mut self, workers: Workers) -> Self {
+        self.workers = workers;
         self
     }
 
@@ -239,60 +300,52 @@ impl Exchange {
             self.flush = Flush::Now;
         }
         let (rank, flushes) = (self.group.rank, self.flush == Flush::Now);
+        // Inside a node everything travels as it is.
+        let codec = if self.group.members > 1 && self.group.nodes().count() == 1 { Codec::Fp32 } else { self.codec };
         self.buckets.iter_mut().for_each(|bucket| bucket.given = None);
         for (tensor, parameter) in self.tensors.iter_mut().zip(self.plan.parameters()) {
-            tensor.codec = if flushes { Codec::Fp32 } else { codec_of(parameter, self.codec) };
+            tensor.codec = if flushes { Codec::Fp32 } else { codec_of(parameter, codec) };
             tensor.parts.iter_mut().flatten().for_each(|part| *part = None);
+            for inner in tensor.inner.iter_mut().flatten() {
+                inner.parts.fill(None);
+                inner.summed = false;
+            }
             tensor.arrived.iter_mut().for_each(Vec::clear);
             tensor.done.iter_mut().flatten().for_each(|done| *done = false);
             tensor.reduced.resize(shard(tensor.sum.len(), rank, self.group.ranks).len(), 0.0);
             self.missing += tensor.done.iter().map(Vec::len).sum::<usize>();
             self.own_missing += tensor.done[rank].len();
         }
+        // Of every other shard a chunk leaves once: to its owner, or to the member that adds it.
+        self.unsent = self.missing - self.own_missing;
+        // A step that failed leaves some.
+        self.queues.iter_mut().for_each(VecDeque::clear);
     }
 
-    /// Gives this rank's gradient of one bucket, and hands the frames that follow from it to `out` one by one, first
+    /// Gives this rank's gradient of one bucket, and hands the frames that may leave now to `out` one by one, first
     /// those to the next rank (so that every link has one inflow at a time).
     ///
     /// # Panics
     /// When the gradient has not the bucket's length, or was given before.
-    pub fn give(&mut self, bucket: usize, mut values: Vec<f32>, out: &mut dyn FnMut(Outgoing)) {
-        let Group { rank, ranks, chunk_blocks, .. } = self.group;
-        let plan = self.plan.clone();
+    pub fn give(&mut self, bucket: usize, values: Vec<f32>, out: &mut dyn FnMut(Outgoing)) {
+        let (nodes, plan) = (self.group.nodes(), self.plan.clone());
         assert!(self.buckets[bucket].given.is_none(), "one gradient a step");
         assert_eq!(values.len(), plan.buckets()[bucket].elements, "the plan's shape");
         for &index in &plan.buckets()[bucket].parameters {
-            let gradient = &mut values[plan.slot(index).range.clone()];
-            for to in (1..ranks).map(|k| (rank + k) % ranks) {
-                for range in chunks(shard(gradient.len(), to, ranks), chunk_blocks) {
-                    self.encode(index, &range, &mut gradient[range.clone()]);
-                    out(Outgoing { to, bucket, frame: self.frame(Phase::Scatter, index, &range) });
-                }
-            }
-            self.finite &= all_finite(&gradient[self.owned(index)]);
+            self.finite &= all_finite(&values[plan.slot(index).range.clone()][self.owned(index)]);
         }
         self.buckets[bucket].given = Some(values);
         for &index in &plan.buckets()[bucket].parameters {
-            for chunk in 0..self.tensors[index].parts.len() {
-                self.reduce(index, chunk, out);
+            for owner in nodes.others().chain([nodes.rank]) {
+                for (chunk, range) in self.chunks_of(index, owner).enumerate() {
+                    match nodes.adds(owner) {
+                        member if member == nodes.rank => self.add_members(index, nodes.node(owner), chunk),
+                        member => self.queues[member].push_back(Job::Encode(Phase::Inner, index, range)),
+                    }
+                }
             }
         }
-    }
-
-    /// Encodes a chunk of our gradient, with what was left out before.
-    fn encode(&mut self, index: usize, range: &Range<usize>, values: &mut [f32]) {
-        let (codec, slot) = (self.tensors[index].codec, self.plan.slot(index));
-        let sender = &self.buckets[slot.bucket].sender;
-        let residual = match sender.is_empty() {
-            true => &self.zeros[..values.len()],
-            false => &sender[slot.range.start + range.start..slot.range.start + range.end],
-        };
-        self.payload.resize(codec.payload_bytes(values.len()), 0);
-        if codec.encode(values, residual, &mut self.payload) == Found::NonFinite {
-            // The owner must not wait: it gets zeros, and the vote makes everybody skip.
-            self.finite = false;
-            codec.write_zeros(values.len(), &mut self.payload);
-        }
+        self.pump(out);
     }
 
     /// Takes a frame that `from` sent, hands the frames that follow from it to `out`, and says which way it went.
@@ -308,50 +361,41 @@ impl Exchange {
         let wrong = |error| ExchangeError::Frame { from, error };
         let (header, payload) = Header::read(frame).map_err(wrong)?;
         header.check_now(self.group.epoch, self.step).map_err(wrong)?;
-        let (index, owner, chunk, range) = self.place(from, &header)?;
+        let (nodes, (index, owner, chunk, range)) = (self.group.nodes(), self.place(from, &header)?);
         let payload = Payload::new(header.codec, range.len(), payload).map_err(|error| {
             let parameter = self.plan.parameters()[index].name.clone();
             ExchangeError::Payload { from, step: self.step, parameter, error }
         })?;
         let tensor = &mut self.tensors[index];
         match header.phase {
+            Phase::Inner => {
+                tensor.inner[nodes.node(owner)][chunk].parts[nodes.place(from)] = Some(payload);
+                self.add_members(index, nodes.node(owner), chunk);
+            }
             Phase::Scatter => {
-                tensor.parts[chunk][from] = Some(payload);
+                tensor.parts[chunk][nodes.node(from)] = Some(payload);
                 if self.by_arrival {
-                    tensor.arrived[chunk].push(from);
+                    tensor.arrived[chunk].push(nodes.node(from));
                 }
-                self.reduce(index, chunk, out);
+                self.reduce(index, chunk);
             }
             Phase::Gather => {
-                payload.decode(&mut tensor.sum[range]);
+                self.workers.decode(&payload, &mut tensor.sum[range]);
                 tensor.done[owner][chunk] = true;
                 self.missing -= 1;
+                if nodes.adds(owner) == nodes.rank {
+                    nodes.mates().for_each(|mate| self.queues[mate].push_back(Job::Ready(index, frame.clone())));
+                }
             }
         }
+        self.pump(out);
         Ok(header.phase)
     }
 
-    /// Whether every sum that this rank owns is reduced and encoded, so that it can vote.
+    /// Whether every sum that this rank owns is reduced, and everything that it sends is encoded, so that it can vote.
     #[must_use]
     pub const fn is_reduced(&self) -> bool {
-        self.own_missing == 0
-    }
-
-    /// The first thing in the order of the backward pass that another rank has not sent yet: the rank, and the
-    /// parameter. `None` when nothing is missing, or what is missing is our own.
-    #[must_use]
-    pub fn first_missing(&self) -> Option<(usize, usize)> {
-        let Group { rank, ranks, .. } = self.group;
-        let others = || (0..ranks).filter(move |&other| other != rank);
-        let of = |index: usize| {
-            let tensor = &self.tensors[index];
-            let waits = |chunk: usize, other: usize| !tensor.done[rank][chunk] && tensor.parts[chunk][other].is_none();
-            let part = |other: &usize| (0..tensor.parts.len()).any(|chunk| waits(chunk, *other));
-            let sum = |other: &usize| tensor.done[*other].iter().any(|done| !done);
-            // Whoever has not sent its part delays the sum of every other.
-            others().find(part).or_else(|| others().find(sum)).map(|other| (other, index))
-        };
-        self.plan.buckets().iter().flat_map(|bucket| &bucket.parameters).find_map(|&index| of(index))
+        self.own_missing == 0 && self.unsent == 0
     }
 
     /// Whether the whole sum is here.
@@ -370,9 +414,11 @@ impl Exchange {
     /// empty, and hold whatever they hold.
     ///
     /// # Panics
-    /// When the sum is not complete, or the votes are not one of each rank for this step.
+    /// When the sum is not complete, something was not [released](Self::release), or the votes are not one of each rank for
+    /// this step.
     pub fn close(&mut self, votes: &[Vote]) -> (Verdict, Vec<Vec<f32>>) {
-        assert!(self.is_complete(), "{} chunks are missing", self.missing);
+        assert!(self.is_complete() && self.unsent == 0, "{} chunks are missing", self.missing);
+        assert!(self.queues.iter().all(VecDeque::is_empty), "sums that nobody was given");
         assert!(votes.len() == self.group.ranks && votes.iter().all(|vote| vote.step == self.step), "{votes:?}");
         let verdict = if votes.iter().all(|vote| vote.finite) { Verdict::Commit } else { Verdict::Skip };
         if verdict == Verdict::Commit {
@@ -396,63 +442,87 @@ impl Exchange {
         shard(self.tensors[index].sum.len(), self.group.rank, self.group.ranks)
     }
 
-    /// Adds a chunk of our own shard as soon as every rank's part is here.
-    fn reduce(&mut self, index: usize, chunk: usize, out: &mut dyn FnMut(Outgoing)) {
-        let Group { rank, ranks, chunk_blocks, .. } = self.group;
-        let (whole, slot) = (self.owned(index), self.plan.slot(index).clone());
-        let Some(range) = chunks(whole.clone(), chunk_blocks).nth(chunk) else { return };
-        let Some(given) = &self.buckets[slot.bucket].given else { return };
-        let tensor = &mut self.tensors[index];
-        let missing = |(from, part): (usize, &Option<_>)| from != rank && part.is_none();
-        if tensor.done[rank][chunk] || tensor.parts[chunk].iter().enumerate().any(missing) {
+    /// The chunks of an owner's shard of a tensor.
+    fn chunks_of(&self, index: usize, owner: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        chunks(shard(self.tensors[index].sum.len(), owner, self.group.ranks), self.group.chunk_blocks)
+    }
+
+    /// Where a part of a tensor lies in its bucket's buffer.
+    fn lies(&self, index: usize, range: &Range<usize>) -> Range<usize> {
+        let start = self.plan.slot(index).range.start;
+        start + range.start..start + range.end
+    }
+
+    /// Adds the node's parts of a chunk as soon as all of them are here, and passes the sum on.
+    fn add_members(&mut self, index: usize, node: usize, chunk: usize) {
+        let nodes = self.group.nodes();
+        let owner = nodes.peer(node);
+        let Some(range) = self.chunks_of(index, owner).nth(chunk) else { return };
+        let (place, lies) = (nodes.place(nodes.rank), self.lies(index, &range));
+        let Some(given) = &mut self.buckets[self.plan.slot(index).bucket].given else { return };
+        let inner = &mut self.tensors[index].inner[node][chunk];
+        let missing = |(from, part): (usize, &Option<_>)| from != place && part.is_none();
+        if inner.summed || inner.parts.iter().enumerate().any(missing) {
             return;
         }
-        let own = &given[slot.range.clone()][range.clone()];
-        let part = |from: usize| tensor.parts[chunk][from].as_ref().map_or(Part::Values(own), Part::Encoded);
+        if nodes.members > 1 {
+            let own = &mut given[lies];
+            let parts: Vec<_> =
+                inner.parts.iter().map(|part| part.as_ref().map_or(Part::Values(own), Part::Encoded)).collect();
+            self.scratch.resize(range.len(), 0.0);
+            self.workers.reduce(&parts, &mut self.scratch);
+            own.copy_from_slice(&self.scratch);
+            // Their memory goes back as soon as they are added.
+            inner.parts.fill(None);
+        }
+        inner.summed = true;
+        if owner == nodes.rank {
+            self.reduce(index, chunk);
+        } else {
+            self.queues[owner].push_back(Job::Encode(Phase::Scatter, index, range));
+        }
+    }
+
+    /// Adds a chunk of our own shard as soon as every node's part is here.
+    fn reduce(&mut self, index: usize, chunk: usize) {
+        let nodes = self.group.nodes();
+        let (rank, node, whole) = (nodes.rank, nodes.node(nodes.rank), self.owned(index));
+        let Some(range) = self.chunks_of(index, rank).nth(chunk) else { return };
+        let lies = self.lies(index, &range);
+        let Some(given) = &self.buckets[self.plan.slot(index).bucket].given else { return };
+        let tensor = &mut self.tensors[index];
+        let missing = |(from, part): (usize, &Option<_>)| from != node && part.is_none();
+        let is_first = tensor.inner[node][chunk].summed && !tensor.done[rank][chunk];
+        if !is_first || tensor.parts[chunk].iter().enumerate().any(missing) {
+            return;
+        }
+        let part =
+            |from: usize| tensor.parts[chunk][from].as_ref().map_or(Part::Values(&given[lies.clone()]), Part::Encoded);
         let parts: Vec<_> = match self.by_arrival {
-            false => (0..ranks).map(part).collect(),
-            true => tensor.arrived[chunk].iter().copied().chain([rank]).map(part).collect(),
+            false => (0..nodes.count()).map(part).collect(),
+            true => tensor.arrived[chunk].iter().copied().chain([node]).map(part).collect(),
         };
         let inside = range.start - whole.start..range.end - whole.start;
         let sum = &mut tensor.reduced[inside.clone()];
-        reduce(&parts, sum);
+        self.workers.reduce(&parts, sum);
         let second = tensor.codec.second_stage();
         let residual = if tensor.owner.is_empty() { &self.zeros[..sum.len()] } else { &tensor.owner[inside] };
         self.payload.resize(second.payload_bytes(sum.len()), 0);
-        if second.encode(sum, residual, &mut self.payload) == Found::NonFinite {
+        if self.workers.encode(second, sum, residual, &mut self.payload) == Found::NonFinite {
             self.finite = false;
             second.write_zeros(range.len(), &mut self.payload);
         }
         let payload = Payload::new(second, range.len(), &self.payload).expect("an encoder's payload");
-        payload.decode(&mut tensor.sum[range.clone()]);
+        self.workers.decode(&payload, &mut tensor.sum[range.clone()]);
         tensor.done[rank][chunk] = true;
         // Their memory goes back as soon as they are added.
         tensor.parts[chunk].fill(None);
         self.missing -= 1;
         self.own_missing -= 1;
-        if ranks > 1 {
+        if self.group.ranks > 1 {
             let frame = self.frame(Phase::Gather, index, &range);
-            let bucket = slot.bucket;
-            (1..ranks).for_each(|k| out(Outgoing { to: (rank + k) % ranks, bucket, frame: frame.clone() }));
+            nodes.told().for_each(|to| self.queues[to].push_back(Job::Ready(index, frame.clone())));
         }
-    }
-
-    fn frame(&self, phase: Phase, index: usize, range: &Range<usize>) -> Bytes {
-        let codec = match phase {
-            Phase::Scatter => self.tensors[index].codec,
-            Phase::Gather => self.tensors[index].codec.second_stage(),
-        };
-        let header = Header {
-            phase,
-            codec,
-            epoch: self.group.epoch,
-            step: self.step,
-            bucket: self.plan.slot(index).bucket as u32,
-            tensor: index as u32,
-            start: range.start as u64,
-            elements: range.len() as u32,
-        };
-        header.frame(&self.payload)
     }
 }
 

@@ -9,6 +9,8 @@ use std::ops::Range;
 
 use compression::{BLOCK, Codec};
 
+use super::nodes::Nodes;
+
 /// The elements of a tensor that `rank` of `ranks` owns.
 ///
 /// # Panics
@@ -22,17 +24,45 @@ pub fn shard(elements: usize, rank: usize, ranks: usize) -> Range<usize> {
     border(rank)..border(rank + 1)
 }
 
-/// Payload bytes that `rank` sends in one step: the shards that it does not own, once, and the shard that it owns to
-/// everybody else. `tensors` are (elements, codec) of every tensor.
+/// Payload bytes that a rank sends in one step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// To other members of its node.
+    pub inside: usize,
+    /// To other nodes.
+    pub across: usize,
+}
+
+/// Payload bytes that a rank sends in one step; `tensors` are (elements, codec) of every tensor.
+///
+/// Across: of every shard that it adds for its node and does not own, the node's sum once; the sum that it owns, once to
+/// every other node. Inside: as f32 whatever other members add; to every mate the sum that it owns, and those that
+/// it has from other nodes.
+#[must_use]
+pub fn payload_bytes(tensors: &[(usize, Codec)], nodes: Nodes) -> Sent {
+    let mut sent = Sent::default();
+    let all_inside = nodes.members > 1 && nodes.count() == 1;
+    for &(elements, codec) in tensors {
+        let codec = if all_inside { Codec::Fp32 } else { codec };
+        for owner in 0..nodes.ranks {
+            let shard = shard(elements, owner, nodes.ranks).len();
+            let sum = codec.second_stage().payload_bytes(shard);
+            if nodes.adds(owner) != nodes.rank {
+                sent.inside += Codec::Fp32.payload_bytes(shard);
+                continue;
+            }
+            sent.inside += (nodes.members - 1) * sum;
+            sent.across += if owner == nodes.rank { (nodes.count() - 1) * sum } else { codec.payload_bytes(shard) };
+        }
+    }
+    sent
+}
+
+/// As [`payload_bytes`], where every rank is a node: the shards that `rank` does not own, once, and the shard that it owns
+/// to everybody else.
 #[must_use]
 pub fn payload_bytes_sent(tensors: &[(usize, Codec)], rank: usize, ranks: usize) -> usize {
-    let one = |&(elements, codec): &(usize, Codec)| {
-        let others = (0..ranks).filter(|&owner| owner != rank);
-        let scatter: usize = others.map(|owner| codec.payload_bytes(shard(elements, owner, ranks).len())).sum();
-        let owned = codec.second_stage().payload_bytes(shard(elements, rank, ranks).len());
-        scatter + (ranks - 1) * owned
-    };
-    tensors.iter().map(one).sum()
+    payload_bytes(tensors, Nodes { rank, ranks, members: 1 }).across
 }
 
 #[cfg(test)]
@@ -65,6 +95,27 @@ mod tests {
                 prop_assert_eq!(sent, (ranks - 1) * shards);
             }
         }
+    }
+
+    #[test]
+    fn what_leaves_a_node_of_several_falls_by_their_number() {
+        for codec in Codec::ALL {
+            let across = |members| -> usize {
+                let sent = |rank| payload_bytes(&[(1 << 20, codec)], Nodes { rank, ranks: 8, members }).across;
+                // Of the node of rank 0, whose number of ranks is another each time: what crosses from four ranks.
+                (0..4).map(sent).sum()
+            };
+            // One rank a node sends 7/8 of the tensor twice; four a node together as much as one rank of two would.
+            let both = codec.payload_bytes(1 << 20) + codec.second_stage().payload_bytes(1 << 20);
+            assert_eq!(across(4), both / 2, "{codec}");
+            assert!(across(1) > 4 * across(4) * 8 / 10, "{codec}");
+        }
+    }
+
+    #[test]
+    fn inside_one_node_everything_travels_as_it_is() {
+        let sent = payload_bytes(&[(1 << 20, Codec::Int4)], Nodes { rank: 1, ranks: 4, members: 4 });
+        assert_eq!(sent, Sent { inside: 2 * 3 * (1 << 20), across: 0 });
     }
 
     #[test]

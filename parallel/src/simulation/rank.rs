@@ -67,7 +67,8 @@ impl Rank {
         let inbox = Inbox::default();
         network.open(rank, inbox.sink());
         let (aborter, progress) = (inbox.aborter(), Arc::<Progress>::default());
-        let group = Group { rank, ranks: setting.ranks, epoch: 1, chunk_blocks: setting.chunk_blocks };
+        let Setting { ranks, members, window, chunk_blocks, .. } = *setting;
+        let group = Group { rank, ranks, members, window, epoch: 1, chunk_blocks };
         let mut exchange = Exchange::new(setting.plan(), group, setting.codec);
         if setting.by_arrival {
             exchange = exchange.in_order_of_arrival();

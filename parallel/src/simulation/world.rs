@@ -28,6 +28,9 @@ pub(super) struct Setting {
     pub(super) steps: u64,
     pub(super) codec: Codec,
     pub(super) chunk_blocks: usize,
+    /// Ranks of a node, and frames under way to one rank.
+    pub(super) members: usize,
+    pub(super) window: usize,
     pub(super) bucket_bytes: usize,
     pub(super) micro_batches: usize,
     pub(super) quality: Quality,
@@ -65,6 +68,8 @@ impl Setting {
                 bytes_per_s: one_of(&[2_000_000, 25_000_000, 1_000_000_000]) as f64,
             },
             compute: Duration::from_millis(one_of(&[0, 2, 30])),
+            members: Self::divisor(ranks, random.below(4) as usize),
+            window: [1, 3, 1 << 20][random.below(3) as usize],
             fault,
             fault_at: random.duration(Duration::from_millis(1500)),
             expects: fault,
@@ -73,12 +78,28 @@ impl Setting {
         }
     }
 
+    /// One of the numbers that divide all ranks.
+    fn divisor(ranks: usize, which: usize) -> usize {
+        let divisors: Vec<usize> = (1..=ranks).filter(|members| ranks.is_multiple_of(*members)).collect();
+        divisors[which % divisors.len()]
+    }
+
     /// The same sums on a network without delays, without faults, in other pieces.
     pub(super) fn calm(&self) -> Self {
         let quality = Quality { delay_max: Duration::ZERO, bytes_per_s: 1e12 };
         let fault = if matches!(self.fault, Fault::Nan(..)) { self.fault } else { Fault::None };
-        let (chunk_blocks, bucket_bytes, compute) = (33, 1 << 12, Duration::ZERO);
-        Self { quality, fault, expects: fault, chunk_blocks, bucket_bytes, compute, blind: false, ..self.clone() }
+        let (chunk_blocks, bucket_bytes, window, compute) = (33, 1 << 12, 1 << 20, Duration::ZERO);
+        Self {
+            quality,
+            fault,
+            expects: fault,
+            chunk_blocks,
+            bucket_bytes,
+            window,
+            compute,
+            blind: false,
+            ..self.clone()
+        }
     }
 
     pub(super) const fn skips(&self) -> Option<u64> {

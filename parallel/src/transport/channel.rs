@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::{Counted, Incoming, Sink, Transport};
+use crate::frame::is_frame;
 
 /// One rank's end of a [`network`].
 pub struct ChannelTransport {
@@ -47,7 +48,12 @@ impl Transport for ChannelTransport {
         if let Some(sink) = sink {
             self.sent.fetch_add(count, Ordering::Relaxed);
             self.received[to].fetch_add(count, Ordering::Relaxed);
+            let is_frame = is_frame(&bytes);
             sink(Incoming::Message { from: self.rank, bytes });
+            let own = lock(&self.sinks[self.rank]).clone().filter(|_| is_frame);
+            if let Some(own) = own {
+                own(Incoming::Left { to });
+            }
         }
     }
 

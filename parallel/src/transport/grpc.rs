@@ -161,7 +161,7 @@ impl Listener {
                 tracing::error!("the server of the data plane stopped: {error}");
             }
         });
-        let caller = outbound::Caller::new(group, counters.clone(), events, self.trace.clone());
+        let caller = outbound::Caller::new(group, counters.clone(), events, sink.clone(), self.trace.clone());
         let connecting = Connecting { group, deadline };
         match runtime.block_on(connecting.run(caller, happened)) {
             Ok(connected) => {

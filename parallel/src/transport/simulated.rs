@@ -11,6 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::{Counted, Incoming, Sink, Transport};
+use crate::frame::is_frame;
 
 /// What a network is like.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -177,6 +178,9 @@ impl Net {
         let took = Duration::from_secs_f64(bytes.len() as f64 / self.quality.bytes_per_s);
         let left = self.free[from].max(self.now) + took;
         self.free[from] = left;
+        if is_frame(&bytes) {
+            self.arrive(left, from, Incoming::Left { to });
+        }
         self.counted[from].sent += bytes.len() as u64;
         let at = left + self.random.duration(self.quality.delay_max);
         let bit = self.random.below(8 * bytes.len() as u64) as usize;

@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use compression::Codec;
+use compression::{BLOCK, Codec};
 use parallel::data::engine::{Engine, Inbox};
 use parallel::data::exchange::{self, Exchange};
 use parallel::data::rules::codec_of;
-use parallel::data::shard::payload_bytes_sent;
+use parallel::data::shard::payload_bytes;
 use parallel::data::{Gradient, GradientStream, Parameter, Plan, StreamError};
 use parallel::note::Ballot;
 use parallel::transport::Transport as _;
@@ -25,7 +25,6 @@ use serde_json::json;
 use super::at_least_one;
 use crate::error::{Error, Result};
 use crate::run::join::permit;
-use crate::run::start::rank::CHUNK_BLOCKS;
 
 /// Elements of a tensor, and so of a bucket; the last one may be smaller.
 const TENSOR: usize = 1 << 20;
@@ -54,6 +53,15 @@ pub struct Options {
     /// What a link carries in a second, in bits, headers of packets included
     #[arg(long, value_parser = rate)]
     line_bits_per_s: Option<f64>,
+    /// Ranks of a machine, a divisor of the ranks
+    #[arg(long, value_parser = at_least_one, default_value_t = 1)]
+    group: usize,
+    /// Elements of a frame, a multiple of 128
+    #[arg(long, value_parser = chunk, default_value_t = 1 << 18)]
+    chunk_elements: usize,
+    /// Frames under way to one rank
+    #[arg(long, value_parser = at_least_one, default_value_t = 16)]
+    window_chunks: usize,
     /// Let ranks connect beyond loopback, neither encrypted nor authenticated
     #[arg(long)]
     pub trusted_network: bool,
@@ -67,13 +75,22 @@ fn rate(text: &str) -> std::result::Result<f64, String> {
     rate.ok_or_else(|| "expected a number above 0, such as 200e6".into())
 }
 
+fn chunk(text: &str) -> std::result::Result<usize, String> {
+    let chunk = text.parse().ok().filter(|&chunk: &usize| chunk.is_multiple_of(BLOCK));
+    let chunk = chunk.filter(|chunk| (1..=exchange::CHUNK_BLOCKS_MAX).contains(&(chunk / BLOCK)));
+    chunk.ok_or_else(|| format!("expected a multiple of {BLOCK} up to {}", exchange::CHUNK_BLOCKS_MAX * BLOCK))
+}
+
 /// Times the sum with every codec, and the copies.
 ///
 /// # Errors
 /// A codec that does not exist, addresses that cannot be used, a rank that is lost.
 pub fn aggregate(options: &Options, security: &Security) -> Result<()> {
     let codecs = super::codecs(&options.codec)?;
-    let ranks = options.addresses.len();
+    let ranks = if options.rank.is_some() { options.addresses.len() } else { 2 };
+    if !ranks.is_multiple_of(options.group) {
+        return Err(Error::Usage(format!("--group {}: expected a divisor of the {ranks} ranks", options.group)));
+    }
     match options.rank {
         None => {
             // The system chooses.
@@ -159,7 +176,8 @@ impl Place {
         let tensor = |start| Parameter { name: format!("tensor-{}", start / TENSOR), shape: shape(start) };
         let plan = Plan::new((0..elements).step_by(TENSOR).map(tensor).collect(), 4 * TENSOR);
         let plan = Arc::new(plan.map_err(|error| Error::Usage(format!("--elements {elements}: {error}")))?);
-        let group = exchange::Group { rank, ranks, epoch: 1, chunk_blocks: CHUNK_BLOCKS };
+        let Options { group: members, chunk_elements, window_chunks: window, .. } = *options;
+        let group = exchange::Group { rank, ranks, members, epoch: 1, chunk_blocks: chunk_elements / BLOCK, window };
         let exchange = Exchange::new(plan.clone(), group, Codec::Fp32);
         let engine = Engine::start(exchange, transport.clone(), inbox, Arc::default());
         let stream = GradientStream::across(engine.map_err(Error::io("start", "a thread"))?);
@@ -206,7 +224,8 @@ impl Place {
                     .iter()
                     .map(|parameter| (parameter.elements(), codec_of(parameter, codec)))
                     .collect();
-                let formula = payload_bytes_sent(&travel, rank, ranks);
+                let sent_by_formula = payload_bytes(&travel, group.nodes());
+                let formula = sent_by_formula.inside + sent_by_formula.across;
                 report(
                     options,
                     codec,

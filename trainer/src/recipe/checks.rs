@@ -1,5 +1,7 @@
 //! What no key shows alone: faults between the keys of a recipe.
 
+use compression::BLOCK;
+
 use super::fault::{Fault, Origin};
 use super::raw::{Raw, Reader};
 
@@ -129,7 +131,19 @@ fn schedule_faults(raw: &Raw, faults: &mut Vec<Fault>) {
 }
 
 fn share_faults(raw: &Raw, faults: &mut Vec<Fault>) {
-    let (name, keys) = ("parallel.micro_batches", Reader(raw));
+    let (name, keys) = ("parallel.group", Reader(raw));
+    if let (Some(ranks), Some(group)) = (keys.count("parallel.data"), keys.count(name))
+        && !ranks.is_multiple_of(group)
+    {
+        let what = format!("expected a divisor of parallel.data = {ranks}, found {group}");
+        faults.push(Fault::new(raw.origin(name), name, what));
+    }
+    let name = "parallel.chunk_elements";
+    if let Some(elements) = keys.count(name).filter(|elements| !elements.is_multiple_of(BLOCK)) {
+        let what = format!("expected a multiple of {BLOCK}, found {elements}");
+        faults.push(Fault::new(raw.origin(name), name, what));
+    }
+    let name = "parallel.micro_batches";
     let (Some(ranks), Some(shares)) = (keys.count("parallel.data"), keys.counts(name)) else { return };
     if shares.len() != ranks {
         let what = format!("expected one number for each of the parallel.data = {ranks} ranks, found {}", shares.len());

@@ -180,6 +180,12 @@ pub struct Parallel {
     pub micro_batches: Vec<usize>,
     /// Bytes of f32 gradient a bucket.
     pub bucket_bytes_max: usize,
+    /// Ranks of a machine, a divisor of `data`.
+    pub group: usize,
+    /// Elements of a frame, a multiple of [`compression::BLOCK`].
+    pub chunk_elements: usize,
+    /// Frames that are under way to one rank.
+    pub window_chunks: usize,
     /// Seconds until all have ended when one is lost.
     pub peer_timeout_s: f64,
     /// Seconds until all must have joined.
@@ -199,6 +205,8 @@ pub struct Compression {
     pub warmup_steps: u64,
     /// Whether payloads may stand in zstd frames.
     pub zstd: Zstd,
+    /// Threads that encode, add and decode; 0 for what fits the device.
+    pub threads: usize,
 }
 
 /// Whether payloads may stand in zstd frames.
@@ -334,6 +342,9 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
                 None => vec![keys.count("train.micro_batches")?; keys.count("parallel.data")?],
             },
             bucket_bytes_max: keys.count("parallel.bucket_bytes_max")?,
+            group: keys.count("parallel.group")?,
+            chunk_elements: keys.count("parallel.chunk_elements")?,
+            window_chunks: keys.count("parallel.window_chunks")?,
             peer_timeout_s: keys.real("parallel.peer_timeout_s")?,
             join_timeout_s: keys.real("parallel.join_timeout_s")?,
             verify_every: keys.count("parallel.verify_every")? as u64,
@@ -346,6 +357,7 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
             },
             warmup_steps: keys.count("compression.warmup_steps")? as u64,
             zstd: if keys.text("compression.zstd")? == "auto" { Zstd::Auto } else { Zstd::Off },
+            threads: keys.count("compression.threads")?,
         },
         checkpoint: Checkpoint {
             every: keys.count("checkpoint.every")? as u64,

@@ -233,7 +233,7 @@ impl Run {
         let Some(calibration) = codecs.calibration.take_if(|calibration| calibration.is_complete()) else {
             return Ok(());
         };
-        group.control.say(From::CodecFacts(calibration.facts(self.stepper.plan())));
+        group.control.say(From::CodecFacts(calibration.facts(self.stepper.plan(), self.recipe.parallel.group)));
         if group.share.rank == 0 {
             self.stepper.progress().enter(Stage::Waiting);
             while self.codecs.as_ref().is_some_and(|codecs| codecs.heard.is_none()) {
@@ -257,7 +257,7 @@ mod tests {
 
     fn course(codec: CodecChoice, warmup_steps: u64, chosen: Option<Codec>) -> Course {
         let chosen = chosen.map(|codec| Chosen { codec, step: 6 });
-        Course { asked: Compression { codec, warmup_steps, zstd: Zstd::Off }, chosen }
+        Course { asked: Compression { codec, warmup_steps, zstd: Zstd::Off, threads: 0 }, chosen }
     }
 
     #[test]
@@ -291,7 +291,8 @@ mod tests {
     #[test]
     fn rank_0_says_what_it_heard_once_and_no_other_rank_says_it() {
         let message = |codec: &str| Message { codec: codec.into(), reason: "so".into(), predictions: Vec::new() };
-        let mut codecs = Codecs::new(Compression { codec: CodecChoice::Auto, warmup_steps: 0, zstd: Zstd::Off }, None);
+        let mut codecs =
+            Codecs::new(Compression { codec: CodecChoice::Auto, warmup_steps: 0, zstd: Zstd::Off, threads: 0 }, None);
         assert_eq!(codecs.take_word(0), None);
         codecs.heard = Some(message("int4"));
         assert_eq!(codecs.take_word(1), None);
@@ -305,11 +306,12 @@ mod tests {
     fn a_recipe_that_names_a_codec_forgets_an_older_choice() {
         let chosen = Some(Chosen { codec: Codec::Int4, step: 6 });
         let fixed = Codecs::new(
-            Compression { codec: CodecChoice::Fixed(Codec::Bf16), warmup_steps: 0, zstd: Zstd::Off },
+            Compression { codec: CodecChoice::Fixed(Codec::Bf16), warmup_steps: 0, zstd: Zstd::Off, threads: 0 },
             chosen,
         );
         assert_eq!((fixed.codec(7), fixed.chosen()), (Codec::Bf16, None));
-        let auto = Codecs::new(Compression { codec: CodecChoice::Auto, warmup_steps: 0, zstd: Zstd::Off }, chosen);
+        let auto =
+            Codecs::new(Compression { codec: CodecChoice::Auto, warmup_steps: 0, zstd: Zstd::Off, threads: 0 }, chosen);
         assert_eq!((auto.codec(7), auto.chosen()), (Codec::Int4, chosen));
     }
 }

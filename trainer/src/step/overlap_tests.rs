@@ -29,7 +29,7 @@ fn stepper(rank: usize, end: ChannelTransport, anchors: bool) -> (Stepper, State
     let plan = Arc::new(Plan::new(config.parameters(), 1 << 10).expect("small"));
     let inbox = Inbox::default();
     end.open(inbox.sink());
-    let group = Group { rank, ranks: 2, epoch: 1, chunk_blocks: 64 };
+    let group = Group { rank, ranks: 2, members: 1, window: usize::MAX, epoch: 1, chunk_blocks: 64 };
     let exchange = Exchange::new(plan, group, Codec::Fp32);
     let engine = Engine::start(exchange, Arc::new(end), inbox, Arc::default()).expect("a thread");
     let mut stepper = Stepper::across(&config, &Device::flex(), engine);

@@ -1198,6 +1198,7 @@ fn codec_facts(link_bytes_per_s: f64) -> CodecFacts {
         speeds: ["fp32", "bf16", "int8", "int4"].map(speed).to_vec(),
         elements: Some(CodecElements { any: 27_000_000, int8_at_least: 0, fp32: 1000 }),
         last_bucket: Some(CodecElements { any: 1_000_000, int8_at_least: 0, fp32: 0 }),
+        members: 1,
     }
 }
 

@@ -29,7 +29,8 @@ impl Burst {
     /// Sends this rank's burst.
     pub(super) fn send(&self, transport: &dyn Transport) {
         let Group { rank, ranks, epoch, .. } = self.group;
-        (0..NOTES).for_each(|note| transport.send((rank + 1) % ranks, Note::Filler.write(epoch, note)));
+        let next = (rank + self.distance()) % ranks;
+        (0..NOTES).for_each(|note| transport.send(next, Note::Filler.write(epoch, note)));
     }
 
     /// Takes a note that came now.
@@ -58,7 +59,12 @@ impl Burst {
     }
 
     const fn before(&self) -> usize {
-        (self.group.rank + self.group.ranks - 1) % self.group.ranks
+        (self.group.rank + self.group.ranks - self.distance()) % self.group.ranks
+    }
+
+    /// To the next rank; where several are a node, to the next node, for what counts is the link between nodes.
+    const fn distance(&self) -> usize {
+        if self.group.nodes().count() > 1 { self.group.members } else { 1 }
     }
 }
 
@@ -69,7 +75,7 @@ mod tests {
     use super::*;
 
     fn burst() -> Burst {
-        Burst::new(Group { rank: 0, ranks: 3, epoch: 1, chunk_blocks: 1 })
+        Burst::new(Group { rank: 0, ranks: 3, members: 1, window: usize::MAX, epoch: 1, chunk_blocks: 1 })
     }
 
     #[test]

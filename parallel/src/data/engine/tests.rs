@@ -26,7 +26,7 @@ fn streams(codec: Codec) -> Vec<(GradientStream, Aborter)> {
         end.open(inbox.sink());
     }
     let stream = |(rank, (end, inbox)): (usize, (Arc<ChannelTransport>, Inbox))| {
-        let group = Group { rank, ranks: RANKS, epoch: 1, chunk_blocks: 64 };
+        let group = Group { rank, ranks: RANKS, members: 1, window: usize::MAX, epoch: 1, chunk_blocks: 64 };
         let aborter = inbox.aborter();
         let exchange = Exchange::new(plan(), group, codec);
         let engine = Engine::start(exchange, end, inbox, Arc::default()).expect("a thread");

@@ -12,6 +12,7 @@ use super::burst::Burst;
 use super::packing::Packing;
 use super::{EngineError, Event, Packed, Reply, Settled};
 use crate::data::exchange::{Exchange, Group, Outgoing, Vote};
+use crate::data::nodes::Nodes;
 use crate::frame::{PAYLOAD_BYTES_MAX, Phase, peek};
 use crate::note::{Ballot, Note, is_note};
 use crate::progress::Progress;
@@ -160,6 +161,10 @@ impl Work {
                 }
                 self.message(from, bytes)
             }
+            Event::Incoming(Incoming::Left { to }, _) => {
+                self.encoding(None, |exchange, out| exchange.left(to, out));
+                Ok(())
+            }
             Event::Incoming(Incoming::Lost { rank, why }, _) => {
                 let waited = self.waits().then(|| self.missing()).flatten();
                 Err(EngineError::Lost { rank, step: self.step, why, waited })
@@ -192,17 +197,33 @@ impl Work {
     }
 
     fn bucket(&mut self, bucket: usize, values: Vec<f32>) {
+        self.encoding(Some(bucket), |exchange, out| exchange.give(bucket, values, out));
+        self.progress.advance();
+    }
+
+    /// Does what may encode, and keeps the time of it. `bucket` is what is given, if something is.
+    fn encoding(&mut self, bucket: Option<usize>, work: impl FnOnce(&mut Exchange, &mut dyn FnMut(Outgoing))) {
         let start = Instant::now();
-        self.first_encode.get_or_insert(start);
+        let (mut bytes, mut of) = (0, bucket);
+        let nodes = self.group.nodes();
         let (transport, handed, packing) = (&*self.transport, &*self.handed, &mut self.packing);
-        let bytes = Some(size_of_val(&values[..]));
-        lock(&self.exchange).give(bucket, values, &mut |out| hand(transport, handed, packing, out));
-        self.encode_s += start.elapsed().as_secs_f64();
+        work(&mut lock(&self.exchange), &mut |out| {
+            if out.phase != Phase::Gather {
+                (bytes, of) = (bytes + out.frame.len(), of.or(Some(out.bucket)));
+            }
+            hand(transport, handed, packing, nodes, out);
+        });
+        if of.is_none() {
+            return;
+        }
+        if self.open {
+            self.first_encode.get_or_insert(start);
+            self.encode_s += start.elapsed().as_secs_f64();
+        }
         if let Some(trace) = &self.trace {
-            let label = Label { bucket: Some(bucket), bytes, ..Label::new("encode", self.step) };
+            let label = Label { bucket: of, bytes: Some(bytes), ..Label::new("encode", self.step) };
             trace.span(Track::Gradients, start, label);
         }
-        self.progress.advance();
     }
 
     fn message(&mut self, from: usize, bytes: Bytes) -> Result<(), EngineError> {
@@ -214,12 +235,14 @@ impl Work {
             return self.keep(from, bytes);
         }
         let start = self.trace.as_ref().map(|_| Instant::now());
+        let nodes = self.group.nodes();
         let (transport, handed, packing) = (&*self.transport, &*self.handed, &mut self.packing);
-        let phase = lock(&self.exchange).receive(from, &bytes, &mut |out| hand(transport, handed, packing, out))?;
+        let phase =
+            lock(&self.exchange).receive(from, &bytes, &mut |out| hand(transport, handed, packing, nodes, out))?;
         self.progress.advance();
         if let (Some(trace), Some(start)) = (&self.trace, start) {
             let name = match phase {
-                Phase::Scatter => "reduce",
+                Phase::Scatter | Phase::Inner => "reduce",
                 Phase::Gather => "decode",
             };
             trace.span(Track::Gradients, start, Label { of_rank: Some(from), ..Label::of(name, &bytes) });
@@ -289,6 +312,9 @@ impl Work {
             }
             if exchange.is_complete() && self.ballots.iter().all(Option::is_some) {
                 let last_decode = Instant::now();
+                let (transport, handed, packing) = (&*self.transport, &*self.handed, &mut self.packing);
+                let nodes = self.group.nodes();
+                exchange.release(&mut |out| hand(transport, handed, packing, nodes, out));
                 let ballots: Vec<Ballot> = self.ballots.iter().copied().flatten().collect();
                 let votes: Vec<Vote> =
                     ballots.iter().map(|ballot| Vote { step: self.step, finite: ballot.finite }).collect();
@@ -367,10 +393,11 @@ impl Work {
     }
 }
 
-fn hand(transport: &dyn Transport, handed: &AtomicU64, packing: &mut Option<Packing>, out: Outgoing) {
+fn hand(transport: &dyn Transport, handed: &AtomicU64, packing: &mut Option<Packing>, nodes: Nodes, out: Outgoing) {
+    // Inside a node a link is fast, and what a member hands on may be packed already.
     let frame = match packing {
-        Some(packing) => packing.pack(out.bucket, out.frame),
-        None => out.frame,
+        Some(packing) if nodes.node(out.to) != nodes.node(nodes.rank) => packing.pack(out.bucket, out.frame),
+        _ => out.frame,
     };
     transport.send(out.to, frame);
     handed.fetch_add(1, Ordering::SeqCst);

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Exchange, ExchangeError, Group, chunks};
+use super::{Exchange, ExchangeError, Group};
 use crate::data::shard::shard;
 use crate::frame::{Header, Phase};
 
@@ -13,7 +13,7 @@ impl Exchange {
         from: usize,
         header: &Header,
     ) -> Result<(usize, usize, usize, Range<usize>), ExchangeError> {
-        let Group { rank, ranks, chunk_blocks, .. } = self.group;
+        let (Group { rank, ranks, .. }, nodes) = (self.group, self.group.nodes());
         let index = header.tensor as usize;
         let name = self.plan.parameters().get(index).map_or("no parameter", |parameter| &parameter.name);
         let misplaced = |what: String| {
@@ -26,14 +26,23 @@ impl Exchange {
         let Some(tensor) = self.tensors.get(index) else {
             return Err(misplaced(format!("expected one of {} parameters, found number {index}", self.tensors.len())));
         };
-        let (owner, codec) = match header.phase {
-            Phase::Scatter => (rank, tensor.codec),
-            Phase::Gather => (from, tensor.codec.second_stage()),
-        };
+        let codec = self.codec_in(header.phase, index);
         if header.codec != codec {
             return Err(misplaced(format!("expected {codec}, found {}", header.codec)));
         }
-        let mut list = chunks(shard(tensor.sum.len(), owner, ranks), chunk_blocks).enumerate();
+        let (near, level) = (nodes.node(from) == nodes.node(rank), nodes.place(from) == nodes.place(rank));
+        let holds = |owner: &usize| {
+            shard(tensor.sum.len(), *owner, ranks).contains(&usize::try_from(header.start).unwrap_or(usize::MAX))
+        };
+        let owner = match header.phase {
+            Phase::Inner => (0..ranks).find(holds).filter(|&owner| near && nodes.adds(owner) == rank),
+            Phase::Scatter => Some(rank).filter(|_| level && !near),
+            Phase::Gather => (0..ranks).find(holds).filter(|&owner| owner != rank && nodes.hands(owner) == from),
+        };
+        let Some(owner) = owner else {
+            return Err(misplaced(format!("rank {from} has no such part to send to this rank {rank}")));
+        };
+        let mut list = self.chunks_of(index, owner).enumerate();
         let fits = |range: &Range<usize>| {
             range.start as u64 == header.start && range.len() as u64 == u64::from(header.elements)
         };
@@ -41,7 +50,11 @@ impl Exchange {
             return Err(misplaced(format!("no chunk of rank {owner}'s shard has these {} elements", header.elements)));
         };
         let second = match header.phase {
-            Phase::Scatter => tensor.done[owner][chunk] || tensor.parts[chunk][from].is_some(),
+            Phase::Inner => {
+                let inner = &tensor.inner[nodes.node(owner)][chunk];
+                inner.summed || inner.parts[nodes.place(from)].is_some()
+            }
+            Phase::Scatter => tensor.done[owner][chunk] || tensor.parts[chunk][nodes.node(from)].is_some(),
             Phase::Gather => tensor.done[owner][chunk],
         };
         if second {

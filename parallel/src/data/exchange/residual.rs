@@ -1,8 +1,11 @@
 //! What one rank's side of the sum remembers of what it left out.
 
+use std::ops::Range;
+
 use compression::{Region, Residual, ResidualError, Side};
 
 use super::Exchange;
+use crate::data::shard::shard;
 
 impl Exchange {
     /// Goes on with what a checkpoint kept of one tensor: what this rank left out as a sender, and as an owner.
@@ -11,8 +14,8 @@ impl Exchange {
     /// They are not of the tensor, or of this rank's shard; nothing is changed.
     ///
     /// # Panics
-    /// When the sender's part is not zero in this rank's own shard: [`recut`](compression::residual::recut) gives what
-    /// another mesh left there to its owner.
+    /// When the sender's part is not zero where this rank sends nothing to an owner, in its own shard above all:
+    /// [`recut`](compression::residual::recut) gives what another mesh left there to its owner.
     pub fn restore(&mut self, index: usize, sender: &[f32], owner: Vec<f32>) -> Result<(), ResidualError> {
         let (elements, owned) = (self.tensors[index].sum.len(), self.owned(index).len());
         let rank = Side::Sender { rank: self.group.rank };
@@ -21,7 +24,8 @@ impl Exchange {
                 return Err(ResidualError::Length { side, expected, found });
             }
         }
-        assert!(sender[self.owned(index)].iter().all(|&x| x == 0.0), "a rank sends nothing to itself");
+        let silent = self.silent(index);
+        assert!(silent.into_iter().all(|range| sender[range].iter().all(|&x| x == 0.0)), "nothing is sent from there");
         let slot = self.plan.slot(index).clone();
         let bucket = &mut self.buckets[slot.bucket].sender;
         bucket.resize(self.plan.buckets()[slot.bucket].elements, 0.0);
@@ -56,6 +60,14 @@ impl Exchange {
         sides.into_iter().filter_map(residual).collect()
     }
 
+    /// The parts of a tensor of which this rank encodes nothing for their owners: its own shard, and what other members of
+    /// its node add.
+    fn silent(&self, index: usize) -> Vec<Range<usize>> {
+        let (nodes, elements) = (self.group.nodes(), self.tensors[index].sum.len());
+        let is_silent = |&owner: &usize| owner == nodes.rank || nodes.adds(owner) != nodes.rank;
+        (0..nodes.ranks).filter(is_silent).map(|owner| shard(elements, owner, nodes.ranks)).collect()
+    }
+
     /// What this step left out is remembered.
     pub(super) fn commit(&mut self) {
         let plan = self.plan.clone();
@@ -68,8 +80,10 @@ impl Exchange {
             }
             let mut left = self.buckets[number].given.take().expect("a sum is complete once every bucket was given");
             for &index in &places.parameters {
-                // Our own shard was added as it is.
-                left[plan.slot(index).range.clone()][self.owned(index)].fill(0.0);
+                // What was not encoded for an owner was added, or sent, as it is.
+                for range in self.silent(index) {
+                    left[self.lies(index, &range)].fill(0.0);
+                }
             }
             self.buckets[number].given = Some(std::mem::replace(&mut self.buckets[number].sender, left));
         }

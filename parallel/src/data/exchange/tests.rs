@@ -7,6 +7,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::data::Parameter;
 
+mod nodes;
+mod window;
+
 fn plan() -> Arc<Plan> {
     let parameter = |name: &str, shape: &[usize]| Parameter { name: name.into(), shape: shape.to_vec() };
     let parameters = vec![parameter("table", &[300, 256]), parameter("norm", &[77]), parameter("small", &[3, 50])];
@@ -14,7 +17,7 @@ fn plan() -> Arc<Plan> {
 }
 
 fn group(rank: usize, ranks: usize, chunk_blocks: usize) -> Group {
-    Group { rank, ranks, epoch: 1, chunk_blocks }
+    Group { rank, ranks, members: 1, window: usize::MAX, epoch: 1, chunk_blocks }
 }
 
 fn side(rank: usize, ranks: usize, chunk_blocks: usize, codec: Codec) -> Exchange {
@@ -69,6 +72,7 @@ fn step(
         let (from, out) = waiting.swap_remove(pick(waiting.len()));
         sent[from] += out.frame.len();
         sides[out.to].receive(from, &out.frame, &mut |next| waiting.push((out.to, next))).expect("good frames");
+        sides[from].left(out.to, &mut |next| waiting.push((from, next)));
     }
     let votes: Vec<Vote> = sides.iter().map(Exchange::vote).collect();
     let verdicts: Vec<Verdict> = sides.iter_mut().map(|side| side.close(&votes).0).collect();

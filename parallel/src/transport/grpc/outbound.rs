@@ -19,10 +19,12 @@ use tonic::{Code, Request, Status};
 
 use super::watch::Event;
 use super::{CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, Group, STREAM_WINDOW_BYTES};
+use crate::frame::is_frame;
 use crate::trace::{Label, Trace, Track};
 use crate::transport::raw::service::data_client::DataClient;
 use crate::transport::socket::{Counters, Line, words};
 use crate::transport::tls::{Mismatch, Security};
+use crate::transport::{Incoming, Sink};
 
 /// Who calls: the rank, in decimal.
 pub(super) const RANK: &str = "tributary-rank";
@@ -45,6 +47,7 @@ pub(super) struct Caller {
     counters: Counters,
     security: Security,
     events: UnboundedSender<Event>,
+    sink: Sink,
     trace: Option<Arc<Trace>>,
 }
 
@@ -53,18 +56,19 @@ impl Caller {
         group: &Group,
         counters: Counters,
         events: UnboundedSender<Event>,
+        sink: Sink,
         trace: Option<Arc<Trace>>,
     ) -> Self {
         let token = blake3::hash(group.token.as_bytes());
         let (rank, epoch, security) = (group.rank, group.epoch, group.security.clone());
-        Self { rank, epoch, token, counters, security, events, trace }
+        Self { rank, epoch, token, counters, security, events, sink, trace }
     }
 
     /// Reaches rank `to`, trying until `deadline`, and then pushes what is put in the queue that it reports until the
     /// goodbye. Reports how it went; `_alive` is held until all is over.
     pub(super) async fn call(self, to: usize, address: SocketAddr, deadline: Instant, _alive: mpsc::Sender<()>) {
         let Some((channel, line)) = self.reach(to, address, deadline).await else { return };
-        let (queue, outbox) = outbox(self.trace.map(|trace| (trace, to)));
+        let (queue, outbox) = outbox(to, self.sink, self.trace);
         let _ = self.events.send(Event::Reached { rank: to, queue });
         let mut request = Request::new(outbox);
         let metadata = request.metadata_mut();
@@ -119,17 +123,20 @@ pub(super) struct Queued {
     pub(super) since: Option<Instant>,
 }
 
-/// A queue for one rank, and what empties it. `trace` is where to record what is sent, and the rank.
-pub(super) fn outbox(trace: Option<(Arc<Trace>, usize)>) -> (UnboundedSender<Queued>, Outbox) {
+/// A queue for one rank, and what empties it. `sink` is told when a frame of gradients leaves; `trace` is where that is
+/// recorded.
+pub(super) fn outbox(to: usize, sink: Sink, trace: Option<Arc<Trace>>) -> (UnboundedSender<Queued>, Outbox) {
     let (queue, waiting) = mpsc::unbounded_channel();
-    (queue, Outbox { waiting, ended: false, trace })
+    (queue, Outbox { to, waiting, ended: false, sink, trace })
 }
 
 /// What waits for one rank, as the body of the call to it. It ends behind the goodbye.
 pub(super) struct Outbox {
+    to: usize,
     waiting: UnboundedReceiver<Queued>,
     ended: bool,
-    trace: Option<(Arc<Trace>, usize)>,
+    sink: Sink,
+    trace: Option<Arc<Trace>>,
 }
 
 impl Stream for Outbox {
@@ -140,10 +147,13 @@ impl Stream for Outbox {
             return Poll::Ready(None);
         }
         let queued = ready!(self.waiting.poll_recv(context));
-        if let (Some((trace, to)), Some(Queued { message, since: Some(since) })) = (&self.trace, &queued) {
-            trace.queued(Track::Send(*to), (*since).into(), Label::of("send", message));
+        if let (Some(trace), Some(Queued { message, since: Some(since) })) = (&self.trace, &queued) {
+            trace.queued(Track::Send(self.to), (*since).into(), Label::of("send", message));
         }
         let message = queued.map(|queued| queued.message);
+        if message.as_deref().is_some_and(is_frame) {
+            (self.sink)(Incoming::Left { to: self.to });
+        }
         self.ended = message.as_ref().is_none_or(Bytes::is_empty);
         if self.ended {
             // What is sent after the goodbye fails at once and does not pile up.

@@ -403,12 +403,14 @@ fn an_empty_message_cannot_be_sent() {
 
 #[test]
 fn a_service_that_reads_the_stream_gets_what_waits_until_the_goodbye() {
-    let (queue, outbox) = outbound::outbox(None);
+    let (told, tells) = channel();
+    let (queue, outbox) = outbound::outbox(3, Arc::new(move |incoming| _ = told.send(incoming)), None);
     let queued = |text: &'static str| Queued { message: text.into(), since: None };
-    for text in ["one", "two", "", "three"] {
+    for text in ["one", "TRIB two", "", "three"] {
         queue.send(queued(text)).expect("it is open");
     }
     let came = asynchronous().block_on(outbox.collect::<Vec<Bytes>>());
-    assert_eq!(came, ["one", "two", ""]);
+    assert_eq!(came, ["one", "TRIB two", ""]);
+    assert_eq!(tells.try_iter().collect::<Vec<_>>(), [Incoming::Left { to: 3 }], "frames of gradients alone are told");
     assert!(queue.send(queued("four")).is_err(), "it does not pile up");
 }

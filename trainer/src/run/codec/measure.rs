@@ -49,14 +49,21 @@ impl Calibration {
     }
 
     /// All of it, for the coordinator.
-    pub(super) fn facts(self, plan: &Plan) -> CodecFacts {
-        let message = |Elements { any, int8_at_least, fp32 }| CodecElements { any, int8_at_least, fp32 };
+    pub(super) fn facts(self, plan: &Plan, members: usize) -> CodecFacts {
+        // Of what leaves a machine each of its ranks has a part.
+        let part = |elements: u64| elements.div_ceil(members as u64);
+        let message = |Elements { any, int8_at_least, fp32 }| CodecElements {
+            any: part(any),
+            int8_at_least: part(int8_at_least),
+            fp32: part(fp32),
+        };
         let last = plan.buckets().last().map_or(&[][..], |bucket| &bucket.parameters);
         CodecFacts {
             link_bytes_per_s: self.link_bytes_per_s,
             step_s: median(self.steps_s),
             window_s: median(self.windows_s),
             speeds: self.speeds,
+            members: members as u32,
             elements: Some(message(count(plan.parameters()))),
             last_bucket: Some(message(count(last.iter().map(|&index| &plan.parameters()[index])))),
         }
@@ -125,7 +132,7 @@ mod tests {
             calibration.step(step_s, step_s / 2.0);
         }
         assert!(calibration.is_complete());
-        let facts = calibration.facts(&Plan::new(Vec::new(), 1).expect("empty"));
+        let facts = calibration.facts(&Plan::new(Vec::new(), 1).expect("empty"), 1);
         assert_eq!((facts.step_s, facts.window_s), (1.5, 0.75));
         assert_eq!(median(Vec::new()), 0.0);
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
 use checkpoint::writer::{Member, Writer};
-use compression::Codec;
+use compression::{BLOCK, Codec, Workers};
 use parallel::control::{ControlError, beat};
 use parallel::data::engine::{Engine, Inbox};
 use parallel::data::exchange::{self, Exchange};
@@ -24,7 +24,8 @@ use super::{Begun, Books, Parts, Ready, begin_trace, make_runs, peek, prepare, r
 use crate::device;
 use crate::error::{Error, Result};
 use crate::log::say;
-use crate::recipe::resolved::CodecChoice;
+use crate::recipe::Recipe;
+use crate::recipe::resolved::{CodecChoice, Parallel};
 use crate::run::codec::Codecs;
 use crate::run::folder::Folder;
 use crate::run::group::Group;
@@ -35,9 +36,6 @@ use crate::run::trace::Tracing;
 use crate::run::{Ended, Left, Request, Run};
 use crate::state::{self, Held, Share};
 use crate::step::Stepper;
-
-/// Blocks of a chunk: 256 KiB as `int8`.
-pub const CHUNK_BLOCKS: usize = 2048;
 
 /// Trains as one rank of several.
 ///
@@ -254,8 +252,7 @@ fn connect(
     let plan = Plan::new(ready.config.parameters(), recipe.parallel.bucket_bytes_max);
     let plan = Arc::new(plan.map_err(|error| Error::Usage(error.to_string()))?);
     let f32_bytes = (share.ranks > 1).then(|| f32_bytes(&plan, &share));
-    let group = exchange::Group { rank, ranks: share.ranks, epoch: met.start.epoch, chunk_blocks: CHUNK_BLOCKS };
-    let mut exchange = Exchange::new(plan.clone(), group, codec);
+    let mut exchange = Exchange::new(plan.clone(), group(recipe, rank, met), codec).with_workers(workers(recipe)?);
     if request.tamper.no_feedback {
         exchange = exchange.without_feedback();
     }
@@ -286,6 +283,32 @@ fn connect(
         _ => None,
     };
     Ok(Connected { begun, stepper, writer, books, share, transport, f32_bytes, codecs, tracing })
+}
+
+/// How this rank's gradients are cut, and with whom they are summed.
+fn group(recipe: &Recipe, rank: usize, met: &Met) -> exchange::Group {
+    let Parallel { group, chunk_elements, window_chunks, .. } = recipe.parallel;
+    let of = |rank: usize| met.start.peers.get(rank).map_or("", |peer| &peer.host);
+    let first = rank / group * group;
+    if let Some(other) = (first..first + group).find(|&other| of(other) != of(first)) {
+        let (here, there) = (of(first), of(other));
+        tracing::warn!(
+            "parallel.group = {group}: rank {first} is on {here} and rank {other} on {there}; between them gradients travel as f32"
+        );
+    }
+    let (ranks, epoch, chunk_blocks) = (met.lead_of.len(), met.start.epoch, chunk_elements / BLOCK);
+    exchange::Group { rank, ranks, members: group, epoch, chunk_blocks, window: window_chunks }
+}
+
+/// The threads that encode. Beside a processor that computes, more than one would only take its cores away.
+fn workers(recipe: &Recipe) -> Result<Workers> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = match (recipe.compression.threads, device::is_host(&recipe.device.backend)) {
+        (0, true) => 1,
+        (0, false) => cores.min(4),
+        (threads, _) => threads,
+    };
+    Workers::new(threads).map_err(|error| Error::Usage(format!("compression.threads = {threads}: {error}")))
 }
 
 /// Which part of a checkpoint this rank writes. `held` is what the checkpoint that it goes on from has.

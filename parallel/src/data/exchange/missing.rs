@@ -1,0 +1,30 @@
+//! What another rank has not sent yet.
+
+use super::Exchange;
+
+impl Exchange {
+    /// The first thing in the order of the backward pass that another rank has not sent yet: the rank, and the
+    /// parameter. `None` when nothing is missing, or what is missing is our own.
+    #[must_use]
+    pub fn first_missing(&self) -> Option<(usize, usize)> {
+        let indices = || self.plan.buckets().iter().flat_map(|bucket| &bucket.parameters).copied();
+        indices().find_map(|index| self.first_missing_of(index).map(|rank| (rank, index)))
+    }
+
+    /// Whoever has not sent its part delays the sum of every other, so those come first.
+    pub(super) fn first_missing_of(&self, index: usize) -> Option<usize> {
+        let (nodes, tensor) = (self.group.nodes(), &self.tensors[index]);
+        let member = |&mate: &usize| {
+            let lacks = |parts: &[Option<_>]| parts[nodes.place(mate)].is_none();
+            tensor.inner.iter().flatten().any(|inner| !inner.summed && lacks(&inner.parts))
+        };
+        let waits = |chunk: usize| !tensor.done[nodes.rank][chunk];
+        let part = |&peer: &usize| {
+            nodes.place(peer) == nodes.place(nodes.rank)
+                && (0..tensor.parts.len()).any(|chunk| waits(chunk) && tensor.parts[chunk][nodes.node(peer)].is_none())
+        };
+        let sum = nodes.others().find(|&owner| tensor.done[owner].iter().any(|done| !done));
+        let mut peers = nodes.others().filter(|&other| nodes.node(other) != nodes.node(nodes.rank));
+        nodes.mates().find(member).or_else(|| peers.find(part)).or_else(|| sum.map(|owner| nodes.hands(owner)))
+    }
+}

@@ -1,0 +1,106 @@
+//! What leaves, and when.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use compression::{Codec, Found};
+
+use super::{Exchange, Outgoing};
+use crate::frame::{Header, Phase};
+
+/// What waits for a rank.
+#[derive(Clone, Debug)]
+pub(super) enum Job {
+    /// This chunk of a tensor, to be encoded when it may leave.
+    Encode(Phase, usize, Range<usize>),
+    /// A frame of a tensor. Those of one sum share their bytes.
+    Ready(usize, Bytes),
+}
+
+impl Exchange {
+    /// Says that a frame to a rank has left, so that the next one may.
+    ///
+    /// # Panics
+    /// When none was under way.
+    pub fn left(&mut self, to: usize, out: &mut dyn FnMut(Outgoing)) {
+        assert!(self.under_way[to] > 0, "a frame to rank {to} has left that was never sent");
+        self.under_way[to] -= 1;
+        self.pump(out);
+    }
+
+    /// Hands over what still waits once the sum is complete, whatever the window: these are sums, which are encoded already,
+    /// and other ranks may need them after this one has left.
+    pub fn release(&mut self, out: &mut dyn FnMut(Outgoing)) {
+        let window = std::mem::replace(&mut self.group.window, usize::MAX);
+        self.pump(out);
+        self.group.window = window;
+    }
+
+    /// Bytes of frames that wait behind the window, to each rank. Those of one sum count for every rank that they go to.
+    #[must_use]
+    pub fn waiting_bytes(&self) -> Vec<usize> {
+        let bytes = |job: &Job| match job {
+            Job::Encode(..) => 0,
+            Job::Ready(_, frame) => frame.len(),
+        };
+        self.queues.iter().map(|queue| queue.iter().map(bytes).sum()).collect()
+    }
+
+    /// Hands over whatever may leave, first to the next rank.
+    pub(super) fn pump(&mut self, out: &mut dyn FnMut(Outgoing)) {
+        for to in self.group.nodes().others() {
+            while self.under_way[to] < self.group.window
+                && let Some(job) = self.queues[to].pop_front()
+            {
+                let (phase, index, frame) = match job {
+                    Job::Ready(index, frame) => (Phase::Gather, index, frame),
+                    Job::Encode(phase, index, range) => (phase, index, self.encode(phase, index, &range)),
+                };
+                self.under_way[to] += 1;
+                out(Outgoing { to, bucket: self.plan.slot(index).bucket, phase, frame });
+            }
+        }
+    }
+
+    /// Encodes a chunk of our gradient, or of the node's with what was left out before.
+    fn encode(&mut self, phase: Phase, index: usize, range: &Range<usize>) -> Bytes {
+        let (codec, lies) = (self.codec_in(phase, index), self.lies(index, range));
+        let bucket = &mut self.buckets[self.plan.slot(index).bucket];
+        let values = &mut bucket.given.as_mut().expect("it was given when it was queued")[lies.clone()];
+        let residual = match bucket.sender.is_empty() || phase == Phase::Inner {
+            true => &self.zeros[..values.len()],
+            false => &bucket.sender[lies],
+        };
+        self.payload.resize(codec.payload_bytes(values.len()), 0);
+        if self.workers.encode(codec, values, residual, &mut self.payload) == Found::NonFinite {
+            // The others must not wait: they get zeros, and the vote makes everybody skip.
+            self.finite = false;
+            codec.write_zeros(values.len(), &mut self.payload);
+        }
+        self.unsent -= 1;
+        self.frame(phase, index, range)
+    }
+
+    /// What a tensor travels in on this part of its way.
+    pub(super) const fn codec_in(&self, phase: Phase, index: usize) -> Codec {
+        match phase {
+            Phase::Inner => Codec::Fp32,
+            Phase::Scatter => self.tensors.as_slice()[index].codec,
+            Phase::Gather => self.tensors.as_slice()[index].codec.second_stage(),
+        }
+    }
+
+    pub(super) fn frame(&self, phase: Phase, index: usize, range: &Range<usize>) -> Bytes {
+        let header = Header {
+            phase,
+            codec: self.codec_in(phase, index),
+            epoch: self.group.epoch,
+            step: self.step,
+            bucket: self.plan.slot(index).bucket as u32,
+            tensor: index as u32,
+            start: range.start as u64,
+            elements: range.len() as u32,
+        };
+        header.frame(&self.payload)
+    }
+}
