@@ -22,10 +22,12 @@
 //! ([`left`](Exchange::left)), and what waits behind it is the gradient itself, which takes no memory of its own.
 
 mod error;
+mod group;
 mod missing;
 mod place;
 mod residual;
 mod send;
+mod sum;
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -33,15 +35,15 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use compression::codec::all_finite;
-use compression::{BLOCK, Codec, Found, Part, Payload, Workers};
+use compression::{BLOCK, Codec, Payload, Workers};
 
-use super::nodes::Nodes;
 use super::plan::Plan;
 use super::rules::codec_of;
 use super::shard::shard;
 use crate::frame::{Header, PAYLOAD_BYTES_MAX, Phase};
 
 pub use error::ExchangeError;
+pub use group::Group;
 use send::Job;
 
 /// A frame that is to be sent.
@@ -55,31 +57,6 @@ pub struct Outgoing {
     pub phase: Phase,
     /// Header and payload. The frames of one sum to all ranks share their bytes.
     pub frame: Bytes,
-}
-
-/// Who we are in the group, and how tensors are cut.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Group {
-    /// This rank.
-    pub rank: usize,
-    /// Ranks of the group.
-    pub ranks: usize,
-    /// Ranks of a node, a divisor of `ranks`; 1 when every rank is a node of its own.
-    pub members: usize,
-    /// Changes whenever the group does.
-    pub epoch: u32,
-    /// Blocks of a chunk.
-    pub chunk_blocks: usize,
-    /// Frames that may be under way to one rank.
-    pub window: usize,
-}
-
-impl Group {
-    /// Which ranks are of one node.
-    #[must_use]
-    pub const fn nodes(&self) -> Nodes {
-        Nodes { rank: self.rank, ranks: self.ranks, members: self.members }
-    }
 }
 
 /// What a rank found in a step; every rank sends its vote to all.
@@ -451,78 +428,6 @@ impl Exchange {
     fn lies(&self, index: usize, range: &Range<usize>) -> Range<usize> {
         let start = self.plan.slot(index).range.start;
         start + range.start..start + range.end
-    }
-
-    /// Adds the node's parts of a chunk as soon as all of them are here, and passes the sum on.
-    fn add_members(&mut self, index: usize, node: usize, chunk: usize) {
-        let nodes = self.group.nodes();
-        let owner = nodes.peer(node);
-        let Some(range) = self.chunks_of(index, owner).nth(chunk) else { return };
-        let (place, lies) = (nodes.place(nodes.rank), self.lies(index, &range));
-        let Some(given) = &mut self.buckets[self.plan.slot(index).bucket].given else { return };
-        let inner = &mut self.tensors[index].inner[node][chunk];
-        let missing = |(from, part): (usize, &Option<_>)| from != place && part.is_none();
-        if inner.summed || inner.parts.iter().enumerate().any(missing) {
-            return;
-        }
-        if nodes.members > 1 {
-            let own = &mut given[lies];
-            let parts: Vec<_> =
-                inner.parts.iter().map(|part| part.as_ref().map_or(Part::Values(own), Part::Encoded)).collect();
-            self.scratch.resize(range.len(), 0.0);
-            self.workers.reduce(&parts, &mut self.scratch);
-            own.copy_from_slice(&self.scratch);
-            // Their memory goes back as soon as they are added.
-            inner.parts.fill(None);
-        }
-        inner.summed = true;
-        if owner == nodes.rank {
-            self.reduce(index, chunk);
-        } else {
-            self.queues[owner].push_back(Job::Encode(Phase::Scatter, index, range));
-        }
-    }
-
-    /// Adds a chunk of our own shard as soon as every node's part is here.
-    fn reduce(&mut self, index: usize, chunk: usize) {
-        let nodes = self.group.nodes();
-        let (rank, node, whole) = (nodes.rank, nodes.node(nodes.rank), self.owned(index));
-        let Some(range) = self.chunks_of(index, rank).nth(chunk) else { return };
-        let lies = self.lies(index, &range);
-        let Some(given) = &self.buckets[self.plan.slot(index).bucket].given else { return };
-        let tensor = &mut self.tensors[index];
-        let missing = |(from, part): (usize, &Option<_>)| from != node && part.is_none();
-        let is_first = tensor.inner[node][chunk].summed && !tensor.done[rank][chunk];
-        if !is_first || tensor.parts[chunk].iter().enumerate().any(missing) {
-            return;
-        }
-        let part =
-            |from: usize| tensor.parts[chunk][from].as_ref().map_or(Part::Values(&given[lies.clone()]), Part::Encoded);
-        let parts: Vec<_> = match self.by_arrival {
-            false => (0..nodes.count()).map(part).collect(),
-            true => tensor.arrived[chunk].iter().copied().chain([node]).map(part).collect(),
-        };
-        let inside = range.start - whole.start..range.end - whole.start;
-        let sum = &mut tensor.reduced[inside.clone()];
-        self.workers.reduce(&parts, sum);
-        let second = tensor.codec.second_stage();
-        let residual = if tensor.owner.is_empty() { &self.zeros[..sum.len()] } else { &tensor.owner[inside] };
-        self.payload.resize(second.payload_bytes(sum.len()), 0);
-        if self.workers.encode(second, sum, residual, &mut self.payload) == Found::NonFinite {
-            self.finite = false;
-            second.write_zeros(range.len(), &mut self.payload);
-        }
-        let payload = Payload::new(second, range.len(), &self.payload).expect("an encoder's payload");
-        self.workers.decode(&payload, &mut tensor.sum[range.clone()]);
-        tensor.done[rank][chunk] = true;
-        // Their memory goes back as soon as they are added.
-        tensor.parts[chunk].fill(None);
-        self.missing -= 1;
-        self.own_missing -= 1;
-        if self.group.ranks > 1 {
-            let frame = self.frame(Phase::Gather, index, &range);
-            nodes.told().for_each(|to| self.queues[to].push_back(Job::Ready(index, frame.clone())));
-        }
     }
 }
 

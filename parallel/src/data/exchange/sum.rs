@@ -1,0 +1,80 @@
+//! The two additions: of a node's members, and of the nodes.
+
+use compression::{Found, Part, Payload};
+
+use super::{Exchange, Job};
+use crate::frame::Phase;
+
+impl Exchange {
+    /// Adds the node's parts of a chunk as soon as all of them are here, and passes the sum on.
+    pub(super) fn add_members(&mut self, index: usize, node: usize, chunk: usize) {
+        let nodes = self.group.nodes();
+        let owner = nodes.peer(node);
+        let Some(range) = self.chunks_of(index, owner).nth(chunk) else { return };
+        let (place, lies) = (nodes.place(nodes.rank), self.lies(index, &range));
+        let Some(given) = &mut self.buckets[self.plan.slot(index).bucket].given else { return };
+        let inner = &mut self.tensors[index].inner[node][chunk];
+        let missing = |(from, part): (usize, &Option<_>)| from != place && part.is_none();
+        if inner.summed || inner.parts.iter().enumerate().any(missing) {
+            return;
+        }
+        if nodes.members > 1 {
+            let own = &mut given[lies];
+            let parts: Vec<_> =
+                inner.parts.iter().map(|part| part.as_ref().map_or(Part::Values(own), Part::Encoded)).collect();
+            self.scratch.resize(range.len(), 0.0);
+            self.workers.reduce(&parts, &mut self.scratch);
+            own.copy_from_slice(&self.scratch);
+            // Their memory goes back as soon as they are added.
+            inner.parts.fill(None);
+        }
+        inner.summed = true;
+        if owner == nodes.rank {
+            self.reduce(index, chunk);
+        } else {
+            self.queues[owner].push_back(Job::Encode(Phase::Scatter, index, range));
+        }
+    }
+
+    /// Adds a chunk of our own shard as soon as every node's part is here.
+    pub(super) fn reduce(&mut self, index: usize, chunk: usize) {
+        let nodes = self.group.nodes();
+        let (rank, node, whole) = (nodes.rank, nodes.node(nodes.rank), self.owned(index));
+        let Some(range) = self.chunks_of(index, rank).nth(chunk) else { return };
+        let lies = self.lies(index, &range);
+        let Some(given) = &self.buckets[self.plan.slot(index).bucket].given else { return };
+        let tensor = &mut self.tensors[index];
+        let missing = |(from, part): (usize, &Option<_>)| from != node && part.is_none();
+        let is_first = tensor.inner[node][chunk].summed && !tensor.done[rank][chunk];
+        if !is_first || tensor.parts[chunk].iter().enumerate().any(missing) {
+            return;
+        }
+        let part =
+            |from: usize| tensor.parts[chunk][from].as_ref().map_or(Part::Values(&given[lies.clone()]), Part::Encoded);
+        let parts: Vec<_> = match self.by_arrival {
+            false => (0..nodes.count()).map(part).collect(),
+            true => tensor.arrived[chunk].iter().copied().chain([node]).map(part).collect(),
+        };
+        let inside = range.start - whole.start..range.end - whole.start;
+        let sum = &mut tensor.reduced[inside.clone()];
+        self.workers.reduce(&parts, sum);
+        let second = tensor.codec.second_stage();
+        let residual = if tensor.owner.is_empty() { &self.zeros[..sum.len()] } else { &tensor.owner[inside] };
+        self.payload.resize(second.payload_bytes(sum.len()), 0);
+        if self.workers.encode(second, sum, residual, &mut self.payload) == Found::NonFinite {
+            self.finite = false;
+            second.write_zeros(range.len(), &mut self.payload);
+        }
+        let payload = Payload::new(second, range.len(), &self.payload).expect("an encoder's payload");
+        self.workers.decode(&payload, &mut tensor.sum[range.clone()]);
+        tensor.done[rank][chunk] = true;
+        // Their memory goes back as soon as they are added.
+        tensor.parts[chunk].fill(None);
+        self.missing -= 1;
+        self.own_missing -= 1;
+        if self.group.ranks > 1 {
+            let frame = self.frame(Phase::Gather, index, &range);
+            nodes.told().for_each(|to| self.queues[to].push_back(Job::Ready(index, frame.clone())));
+        }
+    }
+}
