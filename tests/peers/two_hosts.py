@@ -1,4 +1,4 @@
-"""Two hosts on a shaped network: Tributary beside PyTorch's DDP, in rounds, one after the other in each.
+"""Two hosts (or `--hosts` N) on a shaped network: Tributary beside PyTorch's DDP, in rounds, one after the other in each.
 
     sudo python3 tests/peers/two_hosts.py --hosts-sh ../shared/peers/hosts.sh --peer ../shared/peers/torch_ddp.py \
         --tributary target/release/tributary --python .venv/bin/python
@@ -7,19 +7,21 @@ Needs root and iproute2: hosts.sh makes network namespaces. For each rate and ea
 run (10 steps after 3) and its median over the rounds, tokens a second of both hosts, and the bytes that the kernel
 counted at rank 0's interface for a step, everything of the run included. `alone_ratio` is the step of one host alone
 (two of them at once, each on its core, so that both share the machine's memory as two ranks do) over the step of two
-together: 1 would be communication that costs nothing.
+together: 1 would be communication that costs nothing. With `--hosts 4` it is four of them at once, pinned as four together.
+`--tls` secures ours by a join secret.
 """
 
 import argparse
 import json
 import os
+import secrets
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 
-STEPS, WARMUP, TOKENS = 13, 3, 2 * 4 * 256
+STEPS, WARMUP, TOKENS = 13, 3, 4 * 256
 # `+zstd` is `compression.zstd = "auto"`.
 CODECS = ["fp32", "bf16", "int8", "int8+zstd", "sparse24-int8", "int4", "sparse24-int4"]
 HOOKS = ["none", "bf16", "powersgd"]
@@ -27,7 +29,9 @@ HOOKS = ["none", "bf16", "powersgd"]
 
 def hosts(args, rate, command, out):
     env = dict(os.environ, OUT_DIR=out)
-    line = [args.hosts_sh, "--hosts", "2", "--rate", rate, "--", "bash", "-c", command]
+    if args.tls:
+        env["TRIBUTARY_JOIN_SECRET"] = secrets.token_hex(32)
+    line = [args.hosts_sh, "--hosts", str(args.hosts), "--rate", rate, "--", "bash", "-c", command]
     for attempt in range(args.tries):
         ran = subprocess.run(line, env=env, capture_output=True, text=True, timeout=900)
         if ran.returncode == 0:
@@ -42,7 +46,8 @@ def tributary(args, rate, runs, codec):
     name = "alone-$RANK" if alone else "both"
     over = "export -n RANK WORLD_SIZE; " if alone else ""
     sets = f"--set metrics.runs_dir={runs} --set data.cache_dir={runs}/cache --set train.steps={STEPS}"
-    sets += " --set parallel.data=1" if alone else f" --set compression.codec={codec.removesuffix('+zstd')} --trusted-network"
+    ranks = f" --set parallel.data={args.hosts} --set compression.codec={{}}" + ("" if args.tls else " --trusted-network")
+    sets += " --set parallel.data=1" if alone else ranks.format(codec.removesuffix("+zstd"))
     sets += " --set compression.zstd=auto" if codec and codec.endswith("+zstd") else ""
     sent = hosts(args, rate, f"{over}exec {args.tributary} train {args.recipe} --name {name} {sets}", runs)
     with open(os.path.join(runs, "alone-0" if alone else "both", "metrics.jsonl")) as file:
@@ -70,6 +75,8 @@ def main():
     parser.add_argument("--python", required=True)
     parser.add_argument("--recipe", default="recipes/two-hosts.toml")
     parser.add_argument("--rates", nargs="+", default=["200mbit", "1gbit"])
+    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--tls", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tries", type=int, default=3, help="of a command that fails")
     parser.add_argument("--only", nargs="+", help="of tributary and torch: alone, a codec, a hook")
@@ -91,13 +98,13 @@ def main():
                     shutil.rmtree(folder)
         for (who, how), results in found.items():
             step = statistics.median(seconds for seconds, _, _ in results)
-            row = {"rate": rate, "who": who, "how": how or "alone", "step_s": round(step, 4)}
+            row = {"hosts": args.hosts, "rate": rate, "who": who, "how": how or "alone", "step_s": round(step, 4)}
             row["steps_s"] = [round(seconds, 4) for seconds, _, _ in results]
             # A busy machine is busy for minutes: the ratios of each round say more than those of the medians.
             pairs = zip(found[(who, None)], results)
             row["alone_ratios"] = [round(one / both, 3) for (one, _, _), (both, _, _) in pairs]
             if how:
-                row["tokens_per_s"] = round(TOKENS / step)
+                row["tokens_per_s"] = round(args.hosts * TOKENS / step)
                 row["alone_ratio"] = round(statistics.median(row["alone_ratios"]), 3)
                 row["kernel_bytes_a_step"] = round(statistics.median(sent for _, sent, _ in results) / STEPS)
             last = results[-1][2]

@@ -225,13 +225,14 @@ impl Stepper {
         }
         let exposed = Instant::now();
         self.progress.enter(Stage::Waiting);
+        // While the others' gradients travel there is time for it.
+        drop(model);
         let Word { stop, busy, parameters, codec } = word;
         let (finite, compute_s) = (loss.is_finite(), forward_s + backward_s);
         let finished = self.stream.finish(Ballot { finite, stop, busy, loss, compute_s, parameters, codec })?;
         self.span(exposed, Label::new("wait", step));
         let update = Instant::now();
         self.progress.enter(Stage::Updating);
-        drop(model);
 
         let (sum, ballots) = (&finished.sum, &finished.ballots);
         let hashes: Vec<_> = ballots.iter().map(|ballot| ballot.parameters).collect();

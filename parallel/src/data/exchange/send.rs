@@ -19,12 +19,9 @@ pub(super) enum Job {
 
 impl Exchange {
     /// Says that a frame to a rank has left, so that the next one may.
-    ///
-    /// # Panics
-    /// When none was under way.
     pub fn left(&mut self, to: usize, out: &mut dyn FnMut(Outgoing)) {
-        assert!(self.under_way[to] > 0, "a frame to rank {to} has left that was never sent");
-        self.under_way[to] -= 1;
+        // None is under way if somebody else sent a frame, as tests do that put faults into a run.
+        self.under_way[to] = self.under_way[to].saturating_sub(1);
         self.pump(out);
     }
 
