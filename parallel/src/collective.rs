@@ -124,7 +124,8 @@ impl Collectives {
 /// Blocks of elements are in rank order. `site` says where in the program a call is, as in
 /// "model.layers.3.self_attn.o_proj/forward", the same on all members, at most [`SITE_BYTES_MAX`] bytes.
 ///
-/// Every operation fails with [`CollectiveError`]: `Call` before anything is sent; all others are final.
+/// Every operation fails with [`CollectiveError`]: `Call` before anything is sent; all others are final, and what the
+/// output then holds has no meaning.
 #[derive(Clone)]
 pub struct SubGroup {
     shared: Arc<Shared>,

@@ -32,14 +32,17 @@ fn sends_that_nobody_receives_are_refused_by_name_before_they_fill_the_memory() 
         let ranks = ranks_keeping(KEPT, 2, CUTS);
         let group = |rank: usize| ranks[rank].collectives.sub_group(&[0, 1]).expect("both");
         let (sender, receiver) = (group(0), group(1));
+        let mut values = vec![0.0f32; PART];
         for _ in 0..5 {
             sender.send("stage 1", 1, &vec![1.0f32; PART]).expect("it does not wait");
             if receives {
-                receiver.receive("stage 1", 0, &mut vec![0.0f32; PART])?;
+                receiver.receive("stage 1", 0, &mut values)?;
             }
         }
-        receiver.receive("stage 1", 0, &mut vec![0.0f32; if receives { 0 } else { PART }])
+        ranks[1].mailbox.check()
     };
     let error = pass(false).expect_err("too many").to_string();
     assert!(error.starts_with("rank 0 sent ") && error.ends_with("at most 65536 are kept"), "{error}");
+    // The control: as many that are received.
+    assert_eq!(pass(true), Ok(()));
 }
