@@ -5,6 +5,7 @@ use std::thread;
 use half::bf16;
 use proptest::prelude::*;
 
+use super::sub_group::block;
 use super::*;
 use crate::progress::Progress;
 use crate::transport::channel::{ChannelTransport, network};

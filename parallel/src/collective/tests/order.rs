@@ -1,6 +1,6 @@
 //! The order of a sum is that of the ranks, on a network where the order of arrival is any.
 
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::*;
