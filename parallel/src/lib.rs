@@ -1,6 +1,7 @@
 //! The way of a gradient: out of the backward pass, into buckets, and (from the second process on) between ranks.
 //!
 //! - [`tap`]: closures on the forward value and on the backward gradient, the primitive that everything rests on.
+//! - [`collective`]: all-reduce and its kin on sub-groups of the ranks, called from the training thread.
 //! - [`frame`]: what is around a payload on its way.
 //! - [`coordinator`]: who is part of a run, and whether everybody is alive; [`control`]: a worker's side of it.
 //! - [`data`]: data parallelism: the static plan of buckets, the buckets, and the stream that hands back the sum.
@@ -13,6 +14,7 @@
 // Upstream marks its LibTorch backend deprecated; here it is a feature, and the yardstick on CPUs.
 #![cfg_attr(feature = "libtorch", allow(deprecated))]
 
+pub mod collective;
 pub mod control;
 pub mod coordinator;
 pub mod data;

@@ -90,7 +90,13 @@ impl Progress {
         self.advance();
     }
 
-    /// What it waits for, as far as that is known.
+    /// The step that is running; 0 before the first.
+    #[must_use]
+    pub fn step(&self) -> u64 {
+        self.step.load(Ordering::Relaxed)
+    }
+
+    /// What it waits for, as far as that is known. A rank that says so waits, whatever its stage.
     pub fn waits_for(&self, what: Option<String>) {
         *self.waits_for.lock().unwrap_or_else(PoisonError::into_inner) = what;
     }
@@ -119,11 +125,14 @@ impl Progress {
         if stage == Stage::Backward {
             text += &format!(", {buckets} buckets full");
         }
+        let mut waits = stage == Stage::Waiting;
         if let Some(what) = &*self.waits_for.lock().unwrap_or_else(PoisonError::into_inner) {
-            text += &format!(": {what}");
+            // In the midst of a forward or backward pass it is a collective operation that waits.
+            text += &format!("{}: {what}", if waits { "" } else { ", waiting for the other ranks" });
+            waits = true;
         }
         let slow = matches!(stage, Stage::Checkpointing | Stage::Ending);
-        Mark { step, count, text, waits: stage == Stage::Waiting, slow }
+        Mark { step, count, text, waits, slow }
     }
 }
 
@@ -162,6 +171,11 @@ mod tests {
         progress.begin(4);
         check(4, "step 4, in the forward pass", false);
         progress.enter(Stage::Backward);
+        check(4, "step 4, in the backward pass, 0 buckets full", false);
+        progress.waits_for(Some("rank 2's all_reduce 7".into()));
+        let text = "step 4, in the backward pass, 0 buckets full, waiting for the other ranks: rank 2's all_reduce 7";
+        check(4, text, true);
+        progress.waits_for(None);
         check(4, "step 4, in the backward pass, 0 buckets full", false);
     }
 }

@@ -4,7 +4,8 @@
 use std::path::Path;
 
 use compression::{Codec, Found, Level, Payload, Stores};
-// Where the targets look for it: the other crate that they are part of has only this of `parallel`.
+// Where the targets look for them: the other crate that they are part of has only these of `parallel`.
+use parallel::collective::message;
 use parallel::frame;
 
 use targets::Seen;
@@ -27,6 +28,11 @@ fn whatever_the_floats_are_they_cannot_be_sent_or_come_back_whole() {
 #[test]
 fn whatever_the_bytes_are_a_frame_is_refused_or_is_what_it_says() {
     replay("frame", targets::frame);
+}
+
+#[test]
+fn whatever_the_bytes_are_a_collective_message_is_refused_or_is_what_it_says() {
+    replay("collective", targets::collective);
 }
 
 /// The control of what is above: each target with something wrong in it.
@@ -54,6 +60,14 @@ fn a_wrong_decoder_encoder_or_reader_is_noticed() {
         })
     };
     assert!(is_noticed("frame", |data| targets::frame_with(data, last_byte_changed)));
+
+    let reduction_forgotten = |data: &[u8]| {
+        targets::read_message(data).map(|mut message| {
+            message.call.reduction = None;
+            message
+        })
+    };
+    assert!(is_noticed("collective", |data| targets::collective_with(data, reduction_forgotten)));
 }
 
 /// Runs the corpus of a target, all of which is taken, and mutations of it, of which at least a twentieth is taken and

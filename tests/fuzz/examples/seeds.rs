@@ -8,10 +8,15 @@ use std::path::Path;
 
 use bytes::Bytes;
 use compression::{Codec, Found};
+use fuzz::call::{Call, Dtype, Operation, Reduction};
 use fuzz::frame::{Header, Packer, Phase, pack};
+use fuzz::message::{Body, Leg, Message};
 use fuzz::targets;
 
 fn main() -> std::io::Result<()> {
+    for (name, message) in messages() {
+        write_file("collective", name, &message.write())?;
+    }
     let mut packer = Packer::new()?;
     for (number, codec) in Codec::ALL.into_iter().enumerate() {
         let number = number as u8;
@@ -49,8 +54,42 @@ fn inputs() -> [(&'static str, Vec<f32>); 3] {
     ]
 }
 
+/// A piece of each operation, of one dtype or another, some of them empty, and refusals.
+fn messages() -> Vec<(&'static str, Message)> {
+    use Operation::{AllGather, AllReduce, AllToAll, Barrier, Broadcast, ReduceScatter, Send};
+    let call = |operation, dtype, reduction| {
+        let (elements, root) = (12, if operation == Broadcast { 2 } else { 0 });
+        let site = String::from("model.layers.3/forward");
+        Call { operation, dtype, reduction, epoch: 3, group: 1 << 60, sequence: 17, elements, root, site }
+    };
+    let piece = |leg, offset: u64, call: Call| {
+        let bytes = (0..(12 - offset) * call.dtype.bytes() as u64).map(|at| (at * 7) as u8).collect::<Vec<u8>>();
+        Message { call, body: Body::Piece { leg, offset, bytes: bytes.into() } }
+    };
+    let refusal = |call: Call, text: &str| Message { call, body: Body::Refusal(text.into()) };
+    let nowhere = |operation| Call { site: String::new(), ..call(operation, Dtype::U8, None) };
+    vec![
+        ("broadcast", piece(Leg::Out, 4, call(Broadcast, Dtype::F32, None))),
+        ("broadcast-here", piece(Leg::In, 12, call(Broadcast, Dtype::F32, None))),
+        ("all_reduce-sum", piece(Leg::In, 0, call(AllReduce, Dtype::Bf16, Some(Reduction::Sum)))),
+        ("all_reduce-max", piece(Leg::Out, 6, call(AllReduce, Dtype::I32, Some(Reduction::Max)))),
+        ("all_gather", piece(Leg::Out, 0, call(AllGather, Dtype::I64, None))),
+        ("reduce_scatter-min", piece(Leg::In, 0, call(ReduceScatter, Dtype::U8, Some(Reduction::Min)))),
+        ("all_to_all", piece(Leg::Out, 11, call(AllToAll, Dtype::Bf16, None))),
+        ("send", piece(Leg::Out, 0, call(Send, Dtype::F32, None))),
+        ("send-nowhere", piece(Leg::Out, 8, nowhere(Send))),
+        ("barrier", piece(Leg::Out, 12, nowhere(Barrier))),
+        ("refusal", refusal(call(AllReduce, Dtype::F32, Some(Reduction::Sum)), "rank 1 is at barrier 3 of élan")),
+        ("refusal-empty", refusal(nowhere(Barrier), "")),
+    ]
+}
+
 fn write(target: &str, codec: Codec, name: &str, bytes: &[u8]) -> std::io::Result<()> {
+    write_file(target, &format!("{codec}-{name}"), bytes)
+}
+
+fn write_file(target: &str, name: &str, bytes: &[u8]) -> std::io::Result<()> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
     std::fs::create_dir_all(&folder)?;
-    std::fs::write(folder.join(format!("{codec}-{name}")), bytes)
+    std::fs::write(folder.join(name), bytes)
 }

@@ -1,8 +1,13 @@
 //! What a stranger may send, tried by libFuzzer. `docs/testing.md` has the commands.
 //!
 //! - [`targets`]: what must hold whatever the bytes are. Ordinary tests run the same functions.
-//! - [`frame`]: the frames of the crate `parallel`, from its source, without what else that crate needs.
+//! - [`frame`], [`call`] and [`message`]: frames and collective messages of the crate `parallel`, from its source, without
+//!   what else that crate needs.
 
+#[path = "../../../parallel/src/collective/call.rs"]
+pub mod call;
 #[path = "../../../parallel/src/frame.rs"]
 pub mod frame;
+#[path = "../../../parallel/src/collective/message.rs"]
+pub mod message;
 pub mod targets;

@@ -11,6 +11,7 @@ use compression::codec::{TOO_LARGE, reduce};
 use compression::{BLOCK, Codec, Found, Level, Part, Payload, Stores};
 
 use super::frame::{FrameError, HEADER_BYTES, Header, PAYLOAD_BYTES_MAX};
+use super::message::{self, Body, Message, MessageError, REFUSAL_BYTES_MAX, SITE_BYTES_MAX};
 
 /// The longest slice that is tried: longer ones only repeat whole blocks.
 pub const ELEMENTS_MAX: usize = 1024;
@@ -170,6 +171,48 @@ pub fn frame_with(data: &[u8], read: impl Fn(&[u8]) -> Result<(Header, Vec<u8>),
     assert_eq!(read(&written), Ok((header, payload)), "what is written is read");
     // A payload may still be refused, but not wildly.
     let _ = Payload::new(header.codec, header.elements as usize, &written[HEADER_BYTES..]);
+    Seen::Taken
+}
+
+/// Any bytes as a message of a collective operation, and the same bytes with the checksum that they should have.
+///
+/// It is refused, or is written as the same bytes, with pieces and texts within their bounds.
+pub fn collective(data: &[u8]) -> Seen {
+    collective_with(data, read_message)
+}
+
+/// [`Message::read`] of a slice.
+pub fn read_message(data: &[u8]) -> Result<Message, MessageError> {
+    Message::read(&data.to_vec().into())
+}
+
+/// As [`collective`], with this reader.
+pub fn collective_with(data: &[u8], read: impl Fn(&[u8]) -> Result<Message, MessageError>) -> Seen {
+    let mut mended = data.to_vec();
+    if let Some((header, rest)) = mended.split_at_mut_checked(message::HEADER_BYTES) {
+        let (covered, checksum) = header.split_at_mut(message::HEADER_BYTES - 4);
+        checksum.copy_from_slice(&crc32c([covered, rest]).to_le_bytes());
+    }
+    if mended != data {
+        assert!(read(data).is_err(), "a checksum that does not fit");
+    }
+    let message = match read(&mended) {
+        Ok(message) => message,
+        Err(error) => {
+            assert!(!error.to_string().is_empty());
+            return Seen::Refused;
+        }
+    };
+    let (bytes, max) = match &message.body {
+        Body::Piece { bytes, .. } => (bytes.len(), PAYLOAD_BYTES_MAX),
+        Body::Refusal(text) => (text.len(), REFUSAL_BYTES_MAX),
+    };
+    assert!(bytes <= max && message.call.site.len() <= SITE_BYTES_MAX, "{message:?}");
+    if let Body::Piece { offset, .. } = message.body {
+        let piece = (bytes / message.call.dtype.bytes()) as u64;
+        assert!(offset.checked_add(piece).is_some_and(|end| end <= message.call.elements), "{message:?}");
+    }
+    assert_eq!(message.write()[..], mended[..], "a message has one way to be written");
     Seen::Taken
 }
 

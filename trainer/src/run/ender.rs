@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use checkpoint::disk::RealDisk;
 use checkpoint::writer::give_up_all;
+use parallel::collective::Mailbox;
 use parallel::control::By;
 use parallel::coordinator::state::Ending;
 use parallel::data::engine::Aborter;
@@ -21,7 +22,7 @@ pub struct Ender(Arc<Ends>);
 
 #[derive(Debug)]
 struct Ends {
-    aborter: Mutex<Option<Aborter>>,
+    waiting: Mutex<Option<(Aborter, Mailbox)>>,
     /// Where nonces would lie, and half-written checkpoints.
     runs: Mutex<Option<PathBuf>>,
     checkpoints: Mutex<Option<PathBuf>>,
@@ -37,9 +38,9 @@ impl Ender {
     /// `quiet` where a launcher hosts the coordinator and, while it can, says how the run ended.
     #[must_use]
     pub fn new(quiet: bool) -> Self {
-        let (aborter, runs, checkpoints) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
+        let (waiting, runs, checkpoints) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
         let (grace_ms, alone, said) = (AtomicU64::new(125), AtomicBool::new(false), AtomicBool::new(false));
-        Self(Arc::new(Ends { aborter, runs, checkpoints, grace_ms, quiet, alone, said }))
+        Self(Arc::new(Ends { waiting, runs, checkpoints, grace_ms, quiet, alone, said }))
     }
 
     /// The run's `parallel.peer_timeout_s` is known.
@@ -47,9 +48,9 @@ impl Ender {
         self.0.grace_ms.store(((peer_timeout_s / 8.0).clamp(0.05, 2.0) * 1e3) as u64, Ordering::Relaxed);
     }
 
-    /// What to wake.
-    pub fn wake(&self, aborter: Aborter) {
-        *lock(&self.0.aborter) = Some(aborter);
+    /// What to wake: where the training thread may wait for other ranks.
+    pub fn wake(&self, engine: Aborter, collectives: Mailbox) {
+        *lock(&self.0.waiting) = Some((engine, collectives));
     }
 
     /// The folder of runs, where this process may leave a nonce.
@@ -75,8 +76,9 @@ impl Ender {
     /// The run has ended.
     pub fn end(&self, ending: &Ending, by: By) {
         self.0.alone.fetch_or(by == By::Worker, Ordering::Relaxed);
-        if let Some(aborter) = &*lock(&self.0.aborter) {
-            aborter.abort(&ending.verdict);
+        if let Some((engine, collectives)) = &*lock(&self.0.waiting) {
+            engine.abort(&ending.verdict);
+            collectives.abort(&ending.verdict);
         }
         let (ender, ending) = (self.clone(), ending.clone());
         std::thread::spawn(move || {

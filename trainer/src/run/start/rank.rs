@@ -9,14 +9,15 @@ use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
 use checkpoint::writer::{Member, Writer};
 use compression::{BLOCK, Codec, Workers};
+use parallel::collective::{Mailbox, Place};
 use parallel::control::{ControlError, beat};
 use parallel::data::engine::{Engine, Inbox};
 use parallel::data::exchange::{self, Exchange};
 use parallel::data::plan::{Parameter, Plan};
 use parallel::data::shard::payload_bytes_sent;
 use parallel::trace::Trace;
-use parallel::transport::Incoming;
 use parallel::transport::grpc::{self, GrpcTransport};
+use parallel::transport::{Incoming, Sink};
 use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start, Welcome};
 use serde_json::json;
 
@@ -272,8 +273,10 @@ fn connect(
     let tracing = begin_trace(request, &path, rank, &plan, begun.state.step)?;
     let trace = tracing.as_ref().map(Tracing::trace).cloned();
     let inbox = Inbox::new(trace.clone());
-    joined.ender.wake(inbox.aborter());
-    let transport = Arc::new(meet_peers(joined, &met.start, &inbox, trace.clone())?);
+    let place = Place { rank, ranks: share.ranks, epoch: met.start.epoch };
+    let mailbox = Mailbox::new(place, joined.progress.clone());
+    joined.ender.wake(inbox.aborter(), mailbox.clone());
+    let transport = Arc::new(meet_peers(joined, &met.start, mailbox.sink(inbox.sink()), trace.clone())?);
     let engine = Engine::start(exchange, transport.clone(), inbox, joined.progress.clone())
         .map_err(Error::io("start a thread in", "this process"))?;
     let stepper = Stepper::across(&ready.config, &ready.device, engine).traced(trace);
@@ -329,7 +332,7 @@ fn f32_bytes(plan: &Plan, share: &Share) -> u64 {
 }
 
 /// Connects with all other ranks.
-fn meet_peers(joined: &mut Joined, start: &Start, inbox: &Inbox, trace: Option<Arc<Trace>>) -> Result<GrpcTransport> {
+fn meet_peers(joined: &mut Joined, start: &Start, inbox: Sink, trace: Option<Arc<Trace>>) -> Result<GrpcTransport> {
     let group = grpc::Group {
         rank: joined.rank(),
         addresses: addresses(start)?,
@@ -340,12 +343,12 @@ fn meet_peers(joined: &mut Joined, start: &Start, inbox: &Inbox, trace: Option<A
         security: joined.security.clone(),
     };
     // A lost rank is reported at once, also while the training thread computes.
-    let (to_engine, reporter) = (inbox.sink(), joined.control.reporter());
+    let reporter = joined.control.reporter();
     let sink = Arc::new(move |incoming: Incoming| {
         if let Incoming::Lost { rank, why } = &incoming {
             reporter.lost(*rank, why);
         }
-        to_engine(incoming);
+        inbox(incoming);
     });
     let listener = joined.listener.take().expect("a rank connects once");
     Ok(listener.traced(trace).connect(&group, sink)?)

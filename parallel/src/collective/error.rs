@@ -1,0 +1,95 @@
+//! Why a collective operation cannot be completed.
+
+use thiserror::Error;
+
+use super::message::MessageError;
+
+/// Why an operation cannot be completed. But for [`Call`](Self::Call), which has sent nothing, every later operation of
+/// this rank fails with the same.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum CollectiveError {
+    /// The call makes no sense here.
+    #[error("{what}")]
+    Call {
+        /// What was expected, what came.
+        what: String,
+    },
+    /// A rank is gone.
+    #[error("step {step}: rank {rank} is lost: {why}{}", .waited.as_ref().map_or_else(String::new, |what| format!("; this rank waited for {what}")))]
+    Lost {
+        /// Which rank.
+        rank: usize,
+        /// The step that was running here; 0 before the first.
+        step: u64,
+        /// What was seen.
+        why: String,
+        /// What this rank waited for, if it did.
+        waited: Option<String>,
+    },
+    /// Two ranks are at different calls.
+    #[error(
+        "step {step}: rank {rank} is at {here}, rank {other} at {there}; do all ranks run the same recipe and build?"
+    )]
+    Disagreement {
+        /// This rank.
+        rank: usize,
+        /// The step that was running here; 0 before the first.
+        step: u64,
+        /// Where this rank is.
+        here: String,
+        /// The other rank.
+        other: usize,
+        /// Where it is.
+        there: String,
+    },
+    /// Another rank saw what is wrong.
+    #[error("rank {by} ended it: {what}")]
+    Refused {
+        /// Who.
+        by: usize,
+        /// What it saw.
+        what: String,
+    },
+    /// What a rank sent cannot be used.
+    #[error("rank {from}: {error}")]
+    Message {
+        /// Who sent it.
+        from: usize,
+        /// What is wrong.
+        error: MessageError,
+    },
+    /// A message of another group of ranks, or from nobody of this one.
+    #[error(
+        "rank {from} sent a collective message of epoch {found}, expected epoch {epoch} and another rank below {ranks}"
+    )]
+    Stranger {
+        /// Who sent it.
+        from: usize,
+        /// The epoch of the message.
+        found: u32,
+        /// The epoch that is running.
+        epoch: u32,
+        /// Ranks in the run.
+        ranks: usize,
+    },
+    /// A rank is further ahead than this one has room for.
+    #[error("rank {from} sent {bytes} bytes that nobody here has asked for yet, at most {max} are kept")]
+    Flood {
+        /// Who sent it.
+        from: usize,
+        /// Bytes that would have been kept.
+        bytes: usize,
+        /// The bound.
+        max: usize,
+    },
+    /// Somebody ended the run.
+    #[error("{0}")]
+    Aborted(String),
+}
+
+impl CollectiveError {
+    /// Whether the other members do not know of it, unless this rank tells them.
+    pub(super) const fn is_news(&self) -> bool {
+        matches!(self, Self::Disagreement { .. } | Self::Message { .. } | Self::Stranger { .. } | Self::Flood { .. })
+    }
+}
