@@ -384,15 +384,26 @@ fn global_norm(sum: &Sum<'_>) -> f64 {
     use rayon::prelude::*;
     // Fixed pieces, summed one by one and then in order: the same bits at any number of threads.
     const PIECE: usize = 1 << 15;
-    let square = |x: &f32| f64::from(*x) * f64::from(*x);
     let total: f64 = sum
         .parameters()
         .map(|values| {
-            let pieces: Vec<f64> = values.par_chunks(PIECE).map(|piece| piece.iter().map(square).sum()).collect();
+            let pieces: Vec<f64> = values.par_chunks(PIECE).map(squares).collect();
             pieces.iter().sum::<f64>()
         })
         .sum();
     total.sqrt()
+}
+
+/// The sum of squares in eight lanes, which a processor adds side by side.
+fn squares(values: &[f32]) -> f64 {
+    let mut lanes = [0.0; 8];
+    let (eights, rest) = values.as_chunks::<8>();
+    for eight in eights {
+        for (lane, x) in lanes.iter_mut().zip(eight) {
+            *lane += f64::from(*x) * f64::from(*x);
+        }
+    }
+    lanes.iter().sum::<f64>() + rest.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>()
 }
 
 /// What the gradient is multiplied with so that its norm is at most `limit`.

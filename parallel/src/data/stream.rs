@@ -83,7 +83,8 @@ struct State {
     step: u64,
     /// One buffer a bucket, kept from step to step. The engine has those that are complete.
     buffers: Vec<Vec<f32>>,
-    /// For each parameter, one past the last micro-batch that gave a gradient; 0 for none in this step.
+    /// For each parameter, one past the last micro-batch that gave a gradient; 0 for none in this step, and then its place
+    /// in the buffer holds whatever it holds.
     given: Vec<usize>,
     /// For each bucket, parameters that the last micro-batch has not given yet.
     missing: Vec<usize>,
@@ -205,7 +206,7 @@ impl GradientStream {
         self.engine().map_or_else(Counted::default, Engine::counted)
     }
 
-    /// Starts a step of `micro_batches` micro-batches: every buffer is zero.
+    /// Starts a step of `micro_batches` micro-batches: nothing was given.
     pub fn begin(&self, step: u64, micro_batches: usize) {
         assert!(micro_batches > 0, "a step has at least one micro-batch");
         let mut state = self.lock();
@@ -217,7 +218,6 @@ impl GradientStream {
         state.given.fill(0);
         for (buffer, bucket) in state.buffers.iter_mut().zip(self.plan.buckets()) {
             // The engine keeps the buffers of a step that failed.
-            buffer.clear();
             buffer.resize(bucket.elements, 0.0);
         }
         for (missing, bucket) in state.missing.iter_mut().zip(self.plan.buckets()) {
@@ -250,7 +250,7 @@ impl GradientStream {
             && let Some(engine) = self.engine()
         {
             let bucket = self.plan.slot(index).bucket;
-            engine.give(bucket, state.take(bucket));
+            engine.give(bucket, state.take(&self.plan, bucket));
         }
     }
 
@@ -305,10 +305,12 @@ impl GradientStream {
         if let Some(engine) = &self.engine {
             for bucket in 0..self.plan.buckets().len() {
                 if state.late || !state.complete.contains(&bucket) {
-                    engine.give(bucket, state.take(bucket));
+                    engine.give(bucket, state.take(&self.plan, bucket));
                 }
             }
             engine.vote(ballot);
+        } else {
+            (0..self.plan.buckets().len()).for_each(|bucket| state.fill(&self.plan, bucket));
         }
         Ok(())
     }
@@ -320,7 +322,15 @@ impl GradientStream {
 }
 
 impl State {
-    fn take(&mut self, bucket: usize) -> Vec<f32> {
+    /// What gave no gradient in this step has zeros.
+    fn fill(&mut self, plan: &Plan, bucket: usize) {
+        for &index in plan.buckets()[bucket].parameters.iter().filter(|&&index| self.given[index] == 0) {
+            self.buffers[bucket][plan.slot(index).range.clone()].fill(0.0);
+        }
+    }
+
+    fn take(&mut self, plan: &Plan, bucket: usize) -> Vec<f32> {
+        self.fill(plan, bucket);
         let values = std::mem::take(&mut self.buffers[bucket]);
         if let Some(own) = &mut self.own {
             own[bucket].clone_from(&values);
@@ -335,13 +345,14 @@ impl State {
         }
         let slot = plan.slot(index);
         let sum = &mut self.buffers[slot.bucket][slot.range.clone()];
+        let is_first = self.given[index] == 0;
         let found = match gradient {
-            Gradient::Host(values) => add_to(sum, values),
+            Gradient::Host(values) => add_to(sum, values, is_first),
             Gradient::Device(tensor) => {
                 let read = |why: String| StreamError::Read { step: self.step, parameter: name(), why };
                 let data = tensor.try_into_data().map_err(|e| read(format!("{e:?}")))?;
                 let data = if data.dtype() == DType::F32 { data } else { data.convert::<f32>() };
-                add_to(sum, data.as_slice::<f32>().map_err(|e| read(format!("{e:?}")))?)
+                add_to(sum, data.as_slice::<f32>().map_err(|e| read(format!("{e:?}")))?, is_first)
             }
         };
         if let Err(found) = found {
@@ -358,13 +369,16 @@ impl State {
     }
 }
 
-/// `sum += values`, or the number of values when it is not the number expected.
-fn add_to(sum: &mut [f32], values: &[f32]) -> Result<(), usize> {
+/// `sum += values`, from zero on when they are the first; or the number of values when it is not the number expected.
+fn add_to(sum: &mut [f32], values: &[f32], is_first: bool) -> Result<(), usize> {
     if sum.len() != values.len() {
         return Err(values.len());
     }
-    for (sum, value) in sum.iter_mut().zip(values) {
-        *sum += value;
+    if is_first {
+        // Zero plus the value, so that there is no negative zero.
+        sum.iter_mut().zip(values).for_each(|(sum, value)| *sum = 0.0 + value);
+    } else {
+        sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
     }
     Ok(())
 }

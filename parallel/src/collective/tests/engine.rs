@@ -19,7 +19,7 @@ fn gradient(rank: usize, step: u64, tensor: usize) -> Vec<f32> {
 fn stream(rank: usize, end: &Arc<ChannelTransport>, inbox: Inbox) -> GradientStream {
     let parameter = |(index, shape): (usize, &&[usize])| Parameter { name: index.to_string(), shape: shape.to_vec() };
     let plan = Plan::new(SHAPES.iter().enumerate().map(parameter).collect(), 1 << 10).expect("small");
-    let group = Group { rank, ranks: RANKS, epoch: EPOCH, chunk_blocks: 4 };
+    let group = Group { rank, ranks: RANKS, members: 1, epoch: EPOCH, chunk_blocks: 4, window: 2 };
     let exchange = Exchange::new(Arc::new(plan), group, Codec::Fp32);
     GradientStream::across(Engine::start(exchange, end.clone(), inbox, Arc::default()).expect("a thread"))
 }
