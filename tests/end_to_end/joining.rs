@@ -109,6 +109,12 @@ fn port(listener: &TcpListener) -> String {
     listener.local_addr().expect("it listens").port().to_string()
 }
 
+/// A port that nobody has, with its neighbour.
+pub fn free_port() -> String {
+    let (one, _) = two_ports();
+    port(&one)
+}
+
 /// A rank as torchrun starts it.
 fn rank_command(place: &Place, rank: usize, master_port: &str, more: &[&str]) -> Command {
     let mut command = place.command(&[&["train", "small.toml"], more].concat());

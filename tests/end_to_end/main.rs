@@ -15,6 +15,7 @@ mod prometheus;
 mod ranks;
 mod recipes;
 mod resume;
+mod schedulers;
 mod secured;
 mod siege;
 mod support;
