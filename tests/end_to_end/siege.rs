@@ -14,7 +14,8 @@ use parallel::transport::tls::{Keys, Security};
 use parallel::wire::control::Hello;
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 
-use crate::dying::RANKS;
+use crate::dying::{RANKS, outcome, undisturbed};
+use crate::joining::{coordinator, worker};
 use crate::processes::{HANG, Job, listening, nobody_is_left, ports, processes, send};
 use crate::support::{Place, Ran};
 
@@ -266,6 +267,20 @@ fn runs_under_siege_take_the_steps_of_one_that_is_left_alone_and_keep_no_descrip
         );
     }
     alone.stop().1.failed(75, &[]);
+}
+
+#[test]
+fn workers_join_although_a_thousand_idle_connections_came_first() {
+    room_for_descriptors();
+    let place = Place::with(RANKS);
+    let (job, address) = coordinator(&place, &[]);
+    let at: SocketAddr = address.parse().expect("an address");
+    let idle: Vec<TcpStream> = (0..IDLE).map(|_| connect(at)).collect();
+    let workers = [0, 1].map(|rank: usize| worker(&place, &address, &["--rank", &rank.to_string()]));
+    workers.into_iter().chain([job]).for_each(|job| _ = job.end().ok());
+    nobody_is_left(&place.path(""));
+    assert_eq!(outcome(&place, "a"), undisturbed(2));
+    idle.into_iter().for_each(|stream| is_sent_away(stream, "idle"));
 }
 
 #[test]
