@@ -2,9 +2,11 @@
 //! run that nobody disturbed. Linux, whose `/proc` tells the processes.
 //!
 //! - `asked`: signals that ask for an end, and restarts.
+//! - `each`: every rank, killed and stopped.
 //! - `rounds`: random victims, random moments.
 
 mod asked;
+mod each;
 mod rounds;
 
 use std::collections::BTreeMap;

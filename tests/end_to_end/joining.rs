@@ -16,7 +16,7 @@ use crate::support::{Place, Ran};
 
 /// Starts a coordinator on a port that the system chooses, and returns its address.
 #[track_caller]
-fn coordinator(place: &Place, more: &[&str]) -> (Job, String) {
+pub fn coordinator(place: &Place, more: &[&str]) -> (Job, String) {
     let args = ["coordinator", "small.toml", "--name", "a", "--listen", "127.0.0.1:0"];
     let mut job = Job::start(place, &[&args, more].concat());
     let mut address = None;
@@ -30,7 +30,7 @@ fn coordinator(place: &Place, more: &[&str]) -> (Job, String) {
     (job, address)
 }
 
-fn worker(place: &Place, address: &str, more: &[&str]) -> Job {
+pub fn worker(place: &Place, address: &str, more: &[&str]) -> Job {
     Job::start(place, &[&["worker", "--join", address], more].concat())
 }
 
@@ -107,6 +107,12 @@ fn two_ports() -> (TcpListener, TcpListener) {
 
 fn port(listener: &TcpListener) -> String {
     listener.local_addr().expect("it listens").port().to_string()
+}
+
+/// A port that nobody has, with its neighbour.
+pub fn free_port() -> String {
+    let (one, _) = two_ports();
+    port(&one)
 }
 
 /// A rank as torchrun starts it.

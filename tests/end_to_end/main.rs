@@ -1,6 +1,7 @@
 //! Real runs of the real command line, each in a folder of its own.
 
 mod bad_input;
+mod balance;
 mod benches;
 mod codecs;
 mod documents;
@@ -15,6 +16,8 @@ mod prometheus;
 mod ranks;
 mod recipes;
 mod resume;
+mod schedulers;
 mod secured;
+mod siege;
 mod support;
 mod traces;

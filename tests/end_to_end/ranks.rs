@@ -10,6 +10,7 @@ use parallel::data::shard::payload_bytes_sent;
 use serde_json::Value;
 use trainer::model::Config;
 
+use crate::balance::at_the_sockets;
 use crate::support::{Place, Ran};
 
 /// A model with tensors that are large enough (64 Ki elements) to be compressed, and some that are not.
@@ -261,15 +262,8 @@ fn bytes_at_the_socket_are_the_formula_and_little_more() {
         let run = codec.name();
         let sent = [0, 1].map(|rank| formula(place, run, codec, rank));
         for rank in [0, 1] {
-            // What a rank counted until it had said goodbye, as its log has it.
-            let log = std::fs::read_to_string(place.path(&format!("runs/{run}/logs/rank-{rank}.log"))).expect("a log");
-            let total = |key: &str| -> u64 {
-                let line = log.lines().find(|line| line.contains("bytes at the sockets in all")).expect("the totals");
-                let number = line.split(&format!("{key}=")).nth(1).expect(key);
-                number.split_whitespace().next().and_then(|number| number.parse().ok()).expect("a number")
-            };
             for (key, bytes) in [("sent", sent[rank]), ("received", sent[1 - rank])] {
-                let total = total(key);
+                let total = at_the_sockets(place, run, 2, key)[rank] as u64;
                 assert!(
                     (STEPS * bytes..=most(bytes)).contains(&total),
                     "{codec}, rank {rank}, {key}: {total}, {bytes} a step"

@@ -292,6 +292,9 @@ impl Run {
         let word = self.word();
         let tamper = &self.tamper;
         tamper.before(rank, step)?;
+        if let Some(group) = &self.group {
+            tamper.disturb(rank, step, group.share.ranks, &*group.transport);
+        }
         let spoil = |_: usize, loss| tamper.loss(rank, step, loss);
         let report = self.stepper.step(&mut self.state, &self.recipe, &batches, word, spoil)?;
         self.tamper.record(&self.stepper, rank, step, report.skipped)?;

@@ -5,6 +5,8 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use burn::Tensor;
+use parallel::frame::HEADER_BYTES;
+use parallel::transport::Transport;
 
 use crate::error::{Error, Result};
 use crate::model::Config;
@@ -24,6 +26,10 @@ pub struct Tamper {
     die: Vec<(usize, u64)>,
     /// This (rank, step) ends with an error.
     fail: Vec<(usize, u64)>,
+    /// This (rank, step) sends noise to all others.
+    garbage: Vec<(usize, u64)>,
+    /// This (rank, step) sends all others a frame of a version that there never was.
+    old: Vec<(usize, u64)>,
     /// Error feedback forgets what was left out.
     pub no_feedback: bool,
     /// No gradient leaves before the end of the backward pass.
@@ -41,8 +47,8 @@ pub struct Tamper {
 }
 
 impl Tamper {
-    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,fail:1:4,no-feedback,late,forget-owner,link:1e6,
-    /// step:0.5,record:DIR,hashes:DIR`. What it does not know it refuses.
+    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,fail:1:4,garbage:1:4,old:1:4,no-feedback,late,
+    /// forget-owner,link:1e6,step:0.5,record:DIR,hashes:DIR`. What it does not know it refuses.
     ///
     /// # Errors
     /// The first item that is none.
@@ -61,6 +67,8 @@ impl Tamper {
                 ("drift", Some(place)) => tamper.drift.push(place),
                 ("die", Some(place)) => tamper.die.push(place),
                 ("fail", Some(place)) => tamper.fail.push(place),
+                ("garbage", Some(place)) => tamper.garbage.push(place),
+                ("old", Some(place)) => tamper.old.push(place),
                 ("no-feedback", None) => tamper.no_feedback = true,
                 ("late", None) => tamper.late = true,
                 ("forget-owner", None) => tamper.forget_owner = true,
@@ -92,6 +100,17 @@ impl Tamper {
         match self.fail.contains(&(rank, step)) {
             true => Err(Error::Device { step, what: "it was told to fail".into() }),
             false => Ok(()),
+        }
+    }
+
+    /// Sends all other ranks what no rank sends, if that is wanted.
+    pub fn disturb(&self, rank: usize, step: u64, ranks: usize, transport: &dyn Transport) {
+        let noise: Vec<u8> = (0..4096u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let old = [&b"TRIB"[..], &[0; HEADER_BYTES - 4]].concat();
+        for (wanted, message) in [(&self.garbage, noise), (&self.old, old)] {
+            if wanted.contains(&(rank, step)) {
+                (0..ranks).filter(|&to| to != rank).for_each(|to| transport.send(to, message.clone().into()));
+            }
         }
     }
 
