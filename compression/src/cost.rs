@@ -59,11 +59,13 @@ pub struct Speed {
 /// What was measured.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Facts {
-    /// Ranks that a gradient travels between; where several are a machine, machines.
+    /// Ranks of the group.
     pub ranks: usize,
+    /// Ranks of a machine, which share what leaves it; 1 where every rank is one.
+    pub members: usize,
     /// Bytes a second of the slowest link, each way.
     pub link_bytes_per_s: f64,
-    /// Of all tensors, one rank's part of them where several are a machine.
+    /// Of all tensors.
     pub elements: Elements,
     /// Of the last bucket of the backward pass.
     pub last_bucket: Elements,
@@ -99,8 +101,8 @@ pub struct Choice {
 /// below zero, counts as zero.
 #[must_use]
 pub fn choose(facts: &Facts) -> Choice {
-    if facts.ranks < 2 {
-        let reason = "with one rank, or one machine, nothing travels, so nothing is compressed".into();
+    if facts.ranks <= facts.members {
+        let reason = "all ranks are one machine, and nothing leaves it, so nothing is compressed".into();
         return Choice { codec: Codec::Fp32, predictions: Vec::new(), reason };
     }
     let speed = |codec: Codec| facts.speeds.iter().find(|speed| speed.codec == codec);
@@ -121,15 +123,16 @@ pub fn choose(facts: &Facts) -> Choice {
 fn predict<'a>(facts: &Facts, codec: Codec, first: &Speed, speed: impl Fn(Codec) -> Option<&'a Speed>) -> Prediction {
     // Elements that travel in another codec than this one are few, and are counted at its speed.
     let second = speed(codec.second_stage()).unwrap_or(first);
-    let n = facts.ranks as f64;
+    let members = facts.members.max(1) as f64;
+    let n = facts.ranks as f64 / members;
     let others = (n - 1.0) / n;
     let Elements { any, int8_at_least, fp32 } = facts.elements;
     let elements = any as f64 + int8_at_least as f64 + fp32 as f64;
     let encode_s = others * seconds(first.encode_s) + seconds(second.encode_s) / n;
-    let decode_s = others * seconds(first.decode_add_s) + seconds(second.decode_add_s);
-    let work_s = elements * (encode_s + decode_s);
+    let decode_s = others * seconds(first.decode_add_s) / members + seconds(second.decode_add_s);
+    let work_s = elements * (encode_s / members + decode_s);
     let link = if facts.link_bytes_per_s >= LINK_MIN { facts.link_bytes_per_s } else { LINK_MIN };
-    let transfer_s = |elements: &Elements| others * bytes(elements, codec) / link;
+    let transfer_s = |elements: &Elements| others * bytes(elements, codec) / members / link;
     let open_s = (transfer_s(&facts.elements) - seconds(facts.window_s)).max(transfer_s(&facts.last_bucket));
     Prediction { codec, step_s: seconds(seconds(facts.step_s) + work_s + open_s) }
 }

@@ -74,6 +74,57 @@ fn bytes_that_leave_a_machine_fall_with_its_ranks_and_all_replicas_stay_equal() 
 }
 
 #[test]
+fn zstd_and_a_change_of_codec_leave_machines_with_equal_replicas() {
+    let place = wide();
+    let train = |name: &str, faults: &str, more: &[&str]| {
+        let group =
+            ["--set", "parallel.group=2", "--set", "compression.codec=int4", "--set", "compression.warmup_steps=4"];
+        let (ran, hashes) = hashes(&place, RANKS, name, faults, &[&FOUR[..], &group, more].concat());
+        ran.ok();
+        assert!(hashes.iter().all(|rank| *rank == hashes[0]), "{name}");
+        hashes[0].clone()
+    };
+    let plain = train("plain", "", &[]);
+    // On a link of a byte a second whatever gets smaller is packed.
+    let packed = train("packed", "link:1", &["--set", "compression.zstd=auto", "--set", "parallel.window_chunks=1"]);
+    assert_eq!(plain, packed);
+    let on = place.events("packed").into_iter().filter(|event| event["event"] == "zstd" && event["packs"] == true);
+    assert!(on.count() > 0, "something is packed");
+}
+
+#[test]
+fn ranks_of_one_machine_compress_nothing_and_say_so() {
+    let place = wide();
+    for codec in ["int8", "auto"] {
+        let codec_set = format!("compression.codec={codec}");
+        let more = [&FOUR[..], &["--set", "parallel.group=4", "--set", &codec_set]].concat();
+        let (ran, hashes) = hashes(&place, RANKS, codec, "", &more);
+        ran.ok();
+        assert!(hashes.iter().all(|rank| *rank == hashes[0]));
+        let events = place.events(codec);
+        let said: Vec<&Value> = events.iter().filter(|event| event["event"] == "codec").collect();
+        assert_eq!(said.len(), 1, "{events:?}");
+        assert_eq!(said[0]["codec"], "fp32");
+        assert_eq!(said[0]["reason"], "all ranks are one machine, and nothing leaves it");
+        assert!(across(&place, codec, 4).iter().all(|&sent| sent == 0));
+        let kept = checkpoint(&place, codec, STEPS);
+        assert!(!kept.manifest().tensors.keys().any(|name| name.contains(".sender.")), "nothing is left out");
+    }
+}
+
+#[test]
+fn auto_chooses_for_machines() {
+    let place = wide();
+    let more = [&FOUR[..], &["--set", "parallel.group=2", "--set", "compression.codec=auto"]].concat();
+    let (ran, hashes) = hashes(&place, RANKS, "auto", "link:1e3,step:0.001", &more);
+    ran.ok();
+    assert!(hashes.iter().all(|rank| *rank == hashes[0]));
+    let events = place.events("auto");
+    let last = events.iter().rfind(|event| event["event"] == "codec").expect("a choice");
+    assert_eq!(last["codec"], "int4", "{last}");
+}
+
+#[test]
 fn a_resume_with_machines_is_bitwise_and_another_group_is_refused() {
     let place = wide();
     let group = ["--set", "parallel.group=2", "--set", "compression.codec=int4"];

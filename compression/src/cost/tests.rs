@@ -25,6 +25,7 @@ fn facts(link_bytes_per_s: f64) -> Facts {
         last_bucket: Elements { any: 0, int8_at_least: 1_000_000, fp32: 512 },
         step_s: 1.0,
         window_s: 0.3,
+        members: 1,
         speeds: speeds(1.0),
     }
 }
@@ -42,6 +43,21 @@ fn chosen(facts: &Facts, codecs: &[Codec], said: &[&str]) {
 }
 
 const MEGABIT: f64 = 1e6 / 8.0;
+
+#[test]
+fn ranks_of_a_machine_share_what_leaves_it_and_decode_all_of_it() {
+    let slow = facts(1e6);
+    let step = |facts: &Facts| {
+        let choice = choose(facts);
+        choice.predictions.iter().find(|one| one.codec == Codec::Int8).expect("a candidate").step_s
+    };
+    // On a slow link two machines of four ranks take a quarter of the time of two ranks, and the decoding of all sums.
+    let two = step(&slow);
+    let machines = step(&Facts { ranks: 8, members: 4, ..slow.clone() });
+    assert!(machines < 0.27 * two && machines > 0.25 * two, "{machines} {two}");
+    // With one machine nothing leaves.
+    assert_eq!(choose(&Facts { ranks: 8, members: 8, ..slow }).codec, Codec::Fp32);
+}
 
 #[test]
 fn a_slow_link_gets_few_bits_and_a_fast_one_none() {
@@ -131,7 +147,7 @@ prop_compose! {
         let speeds = CANDIDATES.into_iter().enumerate();
         let speeds = speeds.map(|(i, codec)| Speed { codec, encode_s: numbers[3 + 2 * i], decode_add_s: numbers[4 + 2 * i] });
         let (link_bytes_per_s, step_s, window_s) = (numbers[0], numbers[1], numbers[2]);
-        Facts { ranks, link_bytes_per_s, elements, last_bucket, step_s, window_s, speeds: speeds.collect() }
+        Facts { ranks, members: 1, link_bytes_per_s, elements, last_bucket, step_s, window_s, speeds: speeds.collect() }
     }
 }
 
@@ -154,7 +170,7 @@ prop_compose! {
         let last_bucket = Elements { any: of(last), int8_at_least: of(embeddings * last), fp32: of(fp32 * last) };
         let mut speeds = speeds(slower);
         speeds.iter_mut().zip(uneven).for_each(|(speed, uneven)| speed.encode_s *= uneven);
-        Facts { ranks, link_bytes_per_s: link, elements, last_bucket, step_s, window_s: window * step_s, speeds }
+        Facts { ranks, members: 1, link_bytes_per_s: link, elements, last_bucket, step_s, window_s: window * step_s, speeds }
     }
 }
 

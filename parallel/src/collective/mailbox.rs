@@ -231,6 +231,8 @@ impl Mailbox {
             Body::Piece { leg, offset, bytes } => (leg, offset, bytes),
             Body::Refusal(what) => return Err(CollectiveError::Refused { by: from, what }),
         };
+        // A message takes its place in a queue, and may need a queue of its own.
+        let kept = kept + size_of::<Piece>() + size_of::<(Key, VecDeque<Piece>)>();
         let (sum, max) = (state.kept[from] + kept, self.0.kept_bytes_max);
         if sum > max {
             return Err(CollectiveError::Flood { from, bytes: sum, max });

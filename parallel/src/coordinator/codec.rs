@@ -59,7 +59,8 @@ fn slowest(all: &[&CodecFacts]) -> Facts {
     };
     let members = all.first().map_or(1, |facts| facts.members.max(1) as usize);
     Facts {
-        ranks: all.len() / members,
+        ranks: all.len(),
+        members,
         link_bytes_per_s: least(|facts| facts.link_bytes_per_s),
         elements: elements(|facts| facts.elements),
         last_bucket: elements(|facts| facts.last_bucket),

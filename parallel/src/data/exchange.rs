@@ -144,7 +144,7 @@ struct Tensor {
 /// One chunk whose parts this member adds for its node.
 #[derive(Clone, Debug)]
 struct Inner {
-    /// By place in the node.
+    /// By place in the node; empty with one member.
     parts: Vec<Option<Payload<Bytes>>>,
     /// Whether the bucket's buffer has the node's sum.
     summed: bool,
@@ -174,7 +174,9 @@ impl Exchange {
         let tensors = plan.parameters().iter().map(|parameter| {
             let elements = parameter.elements();
             let chunks = |owner| chunks(shard(elements, owner, group.ranks), group.chunk_blocks).count();
-            let inner = Inner { parts: vec![None; nodes.members], summed: false };
+            // A rank without mates waits for none.
+            let places = if nodes.members > 1 { nodes.members } else { 0 };
+            let inner = Inner { parts: vec![None; places], summed: false };
             Tensor {
                 codec: codec_of(parameter, codec),
                 inner: (0..nodes.count()).map(|node| vec![inner.clone(); chunks(nodes.peer(node))]).collect(),
@@ -325,16 +327,27 @@ impl Exchange {
         self.pump(out);
     }
 
-    /// Takes a frame that `from` sent, hands the frames that follow from it to `out`, and says which way it went.
+    /// As [`take`](Self::take), and hands the frames that follow from it to `out`.
     ///
     /// # Errors
-    /// A frame that is damaged or has no place here; nothing is taken from it.
+    /// As [`take`](Self::take).
     pub fn receive(
         &mut self,
         from: usize,
         frame: &Bytes,
         out: &mut dyn FnMut(Outgoing),
     ) -> Result<Phase, ExchangeError> {
+        let phase = self.take(from, frame)?;
+        self.pump(out);
+        Ok(phase)
+    }
+
+    /// Takes a frame that `from` sent, and says which way it went. What follows from it waits for
+    /// [`pump`](Self::pump).
+    ///
+    /// # Errors
+    /// A frame that is damaged or has no place here; nothing is taken from it.
+    pub fn take(&mut self, from: usize, frame: &Bytes) -> Result<Phase, ExchangeError> {
         let wrong = |error| ExchangeError::Frame { from, error };
         let (header, payload) = Header::read(frame).map_err(wrong)?;
         header.check_now(self.group.epoch, self.step).map_err(wrong)?;
@@ -365,7 +378,6 @@ impl Exchange {
                 }
             }
         }
-        self.pump(out);
         Ok(header.phase)
     }
 
@@ -394,7 +406,8 @@ impl Exchange {
     /// When the sum is not complete, something was not [released](Self::release), or the votes are not one of each rank for
     /// this step.
     pub fn close(&mut self, votes: &[Vote]) -> (Verdict, Vec<Vec<f32>>) {
-        assert!(self.is_complete() && self.unsent == 0, "{} chunks are missing", self.missing);
+        assert!(self.is_complete(), "{} chunks are missing", self.missing);
+        assert!(self.unsent == 0, "{} chunks are not encoded", self.unsent);
         assert!(self.queues.iter().all(VecDeque::is_empty), "sums that nobody was given");
         assert!(votes.len() == self.group.ranks && votes.iter().all(|vote| vote.step == self.step), "{votes:?}");
         let verdict = if votes.iter().all(|vote| vote.finite) { Verdict::Commit } else { Verdict::Skip };
@@ -422,6 +435,14 @@ impl Exchange {
     /// The chunks of an owner's shard of a tensor.
     fn chunks_of(&self, index: usize, owner: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         chunks(shard(self.tensors[index].sum.len(), owner, self.group.ranks), self.group.chunk_blocks)
+    }
+
+    /// One of them.
+    fn chunk(&self, index: usize, owner: usize, number: usize) -> Option<Range<usize>> {
+        let shard = shard(self.tensors[index].sum.len(), owner, self.group.ranks);
+        let size = self.group.chunk_blocks * BLOCK;
+        let start = shard.start + number * size;
+        (start < shard.end).then(|| start..(start + size).min(shard.end))
     }
 
     /// Where a part of a tensor lies in its bucket's buffer.

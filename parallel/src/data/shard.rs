@@ -1,8 +1,8 @@
 //! Who owns which part of a tensor, and what that costs on the wire.
 //!
 //! In a group of N ranks every tensor is cut into N shards, one an owner, on block borders, as evenly as blocks allow;
-//! with fewer blocks than ranks some owners have none. An owner receives its shard from everybody, adds them in rank
-//! order, and sends the sum to everybody (Rabenseifner 2004's reduce-scatter and all-gather, direct instead of in a
+//! with fewer blocks than ranks some owners have none. An owner receives its shard from every node, adds them in the order
+//! of the nodes, and sends the sum to everybody (Rabenseifner 2004's reduce-scatter and all-gather, direct instead of in a
 //! ring, so that a sum is encoded once and not at every hop).
 
 use std::ops::Range;

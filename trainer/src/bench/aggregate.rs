@@ -91,6 +91,11 @@ pub fn aggregate(options: &Options, security: &Security) -> Result<()> {
     if !ranks.is_multiple_of(options.group) {
         return Err(Error::Usage(format!("--group {}: expected a divisor of the {ranks} ranks", options.group)));
     }
+    if options.group > 1 && options.line_bits_per_s.is_some() {
+        return Err(Error::Usage(
+            "--line-bits-per-s: with --group not all bytes pass a line; leave one of them out".into(),
+        ));
+    }
     match options.rank {
         None => {
             // The system chooses.
@@ -181,7 +186,9 @@ impl Place {
         let exchange = Exchange::new(plan.clone(), group, Codec::Fp32);
         let engine = Engine::start(exchange, transport.clone(), inbox, Arc::default());
         let stream = GradientStream::across(engine.map_err(Error::io("start", "a thread"))?);
-        let wire = Copies::connect(&plain, self.addresses[(rank + 1) % ranks][1])?;
+        // To the next machine, if there are several.
+        let distance = if group.nodes().count() > 1 { members } else { 1 };
+        let wire = Copies::connect(&plain, self.addresses[(rank + distance) % ranks][1])?;
         let gradient: Vec<f32> = (0..TENSOR).map(|i| ((i * 31 + rank * 7) as f32 * 0.1).sin() * 1e-2).collect();
 
         let mut step = 0;

@@ -130,7 +130,7 @@ pub const KEYS: &[Key] = &[
     key("parallel.micro_batches", Integers(1, 1 << 20), Empty, Fixed, "forward and backward passes a step of each rank, in rank order, in place of `train.micro_batches`: for machines of unequal speed"),
     key("parallel.bucket_bytes_max", Integer(4, 1 << 34), DefaultInteger(4 << 20), Free, "bytes of f32 gradient a bucket, which leaves as soon as it is full"),
     key("parallel.group", Integer(1, 1024), DefaultInteger(1), Fixed, "ranks of a machine, which are consecutive: they add their gradients in f32 before these are compressed and leave the machine, once for all of them; a divisor of `parallel.data`"),
-    key("parallel.chunk_elements", Integer(128, 1 << 20), DefaultInteger(1 << 18), Free, "elements of a frame, a multiple of 128; as `int8` the default takes 260 KiB"),
+    key("parallel.chunk_elements", Integer(1 << 14, 1 << 20), DefaultInteger(1 << 18), Free, "elements of a frame, a multiple of 128; as `int8` the default takes 260 KiB. A frame must pass a link within `parallel.peer_timeout_s`"),
     key("parallel.window_chunks", Integer(1, 1 << 20), DefaultInteger(16), Free, "frames that are encoded and under way to one rank; what is to follow waits as gradient, without memory of its own"),
     key("parallel.peer_timeout_s", Real(1.0, 86_400.0), DefaultReal(30.0), Free, "when a rank is lost, all others have ended after so many seconds; three quarters of it in silence count as lost"),
     key("parallel.join_timeout_s", Real(1.0, 604_800.0), DefaultReal(300.0), Free, "seconds in which all ranks must have joined and read their text"),

@@ -41,6 +41,8 @@ pub struct Course {
     pub asked: Compression,
     /// What was chosen, where the recipe leaves it open.
     pub chosen: Option<Chosen>,
+    /// All ranks are one machine, whatever the recipe says.
+    pub one_machine: bool,
 }
 
 /// The codec of a step.
@@ -63,6 +65,8 @@ pub enum Why {
     Measuring,
     /// It was chosen.
     Chosen(Chosen),
+    /// All ranks are one machine, and nothing leaves it.
+    OneMachine,
 }
 
 impl Course {
@@ -70,6 +74,9 @@ impl Course {
     /// codec has fewer bits.
     #[must_use]
     pub fn at(&self, step: u64) -> Now {
+        if self.one_machine {
+            return Now { codec: Codec::Fp32, why: Why::OneMachine, then: None };
+        }
         let (codec, why) = match (self.asked.codec, self.chosen) {
             (CodecChoice::Fixed(codec), _) => (codec, Why::Recipe),
             (CodecChoice::Auto, Some(chosen)) => (chosen.codec, Why::Chosen(chosen)),
@@ -84,7 +91,7 @@ impl Course {
 
     /// Whether there is a choice to be made.
     fn is_open(&self) -> bool {
-        self.asked.codec == CodecChoice::Auto && self.chosen.is_none()
+        self.asked.codec == CodecChoice::Auto && self.chosen.is_none() && !self.one_machine
     }
 }
 
@@ -105,7 +112,20 @@ impl Codecs {
     #[must_use]
     pub fn new(asked: Compression, chosen: Option<Chosen>) -> Self {
         let chosen = chosen.filter(|_| asked.codec == CodecChoice::Auto);
-        Self { course: Course { asked, chosen }, last: None, calibration: None, heard: None, said: false }
+        Self {
+            course: Course { asked, chosen, one_machine: false },
+            last: None,
+            calibration: None,
+            heard: None,
+            said: false,
+        }
+    }
+
+    /// All ranks are one machine.
+    #[must_use]
+    pub const fn on_one_machine(mut self) -> Self {
+        self.course.one_machine = true;
+        self
     }
 
     /// The codec of the last step that was begun, or of the one that will be the first.
@@ -132,6 +152,7 @@ impl Codecs {
         let heard = self.heard.as_ref().map(|heard| &heard.reason);
         let mut reason = match (now.why, heard) {
             (Why::Recipe, _) => "the recipe says so".into(),
+            (Why::OneMachine, _) => "all ranks are one machine, and nothing leaves it".into(),
             (Why::Measuring, _) => format!("until {MEASURED_STEPS} steps are measured, for the choice of auto"),
             (Why::Chosen(_), Some(reason)) => reason.clone(),
             (Why::Chosen(chosen), None) => format!("it was chosen at step {}, as the checkpoint says", chosen.step),
@@ -175,7 +196,7 @@ impl Run {
     /// A rank is lost.
     pub(super) fn measure_link(&mut self) -> Result<()> {
         let Some(codecs) = &mut self.codecs else { return Ok(()) };
-        let packs = self.recipe.compression.zstd == Zstd::Auto;
+        let packs = self.recipe.compression.zstd == Zstd::Auto && !codecs.course.one_machine;
         if !codecs.course.is_open() && !packs {
             return Ok(());
         }
@@ -257,7 +278,7 @@ mod tests {
 
     fn course(codec: CodecChoice, warmup_steps: u64, chosen: Option<Codec>) -> Course {
         let chosen = chosen.map(|codec| Chosen { codec, step: 6 });
-        Course { asked: Compression { codec, warmup_steps, zstd: Zstd::Off, threads: 0 }, chosen }
+        Course { asked: Compression { codec, warmup_steps, zstd: Zstd::Off, threads: 0 }, chosen, one_machine: false }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! be less than what the link saves. Both are measured: while a bucket is packed, every step of it; while it is not, a step
 //! of it at first and now and then.
 
+use std::collections::HashMap;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -77,8 +78,8 @@ pub(super) struct Packing {
     link_bytes_per_s: f64,
     buckets: Vec<Bucket>,
     step: u64,
-    /// The last frame, plain and packed: an owner sends one to all.
-    last: Option<(Bytes, Bytes)>,
+    /// The step's frames that go to several ranks, plain and packed, by the address of the plain one.
+    shared: HashMap<usize, (Bytes, Bytes)>,
     changes: Vec<Change>,
 }
 
@@ -98,7 +99,7 @@ impl Packing {
     /// There is no memory for it.
     pub(super) fn new(buckets: usize, link_bytes_per_s: f64) -> std::io::Result<Self> {
         let (packer, buckets) = (Packer::new()?, vec![Bucket::default(); buckets]);
-        Ok(Self { packer, link_bytes_per_s, buckets, step: 0, last: None, changes: Vec::new() })
+        Ok(Self { packer, link_bytes_per_s, buckets, step: 0, shared: HashMap::new(), changes: Vec::new() })
     }
 
     /// The link's rate was measured anew; what is packed goes on until it is measured.
@@ -109,7 +110,7 @@ impl Packing {
     /// A step begins: what the last one measured decides.
     pub(super) fn begin(&mut self, step: u64) {
         self.step = step;
-        self.last = None;
+        self.shared.clear();
         for (number, bucket) in self.buckets.iter_mut().enumerate() {
             let facts = std::mem::take(&mut bucket.facts);
             if facts.raw_bytes == 0 {
@@ -135,8 +136,8 @@ impl Packing {
         self.buckets.iter().filter(|bucket| bucket.packs).count()
     }
 
-    /// The frame as it is to be sent.
-    pub(super) fn pack(&mut self, number: usize, frame: Bytes) -> Bytes {
+    /// The frame as it is to be sent. One that is `shared` goes to several ranks, and is packed once.
+    pub(super) fn pack(&mut self, number: usize, frame: Bytes, shared: bool) -> Bytes {
         let bucket = &mut self.buckets[number];
         // After the first time buckets take turns, so that no step tries them all. A trial is of all frames of a step: the
         // first one may be a norm's, of a few bytes.
@@ -146,16 +147,15 @@ impl Packing {
             return frame;
         }
         bucket.tried = Some(self.step);
-        // An owner sends one frame to all. The plain frame is kept, so that no other can have its address.
-        let same = |plain: &Bytes| plain.as_ptr() == frame.as_ptr() && plain.len() == frame.len();
-        let packed = match &self.last {
-            Some((plain, packed)) if same(plain) => packed.clone(),
-            _ => {
-                let packed = measure(&mut self.packer, &frame, &mut bucket.facts);
-                self.last = Some((frame.clone(), packed.clone()));
-                packed
-            }
+        // The plain frame is kept, so that no other can have its address.
+        let address = frame.as_ptr() as usize;
+        let packed = match self.shared.get(&address) {
+            Some((_, packed)) => packed.clone(),
+            None => measure(&mut self.packer, &frame, &mut bucket.facts),
         };
+        if shared {
+            self.shared.entry(address).or_insert_with(|| (frame.clone(), packed.clone()));
+        }
         let facts = &mut bucket.facts;
         facts.raw_bytes += frame.len() as u64;
         facts.packed_bytes += packed.len() as u64;
@@ -234,26 +234,29 @@ mod tests {
         };
         let (even, noise) = (frame(0, |_| 0), frame(0, noise));
         packing.begin(1);
-        assert!(packing.pack(0, noise.clone()) == noise, "a first trial, which finds nothing");
+        assert!(packing.pack(0, noise.clone(), true) == noise, "a first trial, which finds nothing");
         packing.begin(2);
-        assert!(packing.pack(0, even.clone()) == even, "not its turn");
+        assert!(packing.pack(0, even.clone(), true) == even, "not its turn");
         packing.begin(TRY_EVERY);
         // What comes first does not decide alone.
-        assert!(packing.pack(0, noise.clone()) == noise && packing.pack(0, even.clone()) == even, "only a trial");
+        assert!(
+            packing.pack(0, noise.clone(), true) == noise && packing.pack(0, even.clone(), true) == even,
+            "only a trial"
+        );
         packing.begin(TRY_EVERY + 1);
         assert_eq!((packing.packed(), packing.take_changes().len()), (1, 1));
-        let packed = packing.pack(0, even.clone());
+        let packed = packing.pack(0, even.clone(), true);
         assert!(packed.len() < even.len() / 2);
         assert!(Header::read(&packed) == Header::read(&even));
-        assert!(packing.pack(0, even.clone()) == packed, "one for all receivers");
+        assert!(packing.pack(0, even.clone(), true) == packed, "one for all receivers");
         for miss in 0..u64::from(MISSES_MAX) {
             packing.begin(TRY_EVERY + 2 + miss);
             assert_eq!(packing.packed(), 1, "one step is no reason");
-            assert!(packing.pack(0, noise.clone()) == noise, "what does not get smaller goes as it is");
+            assert!(packing.pack(0, noise.clone(), true) == noise, "what does not get smaller goes as it is");
         }
         packing.begin(TRY_EVERY + 10);
         let changes = packing.take_changes();
         assert!(packing.packed() == 0 && changes.len() == 1 && !changes[0].decision.packs, "{changes:?}");
-        assert!(packing.pack(0, even.clone()) == even);
+        assert!(packing.pack(0, even.clone(), true) == even);
     }
 }

@@ -163,6 +163,7 @@ impl Work {
             }
             Event::Incoming(Incoming::Left { to }, _) => {
                 self.encoding(None, |exchange, out| exchange.left(to, out));
+                self.progress.advance();
                 Ok(())
             }
             Event::Incoming(Incoming::Lost { rank, why }, _) => {
@@ -205,13 +206,13 @@ impl Work {
     fn encoding(&mut self, bucket: Option<usize>, work: impl FnOnce(&mut Exchange, &mut dyn FnMut(Outgoing))) {
         let start = Instant::now();
         let (mut bytes, mut of) = (0, bucket);
-        let nodes = self.group.nodes();
-        let (transport, handed, packing) = (&*self.transport, &*self.handed, &mut self.packing);
+        let (transport, handed, nodes) = (&*self.transport, &*self.handed, self.group.nodes());
+        let mut way = Way { transport, handed, packing: &mut self.packing, nodes };
         work(&mut lock(&self.exchange), &mut |out| {
             if out.phase != Phase::Gather {
                 (bytes, of) = (bytes + out.frame.len(), of.or(Some(out.bucket)));
             }
-            hand(transport, handed, packing, nodes, out);
+            way.hand(out);
         });
         if of.is_none() {
             return;
@@ -235,10 +236,7 @@ impl Work {
             return self.keep(from, bytes);
         }
         let start = self.trace.as_ref().map(|_| Instant::now());
-        let nodes = self.group.nodes();
-        let (transport, handed, packing) = (&*self.transport, &*self.handed, &mut self.packing);
-        let phase =
-            lock(&self.exchange).receive(from, &bytes, &mut |out| hand(transport, handed, packing, nodes, out))?;
+        let phase = lock(&self.exchange).take(from, &bytes)?;
         self.progress.advance();
         if let (Some(trace), Some(start)) = (&self.trace, start) {
             let name = match phase {
@@ -247,6 +245,7 @@ impl Work {
             };
             trace.span(Track::Gradients, start, Label { of_rank: Some(from), ..Label::of(name, &bytes) });
         }
+        self.encoding(None, Exchange::pump);
         Ok(())
     }
 
@@ -312,9 +311,9 @@ impl Work {
             }
             if exchange.is_complete() && self.ballots.iter().all(Option::is_some) {
                 let last_decode = Instant::now();
-                let (transport, handed, packing) = (&*self.transport, &*self.handed, &mut self.packing);
-                let nodes = self.group.nodes();
-                exchange.release(&mut |out| hand(transport, handed, packing, nodes, out));
+                let (transport, handed, nodes) = (&*self.transport, &*self.handed, self.group.nodes());
+                let mut way = Way { transport, handed, packing: &mut self.packing, nodes };
+                exchange.release(&mut |out| way.hand(out));
                 let ballots: Vec<Ballot> = self.ballots.iter().copied().flatten().collect();
                 let votes: Vec<Vote> =
                     ballots.iter().map(|ballot| Vote { step: self.step, finite: ballot.finite }).collect();
@@ -393,14 +392,25 @@ impl Work {
     }
 }
 
-fn hand(transport: &dyn Transport, handed: &AtomicU64, packing: &mut Option<Packing>, nodes: Nodes, out: Outgoing) {
-    // Inside a node a link is fast, and what a member hands on may be packed already.
-    let frame = match packing {
-        Some(packing) if nodes.node(out.to) != nodes.node(nodes.rank) => packing.pack(out.bucket, out.frame),
-        _ => out.frame,
-    };
-    transport.send(out.to, frame);
-    handed.fetch_add(1, Ordering::SeqCst);
+/// The way of a frame out of this thread.
+struct Way<'a> {
+    transport: &'a dyn Transport,
+    handed: &'a AtomicU64,
+    packing: &'a mut Option<Packing>,
+    nodes: Nodes,
+}
+
+impl Way<'_> {
+    fn hand(&mut self, Outgoing { to, bucket, phase, frame }: Outgoing) {
+        // Inside a node a link is fast, and what a member hands on may be packed already.
+        let crosses = self.nodes.node(to) != self.nodes.node(self.nodes.rank);
+        let frame = match &mut self.packing {
+            Some(packing) if crosses => packing.pack(bucket, frame, phase == Phase::Gather),
+            _ => frame,
+        };
+        self.transport.send(to, frame);
+        self.handed.fetch_add(1, Ordering::SeqCst);
+    }
 }
 
 fn lock(exchange: &Mutex<Exchange>) -> MutexGuard<'_, Exchange> {

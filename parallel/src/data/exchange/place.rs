@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use compression::BLOCK;
+
 use super::{Exchange, ExchangeError, Group};
 use crate::data::shard::shard;
 use crate::frame::{Header, Phase};
@@ -42,11 +44,12 @@ impl Exchange {
         let Some(owner) = owner else {
             return Err(misplaced(format!("rank {from} has no such part to send to this rank {rank}")));
         };
-        let mut list = self.chunks_of(index, owner).enumerate();
+        let first = shard(tensor.sum.len(), owner, ranks).start as u64;
+        let chunk = header.start.saturating_sub(first) as usize / (self.group.chunk_blocks * BLOCK);
         let fits = |range: &Range<usize>| {
             range.start as u64 == header.start && range.len() as u64 == u64::from(header.elements)
         };
-        let Some((chunk, range)) = list.find(|(_, range)| fits(range)) else {
+        let Some(range) = self.chunk(index, owner, chunk).filter(fits) else {
             return Err(misplaced(format!("no chunk of rank {owner}'s shard has these {} elements", header.elements)));
         };
         let second = match header.phase {

@@ -44,7 +44,7 @@ impl Exchange {
     }
 
     /// Hands over whatever may leave, first to the next rank.
-    pub(super) fn pump(&mut self, out: &mut dyn FnMut(Outgoing)) {
+    pub fn pump(&mut self, out: &mut dyn FnMut(Outgoing)) {
         for to in self.group.nodes().others() {
             while self.under_way[to] < self.group.window
                 && let Some(job) = self.queues[to].pop_front()

@@ -10,7 +10,7 @@ impl Exchange {
     pub(super) fn add_members(&mut self, index: usize, node: usize, chunk: usize) {
         let nodes = self.group.nodes();
         let owner = nodes.peer(node);
-        let Some(range) = self.chunks_of(index, owner).nth(chunk) else { return };
+        let Some(range) = self.chunk(index, owner, chunk) else { return };
         let (place, lies) = (nodes.place(nodes.rank), self.lies(index, &range));
         let Some(given) = &mut self.buckets[self.plan.slot(index).bucket].given else { return };
         let inner = &mut self.tensors[index].inner[node][chunk];
@@ -40,7 +40,7 @@ impl Exchange {
     pub(super) fn reduce(&mut self, index: usize, chunk: usize) {
         let nodes = self.group.nodes();
         let (rank, node, whole) = (nodes.rank, nodes.node(nodes.rank), self.owned(index));
-        let Some(range) = self.chunks_of(index, rank).nth(chunk) else { return };
+        let Some(range) = self.chunk(index, rank, chunk) else { return };
         let lies = self.lies(index, &range);
         let Some(given) = &self.buckets[self.plan.slot(index).bucket].given else { return };
         let tensor = &mut self.tensors[index];

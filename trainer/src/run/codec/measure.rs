@@ -50,13 +50,7 @@ impl Calibration {
 
     /// All of it, for the coordinator.
     pub(super) fn facts(self, plan: &Plan, members: usize) -> CodecFacts {
-        // Of what leaves a machine each of its ranks has a part.
-        let part = |elements: u64| elements.div_ceil(members as u64);
-        let message = |Elements { any, int8_at_least, fp32 }| CodecElements {
-            any: part(any),
-            int8_at_least: part(int8_at_least),
-            fp32: part(fp32),
-        };
+        let message = |Elements { any, int8_at_least, fp32 }| CodecElements { any, int8_at_least, fp32 };
         let last = plan.buckets().last().map_or(&[][..], |bucket| &bucket.parameters);
         CodecFacts {
             link_bytes_per_s: self.link_bytes_per_s,

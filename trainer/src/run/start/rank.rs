@@ -245,10 +245,13 @@ fn connect(
     };
     let begun = ready.begin(request, newest.as_ref())?;
     let held = newest.as_ref().map(state::held).transpose()?.unwrap_or_default();
-    let share = share(met, rank, recipe.compression.codec, held);
+    let one_machine = recipe.parallel.group == met.lead_of.len();
+    let codec = if one_machine { CodecChoice::Fixed(Codec::Fp32) } else { recipe.compression.codec };
+    let share = share(met, rank, codec, held);
     // With one rank nothing travels, and nothing is encoded.
     let chosen = held.chosen.filter(|_| !request.choose_codec_anew);
     let codecs = (share.ranks > 1).then(|| Codecs::new(recipe.compression, chosen));
+    let codecs = if one_machine { codecs.map(Codecs::on_one_machine) } else { codecs };
     let codec = codecs.as_ref().map_or(Codec::Fp32, |codecs| codecs.codec(begun.state.step + 1));
     let plan = Plan::new(ready.config.parameters(), recipe.parallel.bucket_bytes_max);
     let plan = Arc::new(plan.map_err(|error| Error::Usage(error.to_string()))?);
