@@ -1,5 +1,6 @@
 //! How fast messages go over [`GrpcTransport`](parallel::transport::grpc::GrpcTransport) on loopback, plain and with TLS,
-//! next to a plain TCP stream that carries the same bytes in the same run. Prints one JSON object a message size.
+//! next to a plain TCP stream that carries the same bytes in the same run. Prints one JSON object a message size, with
+//! seconds of processor time a gigabyte, both ends together, where Linux tells them.
 //!
 //! `cargo run -p parallel --example transport_bandwidth`. The system's allocator decides much of the result: the binary
 //! `tributary` uses one that keeps large blocks. glibc's does with
@@ -19,7 +20,7 @@ use parallel::transport::tls::{Keys, Security};
 use parallel::transport::{Incoming, Sink, Transport};
 
 const RUN_BYTES: usize = 512 << 20;
-const RUNS: usize = 5;
+const RUNS: usize = 7;
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const HANG: Duration = Duration::from_secs(60);
 
@@ -32,24 +33,30 @@ fn main() -> Outcome<()> {
         let message = Bytes::from(vec![0x5a_u8; message_bytes]);
         let (mut tcp_s, mut grpc_s, mut tls_s) = (Vec::new(), Vec::new(), Vec::new());
         let (mut ratio, mut tls_ratio) = (Vec::new(), Vec::new());
+        let (mut tcp_cpu_s, mut grpc_cpu_s, mut tls_cpu_s) = (0.0, 0.0, 0.0);
         // One round more than is counted: the first one warms windows, buffers and the allocator up.
         for round in 0..=RUNS {
-            let tcp = over_tcp(&message)?;
-            let grpc = over_grpc(&plain, &message)?;
-            let encrypted = over_grpc(&tls, &message)?;
+            let (tcp, tcp_cpu) = timed(|| over_tcp(&message))?;
+            let (grpc, grpc_cpu) = timed(|| over_grpc(&plain, &message))?;
+            let (encrypted, tls_cpu) = timed(|| over_grpc(&tls, &message))?;
             if round > 0 {
                 tcp_s.push(tcp);
                 grpc_s.push(grpc);
                 tls_s.push(encrypted);
                 ratio.push(tcp / grpc);
                 tls_ratio.push(tcp / encrypted);
+                tcp_cpu_s += tcp_cpu;
+                grpc_cpu_s += grpc_cpu;
+                tls_cpu_s += tls_cpu;
             }
         }
         let gb_per_s = |seconds: &mut Vec<f64>| RUN_BYTES as f64 / 1e9 / median(seconds);
         let (tcp, grpc, tls) = (gb_per_s(&mut tcp_s), gb_per_s(&mut grpc_s), gb_per_s(&mut tls_s));
         let (ratio, tls_ratio) = (median(&mut ratio), median(&mut tls_ratio));
+        let a_gigabyte = |cpu_s: f64| cpu_s * 1e9 / (RUNS * RUN_BYTES) as f64;
+        let [tcp_cpu, grpc_cpu, tls_cpu] = [tcp_cpu_s, grpc_cpu_s, tls_cpu_s].map(a_gigabyte);
         println!(
-            r#"{{"message_bytes": {message_bytes}, "tcp_gb_per_s": {tcp:.3}, "grpc_gb_per_s": {grpc:.3}, "ratio": {ratio:.3}, "tls_gb_per_s": {tls:.3}, "tls_ratio": {tls_ratio:.3}}}"#
+            r#"{{"message_bytes": {message_bytes}, "tcp_gb_per_s": {tcp:.3}, "grpc_gb_per_s": {grpc:.3}, "ratio": {ratio:.3}, "tls_gb_per_s": {tls:.3}, "tls_ratio": {tls_ratio:.3}, "tcp_cpu_s_per_gb": {tcp_cpu:.3}, "grpc_cpu_s_per_gb": {grpc_cpu:.3}, "tls_cpu_s_per_gb": {tls_cpu:.3}}}"#
         );
     }
     for pair in [plain, tls] {
@@ -120,6 +127,22 @@ fn over_tcp(message: &Bytes) -> Outcome<f64> {
         writer.join().map_err(|_| "the writer panicked")??;
         Ok(start.elapsed().as_secs_f64())
     })
+}
+
+/// What it returns, and the processor time that it took in all threads of this process.
+fn timed(act: impl FnOnce() -> Outcome<f64>) -> Outcome<(f64, f64)> {
+    let before = processor_s();
+    let seconds = act()?;
+    Ok((seconds, processor_s() - before))
+}
+
+/// Seconds of processor time of this process so far, to a hundredth; nothing where there is no such file.
+fn processor_s() -> f64 {
+    const TICKS_PER_S: f64 = 100.0;
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // The name may have spaces; user and system time are the 12th and 13th field behind it.
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / TICKS_PER_S
 }
 
 fn median(values: &mut [f64]) -> f64 {
