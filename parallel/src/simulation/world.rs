@@ -55,11 +55,12 @@ impl Setting {
         let ranks = 2 + random.below(7) as usize;
         let fault = Fault::drawn(&mut random, ranks);
         let mut one_of = |values: &[u64]| values[random.below(values.len() as u64) as usize];
+        let chunk_blocks = one_of(&[1, 7, 64, 512]) as usize;
         Self {
             seed,
             ranks,
             steps: 4,
-            chunk_blocks: one_of(&[1, 7, 64, 512]) as usize,
+            chunk_blocks,
             bucket_bytes: one_of(&[4, 1 << 10, 1 << 20]) as usize,
             micro_batches: one_of(&[1, 2]) as usize,
             codec: Codec::ALL[one_of(&[0, 1, 2, 3, 4, 5]) as usize],
@@ -69,7 +70,8 @@ impl Setting {
             },
             compute: Duration::from_millis(one_of(&[0, 2, 30])),
             members: Self::divisor(ranks, random.below(4) as usize),
-            window: [1, 3, 1 << 20][random.below(3) as usize],
+            // Block by block and one at a time a step would take longer than a peer may.
+            window: if chunk_blocks == 1 { 1 << 20 } else { [1, 3, 1 << 20][random.below(3) as usize] },
             fault,
             fault_at: random.duration(Duration::from_millis(1500)),
             expects: fault,
