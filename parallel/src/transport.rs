@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use thiserror::Error;
 
 pub mod channel;
 pub mod grpc;
@@ -39,6 +40,20 @@ pub enum Incoming {
         /// What was seen of it.
         why: String,
     },
+}
+
+/// A rank is gone, as a rank tells it that needed it.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("step {step}: rank {rank} is lost: {why}{}", .waited.as_ref().map_or_else(String::new, |what| format!("; this rank waited for {what}")))]
+pub struct Loss {
+    /// Which rank.
+    pub rank: usize,
+    /// The step that was running here; 0 before the first.
+    pub step: u64,
+    /// What was seen.
+    pub why: String,
+    /// What this rank waited for, if it did.
+    pub waited: Option<String>,
 }
 
 /// Where incoming messages go. It must not block.

@@ -3,6 +3,7 @@
 use thiserror::Error;
 
 use super::message::MessageError;
+use crate::transport::Loss;
 
 /// Why an operation cannot be completed. But for [`Call`](Self::Call), which has sent nothing, every later operation of
 /// this rank fails with the same.
@@ -15,17 +16,8 @@ pub enum CollectiveError {
         what: String,
     },
     /// A rank is gone.
-    #[error("step {step}: rank {rank} is lost: {why}{}", .waited.as_ref().map_or_else(String::new, |what| format!("; this rank waited for {what}")))]
-    Lost {
-        /// Which rank.
-        rank: usize,
-        /// The step that was running here; 0 before the first.
-        step: u64,
-        /// What was seen.
-        why: String,
-        /// What this rank waited for, if it did.
-        waited: Option<String>,
-    },
+    #[error(transparent)]
+    Lost(#[from] Loss),
     /// Two ranks are at different calls.
     #[error(
         "step {step}: rank {rank} is at {here}, rank {other} at {there}; do all ranks run the same recipe and build?"

@@ -13,7 +13,7 @@ use super::call::{Call, Operation};
 use super::error::CollectiveError;
 use super::message::{Body, Leg, Message, is_collective};
 use crate::progress::Progress;
-use crate::transport::{Incoming, Sink};
+use crate::transport::{Incoming, Loss, Sink};
 
 /// What may wait from one rank, unless [told otherwise](Mailbox::keeping).
 pub const KEPT_BYTES_MAX: usize = 1 << 30;
@@ -108,7 +108,7 @@ impl Mailbox {
             incoming => {
                 if let Incoming::Lost { rank, why } = &incoming {
                     let (step, why) = (mailbox.progress().step(), why.clone());
-                    mailbox.fail(CollectiveError::Lost { rank: *rank, step, why, waited: None });
+                    mailbox.fail(Loss { rank: *rank, step, why, waited: None }.into());
                 }
                 engine(incoming);
             }
@@ -147,8 +147,8 @@ impl Mailbox {
         let mut has_looked = false;
         let found = loop {
             if let Some(mut fault) = state.fault.clone() {
-                if let CollectiveError::Lost { waited, .. } = &mut fault {
-                    *waited = Some(wait.what());
+                if let CollectiveError::Lost(loss) = &mut fault {
+                    loss.waited = Some(wait.what());
                 }
                 break Err(fault);
             }

@@ -26,23 +26,14 @@ use super::exchange::{Exchange, ExchangeError, Group, Verdict};
 use crate::note::{Ballot, NoteError};
 use crate::progress::Progress;
 use crate::trace::Trace;
-use crate::transport::{Counted, Incoming, Sink, Transport};
+use crate::transport::{Counted, Incoming, Loss, Sink, Transport};
 
 /// Why a step cannot be completed. Every later request fails with the same.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum EngineError {
     /// A rank is gone.
-    #[error("step {step}: rank {rank} is lost: {why}{}", .waited.as_ref().map_or_else(String::new, |what| format!("; this rank waited for {what}")))]
-    Lost {
-        /// Which rank.
-        rank: usize,
-        /// The step that was running here.
-        step: u64,
-        /// What was seen.
-        why: String,
-        /// What this rank waited for, if it did.
-        waited: Option<String>,
-    },
+    #[error(transparent)]
+    Lost(#[from] Loss),
     /// What a rank sent cannot be used.
     #[error(transparent)]
     Exchange(#[from] ExchangeError),

@@ -12,8 +12,8 @@ use crate::data::exchange::{Exchange, Group, Verdict};
 use crate::data::{Gradient, GradientStream, StreamError};
 use crate::note::Ballot;
 use crate::progress::{Progress, Stage};
-use crate::transport::Transport;
 use crate::transport::simulated::Network;
+use crate::transport::{Loss, Transport};
 use crate::wire::control::from_worker::What as From;
 use crate::wire::control::{Hello, Holds, Leaving, Lost, Prepared, Seen};
 
@@ -192,7 +192,7 @@ impl Rank {
         match self.apply() {
             None => return,
             Some(Ok(())) => {}
-            Some(Err(StreamError::Engine(EngineError::Lost { rank, why, .. }))) => {
+            Some(Err(StreamError::Engine(EngineError::Lost(Loss { rank, why, .. })))) => {
                 say(From::Lost(Lost { rank: rank as u32, why: why.clone() }));
                 self.doing = Doing::Explaining(why);
                 return;

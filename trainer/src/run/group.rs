@@ -53,8 +53,8 @@ impl Group {
         let within = Duration::from_secs_f64(peer_timeout_s);
         match error {
             Error::Stream(StreamError::Engine(engine)) => match engine {
-                EngineError::Lost { rank, .. } => {
-                    let lost = Lost { rank: rank as u32, why: engine.to_string() };
+                EngineError::Lost(ref loss) => {
+                    let lost = Lost { rank: loss.rank as u32, why: loss.to_string() };
                     self.control.say(From::Lost(lost));
                     let ending = self.control.ending(within);
                     Error::Verdict(format!("{}\nhere: {engine}", ending.verdict), ending.code)

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::collective::message::HEADER_BYTES;
+use crate::transport::Loss;
 
 /// An all-reduce for which only rank 0 has come, and what ends it once it waits.
 fn ended(ends: impl FnOnce(&[Rank])) -> String {
@@ -34,7 +35,7 @@ fn ended(ends: impl FnOnce(&[Rank])) -> String {
 
 fn without_wait(error: CollectiveError) -> CollectiveError {
     match error {
-        CollectiveError::Lost { rank, step, why, .. } => CollectiveError::Lost { rank, step, why, waited: None },
+        CollectiveError::Lost(loss) => Loss { waited: None, ..loss }.into(),
         other => other,
     }
 }

@@ -17,7 +17,7 @@ use crate::frame::{PAYLOAD_BYTES_MAX, Phase, peek};
 use crate::note::{Ballot, Note, is_note};
 use crate::progress::Progress;
 use crate::trace::{Label, Trace, Track};
-use crate::transport::{Incoming, Transport};
+use crate::transport::{Incoming, Loss, Transport};
 
 /// How often a waiting rank looks what it waits for.
 const LOOK: Duration = Duration::from_millis(200);
@@ -168,7 +168,7 @@ impl Work {
             }
             Event::Incoming(Incoming::Lost { rank, why }, _) => {
                 let waited = self.waits().then(|| self.missing()).flatten();
-                Err(EngineError::Lost { rank, step: self.step, why, waited })
+                Err(Loss { rank, step: self.step, why, waited }.into())
             }
             Event::Pack(packing, rate) => {
                 // What is packed already stays so, at another rate.

@@ -28,25 +28,17 @@ impl Exchange {
     /// Hands over what still waits once the sum is complete, whatever the window: these are sums, which are encoded already,
     /// and other ranks may need them after this one has left.
     pub fn release(&mut self, out: &mut dyn FnMut(Outgoing)) {
-        let window = std::mem::replace(&mut self.group.window, usize::MAX);
-        self.pump(out);
-        self.group.window = window;
-    }
-
-    /// Bytes of frames that wait behind the window, to each rank. Those of one sum count for every rank that they go to.
-    #[must_use]
-    pub fn waiting_bytes(&self) -> Vec<usize> {
-        let bytes = |job: &Job| match job {
-            Job::Encode(..) => 0,
-            Job::Ready(_, frame) => frame.len(),
-        };
-        self.queues.iter().map(|queue| queue.iter().map(bytes).sum()).collect()
+        self.hand_over(usize::MAX, out);
     }
 
     /// Hands over whatever may leave, first to the next rank.
     pub fn pump(&mut self, out: &mut dyn FnMut(Outgoing)) {
+        self.hand_over(self.group.window, out);
+    }
+
+    fn hand_over(&mut self, window: usize, out: &mut dyn FnMut(Outgoing)) {
         for to in self.group.nodes().others() {
-            while self.under_way[to] < self.group.window
+            while self.under_way[to] < window
                 && let Some(job) = self.queues[to].pop_front()
             {
                 let (phase, index, frame) = match job {

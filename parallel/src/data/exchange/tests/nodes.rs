@@ -1,5 +1,7 @@
 //! Several ranks a node.
 
+use proptest::prelude::*;
+
 use super::*;
 use crate::data::shard::{Sent, payload_bytes};
 use crate::frame::HEADER_BYTES;
@@ -46,6 +48,7 @@ fn inside_one_node_nothing_is_left_out_whatever_the_codec() {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
+    /// Invariant 5, over several steps with feedback.
     #[test]
     fn any_order_any_chunks_any_window_and_any_threads_give_every_rank_the_same_bits(
         nodes in 1usize..4,
@@ -55,7 +58,7 @@ proptest! {
         threads in 1usize..3,
         picks in prop::collection::vec(any::<u16>(), 64),
     ) {
-        for codec in [Codec::Fp32, Codec::Int8, Codec::Sparse24Int4] {
+        for codec in Codec::ALL {
             let mut expected = of_nodes(nodes, members, 64, usize::MAX, codec);
             let workers = Workers::new(threads).expect("threads");
             let mut found: Vec<_> = of_nodes(nodes, members, chunk_blocks, window, codec)

@@ -2,6 +2,15 @@
 
 use super::*;
 
+/// Bytes of frames that wait for a rank behind its window.
+fn waiting_bytes(side: &Exchange, to: usize) -> usize {
+    let bytes = |job: &Job| match job {
+        Job::Encode(..) => 0,
+        Job::Ready(_, frame) => frame.len(),
+    };
+    side.queues[to].iter().map(bytes).sum()
+}
+
 /// What a rank that is never read from makes rank 0 of four hold, at most: frames under way to it, and bytes of frames
 /// that wait behind them.
 fn held_for_a_slow_rank(window: usize) -> (usize, usize) {
@@ -26,7 +35,7 @@ fn held_for_a_slow_rank(window: usize) -> (usize, usize) {
         };
         stuck.clear();
         stuck.extend(waiting.iter().filter(|(from, out)| (*from, out.to) == (0, SLOW)).cloned());
-        (under_way, waits) = (under_way.max(stuck.len()), waits.max(sides[0].waiting_bytes()[SLOW]));
+        (under_way, waits) = (under_way.max(stuck.len()), waits.max(waiting_bytes(&sides[0], SLOW)));
         let (from, out) = next;
         sides[out.to].receive(from, &out.frame, &mut |next| waiting.push((out.to, next))).expect("good frames");
         sides[from].left(out.to, &mut |next| waiting.push((from, next)));
