@@ -8,8 +8,9 @@
 //!
 //! - transfer: bytes that a rank sends in a step over the rate of the slowest link. In a group of N ranks that is
 //!   (N - 1) / N of the tensors in their first codec, and as much in the second stage's.
-//! - window: the time in which gradients travel while the backward pass still computes. The last bucket is complete only
-//!   when that ends, so its transfer can never hide.
+//! - window: the time in which gradients and sums travel while the model computes: the backward pass from the first full
+//!   bucket on, and the next forward pass. The last bucket is complete only when the backward pass ends, and the forward
+//!   pass begins with its sum, so its transfer can never hide.
 //! - the codec's work: on one core, and counted as if it never hid, for where cores are few it does not: encoding
 //!   (N - 1) / N of the elements and 1 / N once more for the second stage, adding (N - 1) / N, decoding all.
 //!
@@ -71,7 +72,7 @@ pub struct Facts {
     pub last_bucket: Elements,
     /// Seconds of a step of the slowest rank without waiting for others.
     pub step_s: f64,
-    /// Seconds of it in which gradients travel behind the backward pass.
+    /// Seconds of it in which gradients and sums travel while the model computes.
     pub window_s: f64,
     /// Of the slowest rank. A candidate without a speed is left out.
     pub speeds: Vec<Speed>,

@@ -3,6 +3,7 @@
 //! - [`plan`]: which parameter goes into which bucket, fixed before the first step.
 //! - [`engine`]: the thread that moves gradients between ranks while the backward pass computes.
 //! - [`exchange`]: one rank's part in one step's sum, without sockets, threads or clocks.
+//! - [`norm`]: the gradient's norm, of which every rank knows a part.
 //! - [`nodes`]: which ranks are of one machine, and the way of a shard between machines.
 //! - [`rules`]: which codec a tensor's gradient travels in.
 //! - [`shard`]: who owns which part of a tensor, and what that costs on the wire.
@@ -11,10 +12,11 @@
 pub mod engine;
 pub mod exchange;
 pub mod nodes;
+pub mod norm;
 pub mod plan;
 pub mod rules;
 pub mod shard;
 pub mod stream;
 
 pub use plan::{Parameter, Plan};
-pub use stream::{Finished, Gradient, GradientStream, StreamError, Sum, Timing};
+pub use stream::{Complete, Finished, Gradient, GradientStream, StreamError, Sum, Timing, Voted};

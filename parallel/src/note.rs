@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  0  magic    4 bytes  "TRIN"
-//!  4  version  u16      2
+//!  4  version  u16      3
 //!  6  kind     u8       0 ballot, 1 values, 2 filler
 //!  7  flags    u8       of a ballot: bit 0 finite, bit 1 stop, bit 2 busy, bit 3 the hash counts, bit 4 the codec counts
 //!  8  epoch    u32
@@ -10,7 +10,8 @@
 //! 16  step     u64      of values: which round; of filler: which note of the burst
 //! 24  crc32c   u32      of bytes 0..24 and of the payload
 //! 28  payload  a ballot: the loss (f64), seconds of computing (f64), a BLAKE3 hash (32 bytes) and the number of a codec
-//!              (u8), zeros where they do not count; values: f64 each; filler: 256 KiB, with which the rate of a link is measured
+//!              (u8), zeros where they do not count, and what the sender's own sums add to the squared norm (20 digits of
+//!              u32, see `data::norm`; zeros unless finite); values: f64 each; filler: 256 KiB, with which the rate of a link is measured
 //! ```
 //!
 //! All little-endian.
@@ -19,12 +20,13 @@ use bytes::Bytes;
 use compression::Codec;
 use thiserror::Error;
 
+use crate::data::norm::{DIGITS, SquaredNorm};
 use crate::frame::{codec_number, codec_of_number};
 
 const MAGIC: [u8; 4] = *b"TRIN";
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 const HEADER_BYTES: usize = 28;
-const BALLOT_BYTES: usize = 49;
+const BALLOT_BYTES: usize = 49 + 4 * DIGITS;
 /// The most values that one message carries.
 pub const VALUES_MAX: usize = 1 << 18;
 /// The payload of a filler.
@@ -52,8 +54,8 @@ pub struct Ballot {
 /// A message.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Note {
-    /// The end of a step.
-    Ballot(Ballot),
+    /// The end of a step, and what the sums that the rank owns add to the gradient's squared norm.
+    Ballot(Ballot, SquaredNorm),
     /// Numbers that all ranks gather.
     Values(Vec<f64>),
     /// Bytes without a meaning, with which the rate of a link is measured.
@@ -87,14 +89,17 @@ impl Note {
     #[must_use]
     pub fn write(&self, epoch: u32, step: u64) -> Bytes {
         let (kind, flags, payload) = match self {
-            Self::Ballot(ballot) => {
+            Self::Ballot(ballot, norm) => {
                 let flags = u8::from(ballot.finite)
                     | u8::from(ballot.stop) << 1
                     | u8::from(ballot.busy) << 2
                     | u8::from(ballot.parameters.is_some()) << 3
                     | u8::from(ballot.codec.is_some()) << 4;
                 let (hash, codec) = (ballot.parameters.unwrap_or_default(), ballot.codec.map_or(0, codec_number));
-                (0, flags, [&ballot.loss.to_le_bytes()[..], &ballot.compute_s.to_le_bytes(), &hash, &[codec]].concat())
+                let mut payload =
+                    [&ballot.loss.to_le_bytes()[..], &ballot.compute_s.to_le_bytes(), &hash, &[codec]].concat();
+                payload.extend(norm.digits().unwrap_or_default().iter().flat_map(|digit| digit.to_le_bytes()));
+                (0, flags, payload)
             }
             Self::Values(values) => {
                 assert!(values.len() <= VALUES_MAX, "{} values in one message", values.len());
@@ -145,7 +150,7 @@ impl Note {
                 let Some(codec) = codec_of_number(payload[48]) else {
                     return fault(format!("no codec has the number {}", payload[48]));
                 };
-                Self::Ballot(Ballot {
+                let ballot = Ballot {
                     finite: flag(0),
                     stop: flag(1),
                     busy: flag(2),
@@ -153,7 +158,10 @@ impl Note {
                     compute_s: double(&payload[8..16]),
                     parameters: flag(3).then_some(hash),
                     codec: flag(4).then_some(codec),
-                })
+                };
+                let (digits, _) = payload[49..].as_chunks::<4>();
+                let norm = SquaredNorm::of_digits(std::array::from_fn(|at| u32::from_le_bytes(digits[at])));
+                Self::Ballot(ballot, norm)
             }
             (1, length) if length % 8 == 0 && length / 8 <= VALUES_MAX && header[7] == 0 => {
                 Self::Values(payload.chunks_exact(8).map(double).collect())
@@ -180,9 +188,11 @@ mod tests {
             codec: None,
         };
         let chosen = Ballot { parameters: None, codec: Some(Codec::Int4), ..ballot };
+        let mut norm = SquaredNorm::default();
+        norm.add(&[1.5, -2e9, 1e-20]);
         [
-            Note::Ballot(ballot),
-            Note::Ballot(chosen),
+            Note::Ballot(ballot, norm),
+            Note::Ballot(chosen, SquaredNorm::default()),
             Note::Values(vec![1.5, -0.0, f64::INFINITY]),
             Note::Values(Vec::new()),
         ]
@@ -220,7 +230,7 @@ mod tests {
     fn a_codec_that_nobody_knows_is_refused() {
         let ballot =
             Ballot { finite: true, stop: false, busy: false, loss: 0.0, compute_s: 0.0, parameters: None, codec: None };
-        let mut bytes = Note::Ballot(ballot).write(1, 1).to_vec();
+        let mut bytes = Note::Ballot(ballot, SquaredNorm::default()).write(1, 1).to_vec();
         bytes[HEADER_BYTES + 48] = 200;
         let checksum = crc32c::crc32c_append(crc32c::crc32c(&bytes[..24]), &bytes[28..]);
         bytes[24..28].copy_from_slice(&checksum.to_le_bytes());

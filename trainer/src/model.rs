@@ -17,4 +17,4 @@ pub mod llama;
 
 pub use config::Config;
 pub use layers::Hook;
-pub use llama::{Leaf, Llama};
+pub use llama::{Leaf, Llama, Values};

@@ -1,6 +1,8 @@
 //! One training step, from tokens to new weights.
+//!
+//! - `update`: what happens to the parameters when all ranks have voted, at the end of the step or in the next one.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use burn::Tensor;
@@ -8,7 +10,7 @@ use burn::tensor::{Device, Int, TensorData};
 use compression::Codec;
 use parallel::data::engine::{Engine, Packed};
 use parallel::data::exchange::Verdict;
-use parallel::data::{Gradient, GradientStream, Plan, Sum, Timing};
+use parallel::data::{Gradient, GradientStream, Plan, Voted};
 use parallel::note::Ballot;
 use parallel::progress::{Progress, Stage};
 use parallel::tap::Emit;
@@ -16,10 +18,12 @@ use parallel::trace::{Label, Trace, Track};
 use parallel::transport::Counted;
 
 use crate::error::{Error, Result};
-use crate::model::{Config, Hook, Leaf, Llama};
+use crate::model::{Config, Hook, Leaf, Llama, Values};
 use crate::optimizer::{self, AdamW};
 use crate::recipe::Recipe;
 use crate::state::State;
+
+use self::update::{Behind, Due, Ended, Spent, Updater};
 
 /// Tokens and the tokens that follow them, `[batch, seq]` each, row-major.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +52,8 @@ pub struct Word {
 /// What a step did. Everything but seconds and bytes is the same on every rank.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {
+    /// The step.
+    pub step: u64,
     /// The mean cross entropy of the tokens of all ranks in nats, before the update.
     pub loss: f64,
     /// The global norm of the gradient before clipping.
@@ -70,17 +76,18 @@ pub struct Report {
     pub slowest_rank: usize,
     /// See `slowest_rank`.
     pub slowest_compute_s: f64,
-    /// Seconds from the last `backward()`'s return to the complete sum.
-    pub exposed_s: f64,
-    /// Seconds of encoding, on another thread.
+    /// Seconds of encoding, on another thread, of the gradients whose way ended in this step.
     pub encode_s: f64,
-    /// Seconds that this rank waited for the sum after its last backward pass.
+    /// Seconds that this rank did nothing but wait: after its last backward pass for the votes, and for sums that it
+    /// needed, of this step or of the one before.
     pub wait_s: f64,
-    /// The part of the way of the gradients that was over when the last backward pass returned; `None` with one rank.
+    /// The part of the way of the gradients in which the model computed, of those whose way ended in this step; `None` where
+    /// none did.
     pub overlap: Option<f64>,
     /// Bytes at the sockets so far. Some of a step's bytes leave after it, and some of the next one's come before it.
     pub wire: Counted,
-    /// Seconds of the last backward pass in which gradients could travel behind it; 0 with one rank.
+    /// Seconds in which the gradients whose way ended in this step could travel while the model computed: of their backward
+    /// pass, and of the forward pass after it; 0 where none ended.
     pub window_s: f64,
     /// What zstd served, on this rank.
     pub packed: Packed,
@@ -100,6 +107,8 @@ pub struct Stepper {
     hooks: Vec<Hook>,
     progress: Arc<Progress>,
     trace: Option<Arc<Trace>>,
+    /// The last step, if it was decided and not [settled](Self::settle).
+    due: Mutex<Option<Due>>,
 }
 
 impl Stepper {
@@ -128,8 +137,8 @@ impl Stepper {
                 _ => Hook::new(Emit::new::<2>(move |gradient| take(&stream, index, gradient))),
             }
         });
-        let hooks = hooks.collect();
-        Self { config: config.clone(), device: device.clone().autodiff(), plan, stream, hooks, progress, trace: None }
+        let (hooks, config, device) = (hooks.collect(), config.clone(), device.clone().autodiff());
+        Self { config, device, plan, stream, hooks, progress, trace: None, due: Mutex::default() }
     }
 
     /// The same, and it records what it does, if that is wanted.
@@ -195,6 +204,31 @@ impl Stepper {
         tamper: impl Fn(usize, Tensor<1>) -> Tensor<1>,
     ) -> Result<Report> {
         let start = Instant::now();
+        let mut report = self.step_ahead(state, recipe, batches, word, tamper)?;
+        self.progress.enter(Stage::Updating);
+        let update = Instant::now();
+        if let Some(ended) = self.bring_up(state)? {
+            report.note(ended, 0.0);
+        }
+        self.span(update, Label::new("update", report.step));
+        report.step_s = start.elapsed().as_secs_f64();
+        Ok(report)
+    }
+
+    /// As [`step`](Self::step), up to where all ranks have voted. `state` has the numbers of the step, and its parameters and
+    /// moments are those of the step before until the next step or [`settle`](Self::settle): sums still travel.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_ahead(
+        &self,
+        state: &mut State,
+        recipe: &Recipe,
+        batches: &[Batch],
+        word: Word,
+        tamper: impl Fn(usize, Tensor<1>) -> Tensor<1>,
+    ) -> Result<Report> {
+        let start = Instant::now();
         let step = state.step + 1;
         let own: usize = batches.iter().map(|batch| batch.targets.len()).sum();
         // Other ranks may have more micro-batches, or fewer.
@@ -205,15 +239,22 @@ impl Stepper {
         let (mut loss, mut forward_s, mut backward_s) = (0.0, 0.0, 0.0);
         self.progress.begin(step);
 
-        let model = self.model(&state.weights);
-        self.stream.begin(step, batches.len());
+        let behind = self.behind(state, Stage::Forward);
+        let model = self.model(&state.weights, behind.as_ref());
+        let mut before = None;
         for (index, batch) in batches.iter().enumerate() {
             let forward = Instant::now();
-            self.stream.begin_micro_batch(index);
             let [inputs, targets] = batch.tensors(&self.device);
             // Divided by the tokens of the whole step, so that the sum of the gradients is the gradient.
             let part = tamper(index, model.loss(inputs, targets).div_scalar(tokens as f64));
             let value = part.clone().inner();
+            if index == 0 {
+                // Every parameter was used: the step before is over, and this one's gradients may come.
+                before = self.catch_up(state, behind.as_deref())?;
+                forward_s -= before.as_ref().map_or(0.0, |ended| ended.spent.wait_s + ended.spent.update_s);
+                self.stream.begin(step, batches.len());
+            }
+            self.stream.begin_micro_batch(index);
             forward_s += forward.elapsed().as_secs_f64();
             self.span(forward, Label { micro_batch: Some(index), ..Label::new("forward", step) });
             self.progress.enter(Stage::Backward);
@@ -223,64 +264,87 @@ impl Stepper {
             self.span(backward, Label { micro_batch: Some(index), ..Label::new("backward", step) });
             loss += scalar(value, step)?;
         }
-        let exposed = Instant::now();
+        let backward_end = Instant::now();
         self.progress.enter(Stage::Waiting);
         // While the others' gradients travel there is time for it.
         drop(model);
         let Word { stop, busy, parameters, codec } = word;
         let (finite, compute_s) = (loss.is_finite(), forward_s + backward_s);
-        let finished = self.stream.finish(Ballot { finite, stop, busy, loss, compute_s, parameters, codec })?;
-        self.span(exposed, Label::new("wait", step));
-        let update = Instant::now();
-        self.progress.enter(Stage::Updating);
+        let voted = self.stream.vote(Ballot { finite, stop, busy, loss, compute_s, parameters, codec })?;
+        self.span(backward_end, Label::new("wait", step));
 
-        let (sum, ballots) = (&finished.sum, &finished.ballots);
-        let hashes: Vec<_> = ballots.iter().map(|ballot| ballot.parameters).collect();
+        let hashes: Vec<_> = voted.ballots.iter().map(|ballot| ballot.parameters).collect();
         same_parameters(&hashes, state.step)?;
-        let loss: f64 = ballots.iter().fold(0.0, |sum, ballot| sum + ballot.loss);
-        let slowest =
-            (0..ballots.len()).max_by(|&a, &b| ballots[a].compute_s.total_cmp(&ballots[b].compute_s)).unwrap_or(0);
-        let grad_norm = global_norm(sum);
-        let learning_rate = optimizer::learning_rate(&recipe.schedule, step, recipe.train.steps);
-        // With several ranks the votes have covered both; a sum that is finite has a finite norm.
-        let skipped = finished.verdict == Verdict::Skip || !(grad_norm.is_finite() && loss.is_finite());
-        state.step = step;
-        if skipped {
-            state.skips += 1;
-        } else {
-            state.skips = 0;
-            state.good_step = step;
-            state.updates += 1;
-            self.apply(state, recipe, sum, learning_rate, clip_factor(grad_norm, recipe.train.clip_norm));
+        let rules = self.decide(state, recipe, &voted);
+        let mut report = Report::of(&voted, state, recipe);
+        report.tokens = tokens as u64;
+        (report.forward_s, report.backward_s) = (forward_s, backward_s);
+        report.wire = self.stream.counted();
+        *self.due() = Some(Due { rules, step, backward_end });
+        if let Some(ended) = before {
+            report.note(ended, forward_s);
         }
-        self.span(update, Label::new("update", step));
         self.span(start, Label::new("step", step));
-        let (exposed_s, overlap) = hidden(&finished.timing, exposed);
-        Ok(Report {
-            loss,
-            grad_norm: if skipped { f64::NAN } else { grad_norm },
-            learning_rate,
-            skipped,
-            tokens: tokens as u64,
-            stop: ballots.iter().any(|ballot| ballot.stop),
-            busy: ballots.iter().any(|ballot| ballot.busy),
-            forward_s,
-            backward_s,
-            slowest_rank: slowest,
-            slowest_compute_s: ballots[slowest].compute_s,
-            exposed_s,
-            encode_s: finished.timing.encode_s,
-            wait_s: finished.timing.wait_s,
-            overlap,
-            wire: self.stream.counted(),
-            window_s: finished
-                .timing
-                .span
-                .map_or(0.0, |(first, _)| exposed.saturating_duration_since(first).as_secs_f64()),
-            packed: finished.packed,
-            codec_chosen: ballots[0].codec,
-            step_s: start.elapsed().as_secs_f64(),
-        })
+        report.step_s = start.elapsed().as_secs_f64();
+        Ok(report)
+    }
+
+    /// Brings `state` up to its step, whose sums it waits for.
+    ///
+    /// # Errors
+    /// A rank is lost, or the run was aborted.
+    pub fn settle(&self, state: &mut State) -> Result<()> {
+        self.bring_up(state).map(drop)
+    }
+
+    fn bring_up(&self, state: &mut State) -> Result<Option<Ended>> {
+        let behind = self.behind(state, Stage::Updating);
+        self.catch_up(state, behind.as_deref())
+    }
+
+    /// Whether a state is up to its step: parameters and moments count.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.due().is_none()
+    }
+
+    /// The parameters of a state that is behind its step, as a forward pass may ask for them.
+    fn behind(&self, state: &mut State, stage: Stage) -> Option<Arc<Behind>> {
+        let due = self.due().clone()?;
+        let (stream, progress, trace) = (self.stream.clone(), self.progress.clone(), self.trace.clone());
+        Some(Arc::new(Behind::take(state, due, Updater { stream, progress, stage, trace })))
+    }
+
+    fn catch_up(&self, state: &mut State, behind: Option<&Behind>) -> Result<Option<Ended>> {
+        let Some(behind) = behind else { return Ok(None) };
+        let mut spent = behind.give_back(state)?;
+        let start = Instant::now();
+        let complete = self.stream.settle()?;
+        spent.wait_s += start.elapsed().as_secs_f64();
+        let due = self.due().take().expect("whoever is behind has something due");
+        Ok(Some(Ended { complete, spent, backward_end: due.backward_end }))
+    }
+
+    /// Counts the step, and says what happens to each parameter; nothing when it is skipped.
+    fn decide(&self, state: &mut State, recipe: &Recipe, voted: &Voted) -> Option<Arc<[AdamW]>> {
+        let step = state.step + 1;
+        state.step = step;
+        // With several ranks the votes have covered both; a sum that is finite has a finite norm.
+        if voted.verdict == Verdict::Skip || !(voted.norm.is_finite() && loss(voted).is_finite()) {
+            state.skips += 1;
+            return None;
+        }
+        state.skips = 0;
+        state.good_step = step;
+        state.updates += 1;
+        let rate = optimizer::learning_rate(&recipe.schedule, step, recipe.train.steps);
+        let scale = clip_factor(voted.norm, recipe.train.clip_norm);
+        let rule = |decay| AdamW::new(&recipe.optimizer, rate, state.updates, scale, decay);
+        Some(self.plan.parameters().iter().map(|parameter| rule(parameter.shape.len() > 1)).collect())
+    }
+
+    fn due(&self) -> MutexGuard<'_, Option<Due>> {
+        self.due.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Enters a span that ends now.
@@ -290,28 +354,77 @@ impl Stepper {
         }
     }
 
-    fn apply(&self, state: &mut State, recipe: &Recipe, sum: &Sum<'_>, learning_rate: f64, scale: f32) {
-        for (index, parameter) in self.plan.parameters().iter().enumerate() {
-            let decay = parameter.shape.len() > 1;
-            AdamW::new(&recipe.optimizer, learning_rate, state.updates, scale, decay).update(&mut optimizer::Range {
-                weights: &mut state.weights[index],
-                gradients: sum.parameter(index),
-                m: &mut state.m[index],
-                v: &mut state.v[index],
-            });
-        }
-    }
-
-    /// The model of these weights, with a tap on every parameter.
-    fn model(&self, weights: &[Vec<f32>]) -> Llama {
+    /// The model of these weights, or of those that are `behind`, with a tap on every parameter.
+    fn model(&self, weights: &[Vec<f32>], behind: Option<&Arc<Behind>>) -> Llama {
         let mut next = 0;
         Llama::build(&self.config, &self.device, &mut |name, shape| {
             let index = next;
             next += 1;
             assert_eq!(self.plan.parameters()[index].name, name, "the builder follows the plan");
-            Leaf { data: TensorData::new(weights[index].clone(), shape.to_vec()), hook: self.hooks[index].clone() }
+            let shape = shape.to_vec();
+            let values = match behind.cloned() {
+                None => Values::Now(TensorData::new(weights[index].clone(), shape)),
+                Some(behind) => Values::WhenUsed(Box::new(move || TensorData::new(behind.values(index), shape))),
+            };
+            Leaf { values, hook: self.hooks[index].clone() }
         })
     }
+}
+
+impl Report {
+    /// What the votes say of a step that `state` counts.
+    fn of(voted: &Voted, state: &State, recipe: &Recipe) -> Self {
+        let ballots = &voted.ballots;
+        let slowest =
+            (0..ballots.len()).max_by(|&a, &b| ballots[a].compute_s.total_cmp(&ballots[b].compute_s)).unwrap_or(0);
+        let skipped = state.good_step != state.step;
+        Self {
+            step: state.step,
+            loss: loss(voted),
+            grad_norm: if skipped { f64::NAN } else { voted.norm },
+            learning_rate: optimizer::learning_rate(&recipe.schedule, state.step, recipe.train.steps),
+            skipped,
+            tokens: 0,
+            stop: ballots.iter().any(|ballot| ballot.stop),
+            busy: ballots.iter().any(|ballot| ballot.busy),
+            forward_s: 0.0,
+            backward_s: 0.0,
+            slowest_rank: slowest,
+            slowest_compute_s: ballots[slowest].compute_s,
+            encode_s: 0.0,
+            wait_s: voted.wait_s,
+            overlap: None,
+            wire: Counted::default(),
+            window_s: 0.0,
+            packed: Packed::default(),
+            codec_chosen: ballots[0].codec,
+            step_s: 0.0,
+        }
+    }
+
+    /// The way of some gradients has ended in this step, after `forward_s` seconds of a forward pass in which they could
+    /// travel.
+    fn note(&mut self, ended: Ended, forward_s: f64) {
+        let Ended { complete, spent: Spent { wait_s, .. }, backward_end } = ended;
+        self.encode_s += complete.timing.encode_s;
+        self.wait_s += wait_s;
+        if let Some((first, last)) = complete.timing.span {
+            self.overlap = overlap(self.wait_s, last.saturating_duration_since(first).as_secs_f64());
+            self.window_s = backward_end.saturating_duration_since(first).as_secs_f64() + forward_s;
+        }
+        self.packed.buckets = complete.packed.buckets;
+        self.packed.changes.extend(complete.packed.changes);
+    }
+}
+
+/// The mean cross entropy of all ranks.
+fn loss(voted: &Voted) -> f64 {
+    voted.ballots.iter().fold(0.0, |sum, ballot| sum + ballot.loss)
+}
+
+/// The part of `way_s` in which nobody waited; `None` when that took no time.
+fn overlap(wait_s: f64, way_s: f64) -> Option<f64> {
+    (way_s > 0.0).then(|| (1.0 - wait_s / way_s).max(0.0))
 }
 
 /// Compares the ranks' hashes of the parameters after step `step`, where they were sent.
@@ -329,15 +442,6 @@ pub fn same_parameters(hashes: &[Option<[u8; 32]>], step: u64) -> Result<()> {
     }
 }
 
-/// Seconds from `exposed`, when the last backward pass returned, to the whole sum; and the part of the gradients' way
-/// that was over by then.
-fn hidden(timing: &Timing, exposed: Instant) -> (f64, Option<f64>) {
-    let Some((first, last)) = timing.span else { return (0.0, None) };
-    let exposed_s = last.saturating_duration_since(exposed).as_secs_f64();
-    let whole_s = last.saturating_duration_since(first).as_secs_f64();
-    (exposed_s, (whole_s > 0.0).then(|| (1.0 - exposed_s / whole_s).max(0.0)))
-}
-
 /// What training passes as `tamper`.
 #[must_use]
 pub fn untouched(_: usize, loss: Tensor<1>) -> Tensor<1> {
@@ -350,7 +454,7 @@ pub fn plain_model(config: &Config, device: &Device, weights: &[Vec<f32>]) -> Ll
     let mut weights = weights.iter();
     Llama::build(config, device, &mut |_, shape| {
         let values = weights.next().expect("one vector for each parameter of the list").clone();
-        Leaf { data: TensorData::new(values, shape.to_vec()), hook: Hook::default() }
+        Leaf { values: Values::Now(TensorData::new(values, shape.to_vec())), hook: Hook::default() }
     })
 }
 
@@ -379,33 +483,6 @@ pub fn scalar(x: Tensor<1>, step: u64) -> Result<f64> {
     data.iter::<f64>().next().ok_or_else(|| failed("the loss has no element".into()))
 }
 
-/// The L2 norm of the whole gradient: f64 sums of each parameter, added in logical order.
-fn global_norm(sum: &Sum<'_>) -> f64 {
-    use rayon::prelude::*;
-    // Fixed pieces, summed one by one and then in order: the same bits at any number of threads.
-    const PIECE: usize = 1 << 15;
-    let total: f64 = sum
-        .parameters()
-        .map(|values| {
-            let pieces: Vec<f64> = values.par_chunks(PIECE).map(squares).collect();
-            pieces.iter().sum::<f64>()
-        })
-        .sum();
-    total.sqrt()
-}
-
-/// The sum of squares in eight lanes, which a processor adds side by side.
-fn squares(values: &[f32]) -> f64 {
-    let mut lanes = [0.0; 8];
-    let (eights, rest) = values.as_chunks::<8>();
-    for eight in eights {
-        for (lane, x) in lanes.iter_mut().zip(eight) {
-            *lane += f64::from(*x) * f64::from(*x);
-        }
-    }
-    lanes.iter().sum::<f64>() + rest.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>()
-}
-
 /// What the gradient is multiplied with so that its norm is at most `limit`.
 fn clip_factor(norm: f64, limit: Option<f64>) -> f32 {
     match limit {
@@ -414,6 +491,10 @@ fn clip_factor(norm: f64, limit: Option<f64>) -> f32 {
     }
 }
 
+mod update;
+
+#[cfg(test)]
+mod ahead_tests;
 #[cfg(test)]
 mod overlap_tests;
 #[cfg(test)]

@@ -92,6 +92,12 @@ impl Tamper {
         }
     }
 
+    /// Whether it looks at sums or at the state after every step.
+    #[must_use]
+    pub const fn needs_whole_steps(&self) -> bool {
+        !self.drift.is_empty() || self.record.is_some() || self.hashes.is_some()
+    }
+
     /// Fails before a rank's step, if that is wanted.
     ///
     /// # Errors

@@ -2,15 +2,20 @@
 //!
 //! It owns one rank's [`Exchange`]: full buckets come from the backward pass, frames from the other ranks; it encodes,
 //! hands frames to the transport, decodes, adds, votes. The thread that trains meets it so in a step:
-//! [`Engine::begin`], [`Engine::give`] for each full bucket, [`Engine::vote`] and [`Engine::settled`], which waits.
+//! [`Engine::begin`], [`Engine::give`] for each full bucket, [`Engine::vote`], and [`Engine::voted`], which waits until all
+//! ranks have voted. From then on it is known what becomes of the step, and sums may still be on their way:
+//! [`Engine::wait_for`] waits for one, as the next forward pass needs it, and [`Engine::settled`] for all. The next step
+//! begins after that.
 //!
 //! - `work`: what the thread does, one event after the other; `burst`: how it measures the rate of a link.
+//! - `replies`: what the thread has said, at the other end.
 //!
 //! A rank can be ahead of another by one step at the most, because every step ends with the votes of all: what comes for
 //! the next step is kept until it begins. So everything that waits here is bounded by what a step sends.
 
 mod burst;
 pub mod packing;
+mod replies;
 mod work;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,7 +27,9 @@ use std::time::Instant;
 use thiserror::Error;
 
 use self::packing::Packing;
+use self::replies::Replies;
 use super::exchange::{Exchange, ExchangeError, Group, Verdict};
+use super::norm::SquaredNorm;
 use crate::note::{Ballot, NoteError};
 use crate::progress::Progress;
 use crate::trace::Trace;
@@ -65,21 +72,28 @@ pub enum EngineError {
     Gone,
 }
 
-/// How a step ended.
+/// What all ranks together say of a step.
 #[derive(Clone, Debug)]
-pub struct Settled {
+pub struct Voted {
     /// What every rank does with it.
     pub verdict: Verdict,
     /// Of every rank, in rank order.
     pub ballots: Vec<Ballot>,
+    /// Of the sum over all ranks. It means nothing when the verdict is to skip.
+    pub norm: SquaredNorm,
+    /// Buffers to be filled again, one a bucket.
+    pub(super) buffers: Vec<Vec<f32>>,
+}
+
+/// What is known of a step once its whole sum is here.
+#[derive(Clone, Debug)]
+pub struct Settled {
     /// Seconds of encoding.
     pub encode_s: f64,
     /// When the first encoding began.
     pub first_encode: Option<Instant>,
     /// When the whole sum was here.
     pub last_decode: Instant,
-    /// Buffers to be filled again, one a bucket.
-    pub(super) buffers: Vec<Vec<f32>>,
     /// What zstd serves.
     pub packed: Packed,
 }
@@ -107,13 +121,6 @@ enum Event {
     Quit,
 }
 
-#[derive(Debug)]
-enum Reply {
-    Settled(Box<Settled>),
-    Gathered(Vec<Vec<f64>>),
-    Burst(f64),
-}
-
 /// Where events wait for the thread. It exists before the transport does, whose messages go to it.
 #[derive(Debug)]
 pub struct Inbox {
@@ -131,7 +138,7 @@ pub struct Aborter(Sender<Event>);
 pub struct Engine {
     events: Sender<Event>,
     /// Behind a lock only so that a stream can be shared with the taps.
-    replies: Mutex<Receiver<Result<Reply, EngineError>>>,
+    replies: Mutex<Replies>,
     exchange: Arc<Mutex<Exchange>>,
     transport: Arc<dyn Transport>,
     handed: Arc<AtomicU64>,
@@ -212,16 +219,18 @@ impl Engine {
             trace,
         };
         let work = work::Work::new(shared, answer);
-        let replies = Mutex::new(replies);
+        let tensors = exchange.lock().unwrap_or_else(PoisonError::into_inner).plan().parameters().len();
+        let replies = Mutex::new(Replies::new(replies, tensors));
         (Self { events, replies, exchange, transport, handed, progress, thread: None }, work, incoming)
     }
 
-    /// Starts a step.
+    /// Starts a step. The one before it is [settled](Self::settled).
     pub fn begin(&self, step: u64) {
+        self.replies().begin();
         self.event(Event::Begin(step));
     }
 
-    /// Gives a full bucket; [`settled`](Self::settled) hands the buffer back.
+    /// Gives a full bucket; [`voted`](Self::voted) hands the buffer back.
     pub fn give(&self, bucket: usize, values: Vec<f32>) {
         self.progress.bucket();
         self.event(Event::Bucket(bucket, values));
@@ -232,19 +241,28 @@ impl Engine {
         self.event(Event::Settle(ballot));
     }
 
-    /// Waits until the whole sum and all votes are here.
+    /// Waits until the votes of all ranks are here.
     ///
     /// # Errors
     /// A rank is lost or sends what makes no sense, or the run was aborted.
-    pub fn settled(&self) -> Result<Settled, EngineError> {
-        Self::as_settled(self.reply()?)
+    pub fn voted(&self) -> Result<Voted, EngineError> {
+        self.replies().wait(Replies::voted)
     }
 
-    fn as_settled(reply: Reply) -> Result<Settled, EngineError> {
-        match reply {
-            Reply::Settled(settled) => Ok(*settled),
-            Reply::Gathered(_) | Reply::Burst(_) => Err(EngineError::Gone),
-        }
+    /// Waits until the whole sum of parameter `index` is here, once the step was [voted](Self::voted) about.
+    ///
+    /// # Errors
+    /// As [`voted`](Self::voted).
+    pub fn wait_for(&self, index: usize) -> Result<(), EngineError> {
+        self.replies().wait(|replies| replies.sum(index))
+    }
+
+    /// Waits until the whole sum of every parameter is here, once the step was [voted](Self::voted) about.
+    ///
+    /// # Errors
+    /// As [`voted`](Self::voted).
+    pub fn settled(&self) -> Result<Settled, EngineError> {
+        self.replies().wait(Replies::settled)
     }
 
     /// Gathers numbers from every rank, in rank order; all ranks call it at the same place. To be called between steps.
@@ -253,10 +271,7 @@ impl Engine {
     /// As [`settled`](Self::settled).
     pub fn gather(&self, values: Vec<f64>) -> Result<Vec<Vec<f64>>, EngineError> {
         self.event(Event::Gather(values));
-        match self.reply()? {
-            Reply::Gathered(values) => Ok(values),
-            Reply::Settled(_) | Reply::Burst(_) => Err(EngineError::Gone),
-        }
+        self.replies().wait(Replies::gathered)
     }
 
     /// Measures the link from the rank before this one, in bytes a second, while every rank sends to the next one. All
@@ -268,10 +283,7 @@ impl Engine {
         // All begin together, so that every link is as busy as it will be.
         self.gather(Vec::new())?;
         self.event(Event::Burst);
-        match self.reply()? {
-            Reply::Burst(bytes_per_s) => Ok(bytes_per_s),
-            Reply::Settled(_) | Reply::Gathered(_) => Err(EngineError::Gone),
-        }
+        self.replies().wait(Replies::burst)
     }
 
     /// From the next step on, packs with zstd what that saves time for on a link of so many bytes a second.
@@ -288,7 +300,8 @@ impl Engine {
         Ok(())
     }
 
-    /// The sums of the last settled step, and the residuals. Not to be held while a step is under way.
+    /// The sums of the last step that are here, and the residuals. Not to be held for long while a step is under way: the
+    /// thread waits for it.
     pub fn exchange(&self) -> MutexGuard<'_, Exchange> {
         self.exchange.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -316,8 +329,8 @@ impl Engine {
         &self.progress
     }
 
-    fn reply(&self) -> Result<Reply, EngineError> {
-        self.replies.lock().unwrap_or_else(PoisonError::into_inner).recv().map_err(|_| EngineError::Gone)?
+    fn replies(&self) -> MutexGuard<'_, Replies> {
+        self.replies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn event(&self, event: Event) {

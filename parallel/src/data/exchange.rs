@@ -12,7 +12,10 @@
 //! 4. gather: the owner sends the encoded sum to its mates and to its peer in every other node, which hands the same bytes
 //!    on to its mates. All go on with what a decoder reads, the owner too. So all ranks have the same bits.
 //!
-//! The step ends with a vote: if any rank found a value that is not finite, all skip the step, and no residual changes.
+//! A rank votes as soon as its own shards are reduced: if any rank found a value that is not finite, all skip the step, and
+//! no residual changes. With the vote travels what a rank's own shards add to the squared norm, so that everybody knows the
+//! clipped gradient's scale before the sums of the other owners are here: they travel on, first what the next forward pass
+//! needs first, while that begins.
 //!
 //! Encoding replaces a gradient by what it leaves out. So a bucket's buffer comes in as this rank's gradient, and if the
 //! step counts it stays as the new residual, while the old residual's buffer goes back to be filled with the next
@@ -25,11 +28,11 @@ mod error;
 mod group;
 mod missing;
 mod place;
+mod queue;
 mod residual;
 mod send;
 mod sum;
 
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -37,6 +40,7 @@ use bytes::Bytes;
 use compression::codec::all_finite;
 use compression::{BLOCK, Codec, Payload, Workers};
 
+use super::norm::SquaredNorm;
 use super::plan::Plan;
 use super::rules::codec_of;
 use super::shard::shard;
@@ -44,7 +48,7 @@ use crate::frame::{Header, PAYLOAD_BYTES_MAX, Phase};
 
 pub use error::ExchangeError;
 pub use group::Group;
-use send::Job;
+use queue::{Job, Queue};
 
 /// A frame that is to be sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,9 +101,14 @@ pub struct Exchange {
     own_missing: usize,
     /// Chunks of this step that are not encoded yet.
     unsent: usize,
-    /// What waits for each rank, and how many frames are under way to it.
-    queues: Vec<VecDeque<Job>>,
-    under_way: Vec<usize>,
+    /// What waits for each rank and is under way to it.
+    queues: Vec<Queue>,
+    /// What our own shards' sums add to the squared norm.
+    norm: SquaredNorm,
+    /// Whether all have voted.
+    decided: bool,
+    /// Tensors whose sum is here since somebody asked.
+    completed: Vec<usize>,
     payload: Vec<u8>,
     /// A node's sum of a chunk.
     scratch: Vec<f32>,
@@ -137,8 +146,9 @@ struct Tensor {
     arrived: Vec<Vec<usize>>,
     /// The sum, as far as `done` says.
     sum: Vec<f32>,
-    /// For each chunk of each shard, whether its sum is here.
+    /// For each chunk of each shard, whether its sum is here, and how many are not.
     done: Vec<Vec<bool>>,
+    missing: usize,
 }
 
 /// One chunk whose parts this member adds for its node.
@@ -186,6 +196,7 @@ impl Exchange {
                 arrived: vec![Vec::new(); chunks(group.rank)],
                 sum: vec![0.0; elements],
                 done: (0..group.ranks).map(|owner| vec![false; chunks(owner)]).collect(),
+                missing: 0,
             }
         });
         let tensors: Vec<Tensor> = tensors.collect();
@@ -203,8 +214,10 @@ impl Exchange {
             missing: 0,
             own_missing: 0,
             unsent: 0,
-            queues: (0..group.ranks).map(|_| VecDeque::new()).collect(),
-            under_way: vec![0; group.ranks],
+            queues: (0..group.ranks).map(|_| Queue::default()).collect(),
+            norm: SquaredNorm::default(),
+            decided: false,
+            completed: Vec::new(),
             payload: Vec::new(),
             scratch: Vec::new(),
             workers: Workers::none(),
@@ -292,13 +305,18 @@ impl Exchange {
             tensor.arrived.iter_mut().for_each(Vec::clear);
             tensor.done.iter_mut().flatten().for_each(|done| *done = false);
             tensor.reduced.resize(shard(tensor.sum.len(), rank, self.group.ranks).len(), 0.0);
-            self.missing += tensor.done.iter().map(Vec::len).sum::<usize>();
+            tensor.missing = tensor.done.iter().map(Vec::len).sum::<usize>();
+            self.missing += tensor.missing;
             self.own_missing += tensor.done[rank].len();
         }
         // Of every other shard a chunk leaves once: to its owner, or to the member that adds it.
         self.unsent = self.missing - self.own_missing;
         // A step that failed leaves some.
-        self.queues.iter_mut().for_each(VecDeque::clear);
+        self.queues.iter_mut().for_each(Queue::clear);
+        self.norm = SquaredNorm::default();
+        self.decided = false;
+        // A tensor without elements has nothing to wait for.
+        self.completed = (0..self.tensors.len()).filter(|&index| self.tensors[index].missing == 0).collect();
     }
 
     /// Gives this rank's gradient of one bucket, and hands the frames that may leave now to `out` one by one, first
@@ -319,7 +337,7 @@ impl Exchange {
                 for (chunk, range) in self.chunks_of(index, owner).enumerate() {
                     match nodes.adds(owner) {
                         member if member == nodes.rank => self.add_members(index, nodes.node(owner), chunk),
-                        member => self.queues[member].push_back(Job::Encode(Phase::Inner, index, range)),
+                        member => self.queues[member].push(Job::Encode(Phase::Inner, index, range)),
                     }
                 }
             }
@@ -370,11 +388,11 @@ impl Exchange {
                 self.reduce(index, chunk);
             }
             Phase::Gather => {
+                let start = range.start;
                 self.workers.decode(&payload, &mut tensor.sum[range]);
-                tensor.done[owner][chunk] = true;
-                self.missing -= 1;
+                self.arrived(index, owner, chunk);
                 if nodes.adds(owner) == nodes.rank {
-                    nodes.mates().for_each(|mate| self.queues[mate].push_back(Job::Ready(index, frame.clone())));
+                    nodes.mates().for_each(|mate| self.queues[mate].push(Job::Ready(index, start, frame.clone())));
                 }
             }
         }
@@ -393,23 +411,45 @@ impl Exchange {
         self.missing == 0
     }
 
+    /// A chunk's sum is here.
+    fn arrived(&mut self, index: usize, owner: usize, chunk: usize) {
+        let tensor = &mut self.tensors[index];
+        tensor.done[owner][chunk] = true;
+        tensor.missing -= 1;
+        self.missing -= 1;
+        if tensor.missing == 0 {
+            self.completed.push(index);
+        }
+    }
+
+    /// The tensors whose whole sum is here since the last call, in the order in which they were complete.
+    pub fn take_completed(&mut self) -> Vec<usize> {
+        std::mem::take(&mut self.completed)
+    }
+
+    /// What the sums that this rank owns add to the squared norm; of all ranks together it is the gradient's. It is whole
+    /// once the sums are [reduced](Self::is_reduced).
+    #[must_use]
+    pub const fn norm(&self) -> SquaredNorm {
+        self.norm
+    }
+
     /// What this rank found. To be sent once its last owned chunk is reduced.
     #[must_use]
     pub const fn vote(&self) -> Vote {
         Vote { step: self.step, finite: self.finite }
     }
 
-    /// Ends the step as all ranks' votes say, and gives back buffers for the next gradients, one a bucket. They may be
-    /// empty, and hold whatever they hold.
+    /// Decides the step as all ranks' votes say, and gives back buffers for the next gradients, one a bucket. They may be
+    /// empty, and hold whatever they hold. Every rank has reduced what it owns by then, so that nobody needs a gradient any
+    /// more; sums may still be on their way, in either direction.
     ///
     /// # Panics
-    /// When the sum is not complete, something was not [released](Self::release), or the votes are not one of each rank for
-    /// this step.
+    /// When something of this rank is not reduced or encoded, or the votes are not one of each rank for this step.
     pub fn close(&mut self, votes: &[Vote]) -> (Verdict, Vec<Vec<f32>>) {
-        assert!(self.is_complete(), "{} chunks are missing", self.missing);
-        assert!(self.unsent == 0, "{} chunks are not encoded", self.unsent);
-        assert!(self.queues.iter().all(VecDeque::is_empty), "sums that nobody was given");
+        assert!(self.is_reduced(), "{} chunks are not reduced, {} not encoded", self.own_missing, self.unsent);
         assert!(votes.len() == self.group.ranks && votes.iter().all(|vote| vote.step == self.step), "{votes:?}");
+        self.decided = true;
         let verdict = if votes.iter().all(|vote| vote.finite) { Verdict::Commit } else { Verdict::Skip };
         if verdict == Verdict::Commit {
             if self.flush == Flush::Now {

@@ -1,20 +1,27 @@
 //! From the backward pass to the sum.
 //!
-//! A step is `begin`, then for each micro-batch `begin_micro_batch` and the taps' calls of `add`, then `finish`. Micro-
+//! A step is `begin`, then for each micro-batch `begin_micro_batch` and the taps' calls of `add`, then `vote`. Micro-
 //! batches add up in the bucket's buffer in the order in which they ran, starting from zero; a bucket is complete when
 //! the last micro-batch has given all of its parameters. With one rank the sum is the buffer itself: nothing is encoded
-//! and nothing is sent. With several, a complete bucket goes to the [engine](super::engine) at once, and `finish` waits
-//! for the sum over all ranks.
+//! and nothing is sent. With several, a complete bucket goes to the [engine](super::engine) at once.
+//!
+//! `vote` waits until all ranks have voted. Then it is decided whether the step counts, and the norm of the sum is known;
+//! the sum itself may still be on its way. `with_sum` waits for that of one parameter, which the next forward pass does
+//! just before it needs it, and `settle` for all that is left. The next step begins after that. `finish` is `vote` and
+//! `settle` at once.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use burn::Tensor;
 use burn::tensor::DType;
+use compression::BLOCK;
+use rayon::prelude::*;
 use thiserror::Error;
 
-use super::engine::{Engine, EngineError, Packed, Settled};
+use super::engine::{self, Engine, EngineError, Packed};
 use super::exchange::{Exchange, Verdict};
+use super::norm::SquaredNorm;
 use super::plan::Plan;
 use crate::note::Ballot;
 use crate::transport::Counted;
@@ -114,19 +121,37 @@ enum Lies<'a> {
     Exchange(MutexGuard<'a, Exchange>),
 }
 
-/// How a step's sum ended.
-#[derive(Debug)]
-pub struct Finished<'a> {
-    /// The sum, the same bits on every rank. It means nothing when the verdict is to skip.
-    pub sum: Sum<'a>,
+/// What all ranks say of a step. Everything but the seconds is the same on every rank.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Voted {
     /// What every rank does.
     pub verdict: Verdict,
     /// Of every rank, in rank order.
     pub ballots: Vec<Ballot>,
+    /// The sum's norm; NaN if something in it was not finite. It means nothing when the verdict is to skip.
+    pub norm: f64,
+    /// Seconds that this rank waited for the votes.
+    pub wait_s: f64,
+}
+
+/// What is known of a step when the whole sum is here.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Complete {
     /// When what happened.
     pub timing: Timing,
     /// What zstd served, on this rank.
     pub packed: Packed,
+}
+
+/// A step's votes and its whole sum.
+#[derive(Debug)]
+pub struct Finished<'a> {
+    /// The sum, the same bits on every rank. It means nothing when the verdict is to skip.
+    pub sum: Sum<'a>,
+    /// What all ranks said.
+    pub voted: Voted,
+    /// What the sum took.
+    pub complete: Complete,
 }
 
 /// What the way of a step's gradients took. With one rank there is no way.
@@ -134,8 +159,6 @@ pub struct Finished<'a> {
 pub struct Timing {
     /// Seconds of encoding.
     pub encode_s: f64,
-    /// Seconds that `finish` waited.
-    pub wait_s: f64,
     /// When the first encoding began, and when the whole sum was here.
     pub span: Option<(Instant, Instant)>,
 }
@@ -175,7 +198,7 @@ impl GradientStream {
         self.lock().own = Some(vec![Vec::new(); self.plan.buckets().len()]);
     }
 
-    /// From the next step on, no bucket leaves before [`finish`](Self::finish): the control of a test, and of no other use.
+    /// From the next step on, no bucket leaves before [`vote`](Self::vote): the control of a test, and of no other use.
     pub fn be_late(&self) {
         self.lock().late = true;
     }
@@ -236,7 +259,7 @@ impl GradientStream {
         state.micro_batch = micro_batch;
     }
 
-    /// Adds one micro-batch's gradient of parameter `index`. A fault is kept and returned by [`finish`](Self::finish).
+    /// Adds one micro-batch's gradient of parameter `index`. A fault is kept and returned by [`vote`](Self::vote).
     pub fn add(&self, index: usize, gradient: Gradient<'_>) {
         let mut state = self.lock();
         if state.fault.is_some() {
@@ -260,43 +283,118 @@ impl GradientStream {
         self.lock().complete.clone()
     }
 
-    /// The sum over all micro-batches and ranks. A parameter that gave nothing has zeros. `ballot` is what this rank
-    /// says of the step.
+    /// Nothing more comes in this step; a parameter that gave nothing has zeros. Waits until all ranks have voted. `ballot` is
+    /// what this rank says of the step.
+    ///
+    /// # Errors
+    /// The first fault of the step.
+    pub fn vote(&self, ballot: Ballot) -> Result<Voted, StreamError> {
+        let start = Instant::now();
+        self.close(ballot)?;
+        match &self.engine {
+            Some(engine) => Ok(self.voted(engine.voted()?, start)),
+            None => {
+                let norm = self.own_norm().root();
+                let finite = ballot.finite && norm.is_finite();
+                let verdict = if finite { Verdict::Commit } else { Verdict::Skip };
+                Ok(Voted { verdict, ballots: vec![ballot], norm, wait_s: 0.0 })
+            }
+        }
+    }
+
+    fn voted(&self, voted: engine::Voted, start: Instant) -> Voted {
+        let engine::Voted { verdict, ballots, norm, buffers } = voted;
+        self.lock().buffers = buffers;
+        Voted { verdict, ballots, norm: norm.root(), wait_s: start.elapsed().as_secs_f64() }
+    }
+
+    /// The norm of what the buckets hold.
+    fn own_norm(&self) -> SquaredNorm {
+        const PIECE: usize = 256 * BLOCK;
+        let state = self.lock();
+        let pieces = (0..self.plan.parameters().len()).into_par_iter().flat_map(|index| {
+            let slot = self.plan.slot(index);
+            state.buffers[slot.bucket][slot.range.clone()].par_chunks(PIECE)
+        });
+        let of = |mut norm: SquaredNorm, piece: &[f32]| {
+            norm.add(piece);
+            norm
+        };
+        // Exact sums: whichever thread adds what, and in whatever order, the bits are the same.
+        pieces.fold(SquaredNorm::default, of).reduce(SquaredNorm::default, |mut a, b| {
+            a.merge(&b);
+            a
+        })
+    }
+
+    /// Gives `with` the sum of parameter `index` over all micro-batches and ranks, row-major, once it is here; the same bits
+    /// on every rank. To be called after the [vote](Self::vote), whose verdict was to commit.
+    ///
+    /// # Errors
+    /// A rank is lost or sends what makes no sense, or the run was aborted.
+    pub fn with_sum<R>(&self, index: usize, with: impl FnOnce(&[f32]) -> R) -> Result<R, StreamError> {
+        match &self.engine {
+            Some(engine) => {
+                engine.wait_for(index)?;
+                Ok(with(engine.exchange().sum(index)))
+            }
+            None => {
+                let slot = self.plan.slot(index);
+                Ok(with(&self.lock().buffers[slot.bucket][slot.range.clone()]))
+            }
+        }
+    }
+
+    /// Waits until the whole sum is here: the step is over.
+    ///
+    /// # Errors
+    /// As [`with_sum`](Self::with_sum).
+    pub fn settle(&self) -> Result<Complete, StreamError> {
+        match &self.engine {
+            Some(engine) => Ok(engine.settled()?.into()),
+            None => Ok(Complete::default()),
+        }
+    }
+
+    /// [`vote`](Self::vote) and [`settle`](Self::settle), and the whole sum.
     ///
     /// # Errors
     /// The first fault of the step.
     pub fn finish(&self, ballot: Ballot) -> Result<Finished<'_>, StreamError> {
-        let start = Instant::now();
-        self.close(ballot)?;
-        let Some(engine) = &self.engine else {
-            let verdict = if ballot.finite { Verdict::Commit } else { Verdict::Skip };
-            let sum = Sum { plan: &self.plan, lies: Lies::Buckets(self.lock()) };
-            let (timing, packed) = (Timing::default(), Packed::default());
-            return Ok(Finished { sum, verdict, ballots: vec![ballot], timing, packed });
-        };
-        Ok(self.finished(engine, engine.settled()?, start))
+        let voted = self.vote(ballot)?;
+        let complete = self.settle()?;
+        Ok(Finished { sum: self.sum(), voted, complete })
     }
 
-    fn finished<'a>(&'a self, engine: &'a Engine, settled: Settled, start: Instant) -> Finished<'a> {
-        self.lock().buffers = settled.buffers;
-        let timing = Timing {
-            encode_s: settled.encode_s,
-            wait_s: start.elapsed().as_secs_f64(),
-            span: settled.first_encode.map(|first| (first, settled.last_decode)),
+    fn sum(&self) -> Sum<'_> {
+        let lies = match &self.engine {
+            Some(engine) => Lies::Exchange(engine.exchange()),
+            None => Lies::Buckets(self.lock()),
         };
-        let sum = Sum { plan: &self.plan, lies: Lies::Exchange(engine.exchange()) };
-        Finished { sum, verdict: settled.verdict, ballots: settled.ballots, timing, packed: settled.packed }
+        Sum { plan: &self.plan, lies }
     }
 
-    /// The second half of [`finish`](Self::finish), without waiting: `None` while something is missing.
+    /// The second half of [`vote`](Self::vote), without waiting: `None` while a vote is missing.
     #[cfg(test)]
-    pub(crate) fn try_finish(&self) -> Option<Result<Finished<'_>, StreamError>> {
-        let engine = self.engine()?;
-        let settled = engine.try_settled()?;
-        Some(settled.map(|settled| self.finished(engine, settled, Instant::now())).map_err(StreamError::from))
+    pub(crate) fn try_voted(&self) -> Option<Result<Voted, StreamError>> {
+        let voted = self.engine()?.try_voted()?;
+        Some(voted.map(|voted| self.voted(voted, Instant::now())).map_err(StreamError::from))
     }
 
-    /// The first half of [`finish`](Self::finish): nothing more comes in this step.
+    /// As [`with_sum`](Self::with_sum), without waiting: `None` while it is missing.
+    #[cfg(test)]
+    pub(crate) fn try_with_sum(&self, index: usize, with: impl FnOnce(&[f32])) -> Option<Result<(), StreamError>> {
+        let engine = self.engine()?;
+        Some(engine.try_sum(index)?.map(|()| with(engine.exchange().sum(index))).map_err(StreamError::from))
+    }
+
+    /// As [`settle`](Self::settle), without waiting: `None` while something is missing.
+    #[cfg(test)]
+    pub(crate) fn try_settle(&self) -> Option<Result<Complete, StreamError>> {
+        Some(self.engine()?.try_settled()?.map(Complete::from).map_err(StreamError::from))
+    }
+
+    /// The first half of [`vote`](Self::vote): nothing more comes in this step.
     pub(crate) fn close(&self, ballot: Ballot) -> Result<(), StreamError> {
         let mut state = self.lock();
         if let Some(fault) = state.fault.take() {
@@ -318,6 +416,13 @@ impl GradientStream {
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic while the lock is held ends the step; `begin` makes the state whole again.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl From<engine::Settled> for Complete {
+    fn from(settled: engine::Settled) -> Self {
+        let engine::Settled { encode_s, first_encode, last_decode, packed } = settled;
+        Self { timing: Timing { encode_s, span: first_encode.map(|first| (first, last_decode)) }, packed }
     }
 }
 

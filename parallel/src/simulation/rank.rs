@@ -27,7 +27,7 @@ pub(super) enum Doing {
     Starting,
     /// Its training thread computes.
     Computing,
-    /// Its training thread waits for the sum.
+    /// Its training thread waits for the votes, and then for the sums as the forward pass needs them.
     Waiting,
     /// Its training thread waits for the coordinator's verdict.
     Explaining(String),
@@ -59,6 +59,8 @@ pub(super) struct Rank {
     micro_batch: usize,
     /// Parameters of the micro-batch that have no gradient yet.
     left: usize,
+    /// Once all have voted: whether the step counts, and how many parameters have their sum.
+    voted: Option<(Verdict, usize)>,
 }
 
 impl Rank {
@@ -94,6 +96,7 @@ impl Rank {
             step: 0,
             micro_batch: 0,
             left: 0,
+            voted: None,
         }
     }
 
@@ -217,19 +220,30 @@ impl Rank {
         self.doing = Doing::Done;
     }
 
-    /// Applies the sum, if it is here.
+    /// Applies what is here of the sum, parameter by parameter as a forward pass needs them; `None` while something is
+    /// missing.
     fn apply(&mut self) -> Option<Result<(), StreamError>> {
-        let finished = match self.stream.try_finish()? {
-            Ok(finished) => finished,
-            Err(error) => return Some(Err(error)),
-        };
-        let skips = self.setting.skips() == Some(self.step);
-        assert_eq!(finished.verdict, if skips { Verdict::Skip } else { Verdict::Commit });
-        if !skips {
-            for (parameter, sum) in self.parameters.iter_mut().zip(finished.sum.parameters()) {
-                parameter.iter_mut().zip(sum).for_each(|(parameter, sum)| *parameter -= 0.1 * sum);
-            }
+        if self.voted.is_none() {
+            let verdict = match self.stream.try_voted()? {
+                Ok(voted) => voted.verdict,
+                Err(error) => return Some(Err(error)),
+            };
+            let skips = self.setting.skips() == Some(self.step);
+            assert_eq!(verdict, if skips { Verdict::Skip } else { Verdict::Commit });
+            self.voted = Some((verdict, 0));
         }
-        Some(Ok(()))
+        while let Some((Verdict::Commit, next)) = self.voted
+            && let Some(parameter) = self.parameters.get_mut(next)
+        {
+            let update =
+                |sum: &[f32]| parameter.iter_mut().zip(sum).for_each(|(parameter, sum)| *parameter -= 0.1 * sum);
+            if let Err(error) = self.stream.try_with_sum(next, update)? {
+                return Some(Err(error));
+            }
+            self.voted = Some((Verdict::Commit, next + 1));
+        }
+        let settled = self.stream.try_settle()?;
+        self.voted = None;
+        Some(settled.map(drop))
     }
 }

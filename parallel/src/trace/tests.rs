@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::*;
+use crate::data::norm::SquaredNorm;
 use crate::data::plan::Parameter;
 
 fn trace(rank: usize, events_max: usize) -> Trace {
@@ -132,7 +133,7 @@ fn a_message_says_what_it_is_of_and_garbage_says_nothing() {
     assert_eq!(label, Label { bucket: Some(5), parameter: Some(6), bytes: Some(56), ..Label::new("send", 9) });
     let ballot =
         Ballot { finite: true, stop: false, busy: false, loss: 0.0, compute_s: 0.0, parameters: None, codec: None };
-    assert_eq!(Label::of("send", &Note::Ballot(ballot).write(1, 4)).step, 4);
+    assert_eq!(Label::of("send", &Note::Ballot(ballot, SquaredNorm::default()).write(1, 4)).step, 4);
     for garbage in [&frame[..51], &[0; 60], b"TRIN", b""] {
         assert_eq!(Label::of("send", garbage), Label { bytes: Some(garbage.len()), ..Label::new("send", 0) });
     }

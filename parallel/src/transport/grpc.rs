@@ -4,7 +4,7 @@
 //! others' messages from their calls. An empty message is the goodbye: the end of the stream after it is no loss.
 //!
 //! - `inbound`: the service that the others call, and whom it lets in.
-//! - `outbound`: our calls to the others.
+//! - `outbound`: our calls to the others; `connection`: what they go over.
 //! - `error`: why there is no transport.
 //! - `watch`: what all that means: connected, lost, or gone in good order.
 //!
@@ -33,6 +33,7 @@ use super::tls::Security;
 use super::{Counted, Incoming, Sink, Transport};
 use crate::trace::Trace;
 
+mod connection;
 mod error;
 mod inbound;
 mod outbound;

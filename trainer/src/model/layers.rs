@@ -55,8 +55,8 @@ pub struct Linear {
 impl Linear {
     /// A layer over these weights.
     #[must_use]
-    pub fn new(weight: Tensor<2>, hook: Hook) -> Self {
-        Self { weight: Param::from_tensor(weight), hook }
+    pub const fn new(weight: Param<Tensor<2>>, hook: Hook) -> Self {
+        Self { weight, hook }
     }
 
     /// `[B, T, D]` to `[B, T, F]`.
@@ -85,8 +85,8 @@ pub struct Embedding {
 impl Embedding {
     /// A table over these weights.
     #[must_use]
-    pub fn new(weight: Tensor<2>, hook: Hook) -> Self {
-        Self { weight: Param::from_tensor(weight), hook }
+    pub const fn new(weight: Param<Tensor<2>>, hook: Hook) -> Self {
+        Self { weight, hook }
     }
 
     /// The table as one forward pass should use it, in all its places: a tied head shares it, and its gradient comes out
@@ -118,8 +118,8 @@ pub struct RmsNorm {
 impl RmsNorm {
     /// A norm with this gain.
     #[must_use]
-    pub fn new(weight: Tensor<1>, eps: f64, hook: Hook) -> Self {
-        Self { weight: Param::from_tensor(weight), eps, hook }
+    pub const fn new(weight: Param<Tensor<1>>, eps: f64, hook: Hook) -> Self {
+        Self { weight, eps, hook }
     }
 
     /// `[B, T, D]` to the same shape.

@@ -1,7 +1,9 @@
 //! The decoder. Shapes: B batch, T tokens, D width, V vocabulary.
 
+use std::fmt;
+
 use burn::Tensor;
-use burn::module::Module;
+use burn::module::{Module, Param, ParamId};
 use burn::tensor::{Device, Int, TensorData};
 
 use super::attention::{Attention, KvCache, Positions};
@@ -60,9 +62,26 @@ pub struct Mlp {
 #[derive(Debug)]
 pub struct Leaf {
     /// The values, in the shape that was asked for.
-    pub data: TensorData,
+    pub values: Values,
     /// The slot.
     pub hook: Hook,
+}
+
+/// Where the values of a parameter come from.
+pub enum Values {
+    /// They are there.
+    Now(TensorData),
+    /// They are asked for when the forward pass first uses the parameter.
+    WhenUsed(Box<dyn FnOnce() -> TensorData + Send + Sync>),
+}
+
+impl fmt::Debug for Values {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Now(data) => f.debug_tuple("Now").field(&data.shape()).finish(),
+            Self::WhenUsed(_) => f.write_str("WhenUsed"),
+        }
+    }
 }
 
 impl Llama {
@@ -135,9 +154,17 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn leaf<const D: usize>(&mut self, name: &str, shape: [usize; D]) -> (Tensor<D>, Hook) {
-        let leaf = (self.source)(&format!("{name}.weight"), &shape);
-        (Tensor::from_data(leaf.data, self.device), leaf.hook)
+    fn leaf<const D: usize>(&mut self, name: &str, shape: [usize; D]) -> (Param<Tensor<D>>, Hook) {
+        let Leaf { values, hook } = (self.source)(&format!("{name}.weight"), &shape);
+        let weight = match values {
+            Values::Now(data) => Param::from_tensor(Tensor::from_data(data, self.device)),
+            Values::WhenUsed(values) => {
+                let make =
+                    move |device: &Device, tracked| Tensor::from_data(values(), device).set_require_grad(tracked);
+                Param::uninitialized(ParamId::new(), make, self.device.clone(), true, shape.into())
+            }
+        };
+        (weight, hook)
     }
 
     fn linear(&mut self, name: &str, shape: [usize; 2]) -> Linear {

@@ -53,8 +53,8 @@ const REALS: [Real; 13] = [
     ("forward", "forward passes of the step", Some(Unit::Seconds), |n| Some(n.forward_s)),
     ("backward", "backward passes of the step", Some(Unit::Seconds), |n| Some(n.backward_s)),
     ("encode", "encoding of the step's gradients", Some(Unit::Seconds), |n| Some(n.encode_s)),
-    ("wait", "waiting for the sum after the last backward pass", Some(Unit::Seconds), |n| Some(n.wait_s)),
-    ("exposed", "from the end of the last backward pass to the complete sum", Some(Unit::Seconds), |n| Some(n.exposed_s)),
+    ("wait", "waiting for the votes after the last backward pass, and for sums of the step before", Some(Unit::Seconds), |n| Some(n.wait_s)),
+    ("exposed", "communication that no computing hid: the same as wait", Some(Unit::Seconds), |n| Some(n.exposed_s)),
     ("overlap", "part of the communication that hid behind the backward pass", Some(Unit::Ratios), |n| n.overlap),
     ("memory", "resident memory of the process; 0 where the system does not tell", Some(Unit::Bytes), |n| Some(n.memory_bytes as f64)),
 ];

@@ -185,6 +185,7 @@ impl Run {
         let Some(engine) = self.stepper.engine() else { return Ok(()) };
         self.stepper.progress().enter(Stage::Waiting);
         let start = Instant::now();
+        assert!(self.stepper.is_settled(), "the parameters are of the step before");
         let own = self.state.parameter_hash(&self.config).as_bytes().map(f64::from);
         let all = engine.gather(own.to_vec()).map_err(StreamError::from)?;
         self.span("compare", start);

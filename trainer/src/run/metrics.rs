@@ -43,13 +43,13 @@ pub struct Line {
     /// The seconds that they took.
     #[serde(default)]
     pub slowest_compute_s: f64,
-    /// Encoding; 0 with one rank, which encodes nothing.
+    /// Encoding of the gradients whose way ended in this step; 0 with one rank, which encodes nothing.
     pub encode_s: f64,
-    /// Waiting for peers; 0 with one rank.
+    /// Waiting for votes, and for sums of the step before; 0 with one rank.
     pub wait_s: f64,
-    /// From the last `backward()`'s return to the complete sum.
+    /// What no computing hid: the same as `wait_s`.
     pub exposed_s: f64,
-    /// Part of the communication that hid behind the backward pass; null with one rank.
+    /// Part of the gradients' way in which nobody waited; null where none ended in this step.
     pub overlap: Option<f64>,
     /// Bytes sent to peers since the line before this one; 0 with one rank.
     pub wire_bytes_sent: u64,

@@ -15,6 +15,7 @@ use crate::state::{self, Meta, Travelled};
 impl Run {
     /// Offers a snapshot; the writer does the rest while training goes on.
     pub(super) fn checkpoint(&mut self) {
+        assert!(self.stepper.is_settled(), "the state is behind its step");
         let meta = Meta {
             step: self.state.step,
             updates: self.state.updates,
@@ -115,7 +116,9 @@ impl Run {
     }
 
     pub(super) fn summary(&self, status: Status) -> Summary {
-        let hash = (status != Status::Running).then(|| self.state.parameter_hash(&self.config).to_hex().to_string());
+        // A run that failed may have parameters of the step before.
+        let known = status != Status::Running && self.stepper.is_settled();
+        let hash = known.then(|| self.state.parameter_hash(&self.config).to_hex().to_string());
         Summary {
             status,
             step: self.state.step,

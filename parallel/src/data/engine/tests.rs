@@ -7,6 +7,7 @@ use compression::Codec;
 
 use super::*;
 use crate::data::exchange::Group;
+use crate::data::norm::SquaredNorm;
 use crate::data::{Gradient, GradientStream, Parameter, Plan};
 use crate::note::Note;
 use crate::transport::channel::{ChannelTransport, network};
@@ -66,11 +67,11 @@ fn packed_step(stream: &GradientStream, rank: usize, step: u64) -> Result<(Vec<u
         }
     }
     let finished = stream.finish(ballot(rank)).map_err(|error| error.to_string())?;
-    assert_eq!(finished.verdict, Verdict::Commit);
-    assert_eq!(finished.ballots.iter().map(|ballot| ballot.loss).collect::<Vec<_>>(), [0.0, 1.0, 2.0]);
-    assert!(finished.ballots[1].stop && !finished.ballots[0].stop);
-    assert!(finished.timing.span.is_some());
-    Ok((finished.sum.parameters().flatten().map(|x| x.to_bits()).collect(), finished.packed))
+    assert_eq!(finished.voted.verdict, Verdict::Commit);
+    assert_eq!(finished.voted.ballots.iter().map(|ballot| ballot.loss).collect::<Vec<_>>(), [0.0, 1.0, 2.0]);
+    assert!(finished.voted.ballots[1].stop && !finished.voted.ballots[0].stop);
+    assert!(finished.complete.timing.span.is_some());
+    Ok((finished.sum.parameters().flatten().map(|x| x.to_bits()).collect(), finished.complete.packed))
 }
 
 #[test]
@@ -133,7 +134,7 @@ fn an_abort_wakes_whoever_waits() {
 
 #[test]
 fn garbage_and_what_is_too_early_or_out_of_turn_end_the_step_with_the_senders_name() {
-    let far = Note::Ballot(ballot(1)).write(1, 9);
+    let far = Note::Ballot(ballot(1), SquaredNorm::default()).write(1, 9);
     let foreign = Note::Values(vec![1.0]).write(2, 0);
     let round = Note::Values(vec![1.0]).write(1, 3);
     for (bytes, said) in [

@@ -23,10 +23,19 @@ impl Engine {
         (engine, Turns { work, incoming, waiting: VecDeque::new() })
     }
 
+    /// As [`voted`](Self::voted), without waiting.
+    pub(crate) fn try_voted(&self) -> Option<Result<Voted, EngineError>> {
+        self.replies().poll(Replies::voted)
+    }
+
+    /// As [`wait_for`](Self::wait_for), without waiting.
+    pub(crate) fn try_sum(&self, index: usize) -> Option<Result<(), EngineError>> {
+        self.replies().poll(|replies| replies.sum(index))
+    }
+
     /// As [`settled`](Self::settled), without waiting.
     pub(crate) fn try_settled(&self) -> Option<Result<Settled, EngineError>> {
-        let reply = self.replies.lock().unwrap_or_else(PoisonError::into_inner).try_recv().ok()?;
-        Some(reply.and_then(Self::as_settled))
+        self.replies().poll(Replies::settled)
     }
 }
 

@@ -10,9 +10,11 @@ use bytes::Bytes;
 
 use super::burst::Burst;
 use super::packing::Packing;
-use super::{EngineError, Event, Packed, Reply, Settled};
+use super::replies::Reply;
+use super::{EngineError, Event, Packed, Settled, Voted};
 use crate::data::exchange::{Exchange, Group, Outgoing, Vote};
 use crate::data::nodes::Nodes;
+use crate::data::norm::SquaredNorm;
 use crate::frame::{PAYLOAD_BYTES_MAX, Phase, peek};
 use crate::note::{Ballot, Note, is_note};
 use crate::progress::Progress;
@@ -37,7 +39,9 @@ pub(super) struct Work {
     open: bool,
     /// Our ballot, and whether it was sent.
     own: Option<(Ballot, bool)>,
-    ballots: Vec<Option<Ballot>>,
+    ballots: Vec<Option<(Ballot, SquaredNorm)>>,
+    /// Whether all have voted in the step under way: what is still to come are sums.
+    voted: bool,
     /// What came before its step began, and how many bytes of it from each rank.
     early: Vec<(usize, Bytes)>,
     early_bytes: Vec<usize>,
@@ -85,6 +89,7 @@ impl Work {
             step: 0,
             open: false,
             own: None,
+            voted: false,
             early: Vec::new(),
             gathering: false,
             round: 0,
@@ -122,7 +127,7 @@ impl Work {
     }
 
     fn waits(&self) -> bool {
-        self.own.is_some() || self.gathering || self.bursting
+        self.own.is_some() || self.voted || self.gathering || self.bursting
     }
 
     fn reply_fault(&mut self) {
@@ -272,13 +277,13 @@ impl Work {
                 }
                 Err(what) => out_of_turn(what),
             },
-            Note::Ballot(_) if !self.open || number == self.step + 1 => self.keep(from, bytes),
-            Note::Ballot(ballot) if number == self.step && self.ballots[from].is_none() => {
-                self.ballots[from] = Some(ballot);
+            Note::Ballot(..) if !self.open || number == self.step + 1 => self.keep(from, bytes),
+            Note::Ballot(ballot, norm) if number == self.step && self.ballots[from].is_none() => {
+                self.ballots[from] = Some((ballot, norm));
                 self.trace_vote(from);
                 Ok(())
             }
-            Note::Ballot(_) => out_of_turn(format!("a ballot of step {number}")),
+            Note::Ballot(..) => out_of_turn(format!("a ballot of step {number}")),
         }
     }
 
@@ -296,42 +301,10 @@ impl Work {
         Ok(())
     }
 
-    /// Votes when everything that the vote is about is known, and answers when everything is here.
+    /// Says what is known now and was not before.
     fn answer(&mut self) -> Result<(), EngineError> {
-        if let Some((ballot, sent)) = self.own {
-            let mut exchange = lock(&self.exchange);
-            if !sent && exchange.is_reduced() {
-                let ballot = Ballot { finite: ballot.finite && exchange.vote().finite, ..ballot };
-                self.own = Some((ballot, true));
-                self.ballots[self.group.rank] = Some(ballot);
-                drop(exchange);
-                self.trace_vote(self.group.rank);
-                self.to_all(&Note::Ballot(ballot).write(self.group.epoch, self.step));
-                exchange = lock(&self.exchange);
-            }
-            if exchange.is_complete() && self.ballots.iter().all(Option::is_some) {
-                let last_decode = Instant::now();
-                let (transport, handed, nodes) = (&*self.transport, &*self.handed, self.group.nodes());
-                let mut way = Way { transport, handed, packing: &mut self.packing, nodes };
-                exchange.release(&mut |out| way.hand(out));
-                let ballots: Vec<Ballot> = self.ballots.iter().copied().flatten().collect();
-                let votes: Vec<Vote> =
-                    ballots.iter().map(|ballot| Vote { step: self.step, finite: ballot.finite }).collect();
-                let (verdict, buffers) = exchange.close(&votes);
-                drop(exchange);
-                self.own = None;
-                self.open = false;
-                let (encode_s, first_encode) = (self.encode_s, self.first_encode);
-                let (packed_buckets, changes) = match &mut self.packing {
-                    Some(packing) => (packing.packed(), packing.take_changes()),
-                    None => (0, Vec::new()),
-                };
-                let packed = Packed { buckets: packed_buckets, changes };
-                let settled = Settled { verdict, ballots, encode_s, first_encode, last_decode, buffers, packed };
-                self.progress.waits_for(None);
-                return self.reply(Reply::Settled(Box::new(settled)));
-            }
-        }
+        self.vote()?;
+        self.tell_sums()?;
         let round = |queue: &VecDeque<(u64, Vec<f64>)>| queue.front().is_some_and(|&(round, _)| round == self.round);
         if self.gathering && self.values.iter().all(round) {
             self.gathering = false;
@@ -347,6 +320,67 @@ impl Work {
             return self.reply(Reply::Burst(bytes_per_s));
         }
         Ok(())
+    }
+
+    /// Votes when everything that the vote is about is known, and decides the step when all have.
+    fn vote(&mut self) -> Result<(), EngineError> {
+        let Some((ballot, sent)) = self.own else { return Ok(()) };
+        let rank = self.group.rank;
+        if !sent {
+            let exchange = lock(&self.exchange);
+            if !exchange.is_reduced() {
+                return Ok(());
+            }
+            let (ballot, norm) =
+                (Ballot { finite: ballot.finite && exchange.vote().finite, ..ballot }, exchange.norm());
+            drop(exchange);
+            self.own = Some((ballot, true));
+            self.ballots[rank] = Some((ballot, norm));
+            self.trace_vote(rank);
+            self.to_all(&Note::Ballot(ballot, norm).write(self.group.epoch, self.step));
+        }
+        if self.ballots.iter().any(Option::is_none) {
+            return Ok(());
+        }
+        let mut norm = SquaredNorm::default();
+        let (ballots, norms): (Vec<Ballot>, Vec<SquaredNorm>) = self.ballots.iter().copied().flatten().unzip();
+        norms.iter().for_each(|part| norm.merge(part));
+        let votes: Vec<Vote> = ballots.iter().map(|ballot| Vote { step: self.step, finite: ballot.finite }).collect();
+        let (verdict, buffers) = lock(&self.exchange).close(&votes);
+        (self.own, self.voted) = (None, true);
+        self.progress.waits_for(None);
+        // Nothing goes before the sums any more.
+        self.encoding(None, Exchange::pump);
+        self.reply(Reply::Voted(Box::new(Voted { verdict, ballots, norm, buffers })))
+    }
+
+    /// Once all have voted, tells which sums are here; and with the last of them the step is over.
+    fn tell_sums(&mut self) -> Result<(), EngineError> {
+        if !self.voted {
+            return Ok(());
+        }
+        let mut exchange = lock(&self.exchange);
+        let completed = exchange.take_completed();
+        let is_complete = exchange.is_complete();
+        if is_complete {
+            let (transport, handed, nodes) = (&*self.transport, &*self.handed, self.group.nodes());
+            let mut way = Way { transport, handed, packing: &mut self.packing, nodes };
+            exchange.release(&mut |out| way.hand(out));
+        }
+        drop(exchange);
+        completed.into_iter().try_for_each(|index| self.reply(Reply::Sum(index)))?;
+        if !is_complete {
+            return Ok(());
+        }
+        (self.voted, self.open) = (false, false);
+        let (packed_buckets, changes) = match &mut self.packing {
+            Some(packing) => (packing.packed(), packing.take_changes()),
+            None => (0, Vec::new()),
+        };
+        let packed = Packed { buckets: packed_buckets, changes };
+        let (encode_s, first_encode, last_decode) = (self.encode_s, self.first_encode, Instant::now());
+        self.progress.waits_for(None);
+        self.reply(Reply::Settled(Box::new(Settled { encode_s, first_encode, last_decode, packed })))
     }
 
     fn trace_vote(&self, of_rank: usize) {

@@ -5,23 +5,13 @@ use std::ops::Range;
 use bytes::Bytes;
 use compression::{Codec, Found};
 
-use super::{Exchange, Outgoing};
+use super::{Exchange, Job, Outgoing};
 use crate::frame::{Header, Phase};
-
-/// What waits for a rank.
-#[derive(Clone, Debug)]
-pub(super) enum Job {
-    /// This chunk of a tensor, to be encoded when it may leave.
-    Encode(Phase, usize, Range<usize>),
-    /// A frame of a tensor. Those of one sum share their bytes.
-    Ready(usize, Bytes),
-}
 
 impl Exchange {
     /// Says that a frame to a rank has left, so that the next one may.
     pub fn left(&mut self, to: usize, out: &mut dyn FnMut(Outgoing)) {
-        // None is under way if somebody else sent a frame, as tests do that put faults into a run.
-        self.under_way[to] = self.under_way[to].saturating_sub(1);
+        self.queues[to].left();
         self.pump(out);
     }
 
@@ -38,14 +28,11 @@ impl Exchange {
 
     fn hand_over(&mut self, window: usize, out: &mut dyn FnMut(Outgoing)) {
         for to in self.group.nodes().others() {
-            while self.under_way[to] < window
-                && let Some(job) = self.queues[to].pop_front()
-            {
+            while let Some(job) = self.queues[to].pop(window, self.decided) {
                 let (phase, index, frame) = match job {
-                    Job::Ready(index, frame) => (Phase::Gather, index, frame),
+                    Job::Ready(index, _, frame) => (Phase::Gather, index, frame),
                     Job::Encode(phase, index, range) => (phase, index, self.encode(phase, index, &range)),
                 };
-                self.under_way[to] += 1;
                 out(Outgoing { to, bucket: self.plan.slot(index).bucket, phase, frame });
             }
         }

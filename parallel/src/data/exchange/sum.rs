@@ -32,7 +32,7 @@ impl Exchange {
         if owner == nodes.rank {
             self.reduce(index, chunk);
         } else {
-            self.queues[owner].push_back(Job::Encode(Phase::Scatter, index, range));
+            self.queues[owner].push(Job::Encode(Phase::Scatter, index, range));
         }
     }
 
@@ -67,14 +67,15 @@ impl Exchange {
         }
         let payload = Payload::new(second, range.len(), &self.payload).expect("an encoder's payload");
         self.workers.decode(&payload, &mut tensor.sum[range.clone()]);
-        tensor.done[rank][chunk] = true;
+        // Every rank decodes the same.
+        self.norm.add(&tensor.sum[range.clone()]);
         // Their memory goes back as soon as they are added.
         tensor.parts[chunk].fill(None);
-        self.missing -= 1;
         self.own_missing -= 1;
+        self.arrived(index, rank, chunk);
         if self.group.ranks > 1 {
             let frame = self.frame(Phase::Gather, index, &range);
-            nodes.told().for_each(|to| self.queues[to].push_back(Job::Ready(index, frame.clone())));
+            nodes.told().for_each(|to| self.queues[to].push(Job::Ready(index, range.start, frame.clone())));
         }
     }
 }

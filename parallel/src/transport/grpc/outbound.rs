@@ -9,19 +9,17 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper_util::rt::TokioIo;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_stream::Stream;
 use tonic::metadata::MetadataValue;
-use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
+use super::Group;
+use super::connection::Connection;
 use super::watch::Event;
-use super::{CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, Group, STREAM_WINDOW_BYTES};
 use crate::frame::is_frame;
 use crate::trace::{Label, Trace, Track};
-use crate::transport::raw::service::data_client::DataClient;
 use crate::transport::socket::{Counters, Line, words};
 use crate::transport::tls::{Mismatch, Security};
 use crate::transport::{Incoming, Sink};
@@ -67,7 +65,7 @@ impl Caller {
     /// Reaches rank `to`, trying until `deadline`, and then pushes what is put in the queue that it reports until the
     /// goodbye. Reports how it went; `_alive` is held until all is over.
     pub(super) async fn call(self, to: usize, address: SocketAddr, deadline: Instant, _alive: mpsc::Sender<()>) {
-        let Some((channel, line)) = self.reach(to, address, deadline).await else { return };
+        let Some((connection, line)) = self.reach(to, address, deadline).await else { return };
         let (queue, outbox) = outbox(to, self.sink, self.trace);
         let _ = self.events.send(Event::Reached { rank: to, queue });
         let mut request = Request::new(outbox);
@@ -76,7 +74,7 @@ impl Caller {
         metadata.insert(EPOCH, self.epoch.into());
         metadata.insert(VERSION, MetadataValue::from_static(env!("CARGO_PKG_VERSION")));
         metadata.insert_bin(TOKEN, MetadataValue::from_bytes(self.token.as_bytes()));
-        if let Err(status) = DataClient::new(channel).stream(request).await {
+        if let Err(status) = connection.client().stream(request).await {
             // The codes with which `inbound` refuses, and with which another service does.
             use Code::{AlreadyExists, FailedPrecondition, InvalidArgument, Unauthenticated, Unimplemented};
             let refusals = [AlreadyExists, FailedPrecondition, InvalidArgument, Unauthenticated, Unimplemented];
@@ -87,24 +85,18 @@ impl Caller {
     }
 
     /// A connection and what is known of it.
-    async fn reach(&self, to: usize, address: SocketAddr, deadline: Instant) -> Option<(Channel, Arc<Line>)> {
+    async fn reach(&self, to: usize, address: SocketAddr, deadline: Instant) -> Option<(Connection, Arc<Line>)> {
         loop {
             let line = Arc::<Line>::default();
-            let (security, counters, known) = (self.security.clone(), self.counters.clone(), line.clone());
-            let connector = tower::service_fn(move |_| {
-                let (security, counters, line) = (security.clone(), counters.clone(), known.clone());
-                async move { security.connect(address, counters, line).await.map(TokioIo::new) }
-            });
-            // The name is only what the call's header says; the connector knows the address.
-            let endpoint = Endpoint::from_static("http://tributary")
-                .initial_stream_window_size(STREAM_WINDOW_BYTES)
-                .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-                .max_frame_size(FRAME_BYTES_MAX);
-            match timeout_at(deadline, endpoint.connect_with_connector(connector)).await {
+            let connect = async {
+                let io = self.security.connect(address, self.counters.clone(), line.clone()).await?;
+                Connection::over(io).await
+            };
+            match timeout_at(deadline, connect).await {
                 Err(_) => return None,
-                Ok(Ok(channel)) => return Some((channel, line)),
+                Ok(Ok(connection)) => return Some((connection, line)),
                 Ok(Err(error)) => {
-                    let (why, refused) = (root(&error), line.mismatch().is_some_and(Mismatch::is_final));
+                    let (why, refused) = (root(&*error), line.mismatch().is_some_and(Mismatch::is_final));
                     if refused {
                         let _ = self.events.send(Event::CallFailed { rank: to, why, refused });
                         return None;

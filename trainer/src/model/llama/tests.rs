@@ -31,7 +31,7 @@ fn model(config: &Config, device: &Device) -> Llama {
         if shape.len() > 1 {
             init::normal(3, name, config.initializer_range, &mut values);
         }
-        Leaf { data: TensorData::new(values, shape.to_vec()), hook: Hook::default() }
+        Leaf { values: Values::Now(TensorData::new(values, shape.to_vec())), hook: Hook::default() }
     })
 }
 
@@ -124,7 +124,7 @@ fn the_loss_is_the_cross_entropy_and_its_gradient_agrees_with_differences() {
             if name == "model.layers.0.self_attn.k_proj.weight" {
                 values[5] += bump;
             }
-            Leaf { data: TensorData::new(values, shape.to_vec()), hook: Hook::default() }
+            Leaf { values: Values::Now(TensorData::new(values, shape.to_vec())), hook: Hook::default() }
         })
     };
     let loss = |bump: f32| {
@@ -173,7 +173,7 @@ fn emissions(config: &Config, without_anchor: Option<&str>) -> Vec<String> {
         if shape.len() > 1 {
             init::normal(3, name, 0.3, &mut values);
         }
-        Leaf { data: TensorData::new(values, shape.to_vec()), hook }
+        Leaf { values: Values::Now(TensorData::new(values, shape.to_vec())), hook }
     });
     model.loss(tokens(&[3, 1, 4, 1], &device), tokens(&[1, 4, 1, 5], &device)).backward();
     let names = log.lock().expect("one thread");

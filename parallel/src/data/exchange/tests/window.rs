@@ -4,11 +4,7 @@ use super::*;
 
 /// Bytes of frames that wait for a rank behind its window.
 fn waiting_bytes(side: &Exchange, to: usize) -> usize {
-    let bytes = |job: &Job| match job {
-        Job::Encode(..) => 0,
-        Job::Ready(_, frame) => frame.len(),
-    };
-    side.queues[to].iter().map(bytes).sum()
+    side.queues[to].waiting_bytes()
 }
 
 /// What a rank that is never read from makes rank 0 of four hold, at most: frames under way to it, and bytes of frames

@@ -1,0 +1,139 @@
+//! What a step does to the parameters once all ranks have voted for it: at the end of the step, or in the next one's
+//! forward pass, each parameter just before the model uses it. Meanwhile the sums of other owners are still on their way,
+//! first layers first, and travel while the model computes. The numbers are the same either way.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use parallel::data::{Complete, GradientStream, StreamError};
+use parallel::progress::{Progress, Stage};
+use parallel::trace::{Label, Trace, Track};
+
+use super::State;
+use crate::optimizer::{self, AdamW};
+
+/// A wait that is shorter is none, for the trace.
+const WAIT_S_MIN: f64 = 1e-4;
+
+/// A step that all have voted about, and whose parameters are not brought up to it yet.
+#[derive(Clone, Debug)]
+pub(super) struct Due {
+    /// For each parameter what happens to it, in the order of the plan; nothing when the step was skipped.
+    pub(super) rules: Option<Arc<[AdamW]>>,
+    pub(super) step: u64,
+    /// When its last backward pass returned.
+    pub(super) backward_end: Instant,
+}
+
+/// What waits for the sums.
+#[derive(Clone, Debug)]
+pub(super) struct Updater {
+    pub(super) stream: Arc<GradientStream>,
+    pub(super) progress: Arc<Progress>,
+    /// What the rank does but for waiting.
+    pub(super) stage: Stage,
+    pub(super) trace: Option<Arc<Trace>>,
+}
+
+/// What bringing parameters up to their step took.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Spent {
+    /// Seconds that it waited for sums.
+    pub(super) wait_s: f64,
+    /// Seconds of the optimiser.
+    pub(super) update_s: f64,
+}
+
+/// How the way of a step's gradients ended.
+#[derive(Clone, Debug)]
+pub(super) struct Ended {
+    pub(super) complete: Complete,
+    pub(super) spent: Spent,
+    pub(super) backward_end: Instant,
+}
+
+/// One parameter and its moments.
+#[derive(Debug, Default)]
+struct Part {
+    weights: Vec<f32>,
+    m: Vec<f32>,
+    v: Vec<f32>,
+    done: bool,
+}
+
+/// A state whose parameters are brought up to their step one by one, whoever asks for them.
+#[derive(Debug)]
+pub(super) struct Behind {
+    due: Due,
+    updater: Updater,
+    parts: Vec<Mutex<Part>>,
+    spent: Mutex<Spent>,
+    /// What went wrong: inside a forward pass nothing can be returned.
+    fault: Mutex<Option<StreamError>>,
+}
+
+impl Behind {
+    /// Takes parameters and moments out of `state`, until [`give_back`](Self::give_back).
+    pub(super) fn take(state: &mut State, due: Due, updater: Updater) -> Self {
+        let State { weights, m, v, .. } = state;
+        let parts = weights.iter_mut().zip(m).zip(v).map(|((weights, m), v)| {
+            let [weights, m, v] = [weights, m, v].map(std::mem::take);
+            Mutex::new(Part { weights, m, v, done: false })
+        });
+        let parts = parts.collect();
+        Self { due, updater, parts, spent: Mutex::default(), fault: Mutex::default() }
+    }
+
+    /// A copy of parameter `index` as it is after the step. It waits for the sum, if that is not here yet. After a fault
+    /// it is as it was before; [`give_back`](Self::give_back) says so.
+    pub(super) fn values(&self, index: usize) -> Vec<f32> {
+        let mut part = lock(&self.parts[index]);
+        self.bring_up(index, &mut part);
+        part.weights.clone()
+    }
+
+    /// Brings up what nobody has asked for, and gives everything back.
+    ///
+    /// # Errors
+    /// A rank is lost, or the run was aborted; the state has all of its tensors, and some of them are of the step before.
+    pub(super) fn give_back(&self, state: &mut State) -> Result<Spent, StreamError> {
+        for (index, part) in self.parts.iter().enumerate() {
+            let mut part = lock(part);
+            self.bring_up(index, &mut part);
+            let Part { weights, m, v, .. } = std::mem::take(&mut *part);
+            (state.weights[index], state.m[index], state.v[index]) = (weights, m, v);
+        }
+        match lock(&self.fault).take() {
+            Some(fault) => Err(fault),
+            None => Ok(*lock(&self.spent)),
+        }
+    }
+
+    fn bring_up(&self, index: usize, part: &mut Part) {
+        let Some(rules) = self.due.rules.as_ref().filter(|_| !part.done && lock(&self.fault).is_none()) else { return };
+        let Updater { stream, progress, stage, trace } = &self.updater;
+        let Part { weights, m, v, .. } = part;
+        let start = Instant::now();
+        progress.enter(Stage::Waiting);
+        let found = stream.with_sum(index, |gradients| {
+            let (wait_s, update) = (start.elapsed().as_secs_f64(), Instant::now());
+            if let Some(trace) = trace.as_ref().filter(|_| wait_s > WAIT_S_MIN) {
+                trace.span(Track::Compute, start, Label::new("wait", self.due.step));
+            }
+            rules[index].update(&mut optimizer::Range { weights, gradients, m, v });
+            let mut spent = lock(&self.spent);
+            spent.wait_s += wait_s;
+            spent.update_s += update.elapsed().as_secs_f64();
+        });
+        progress.enter(*stage);
+        match found {
+            Ok(()) => part.done = true,
+            Err(fault) => *lock(&self.fault) = Some(fault),
+        }
+    }
+}
+
+/// Nothing is left half done by a panic elsewhere: it ends the step.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
