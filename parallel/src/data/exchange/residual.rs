@@ -24,8 +24,8 @@ impl Exchange {
                 return Err(ResidualError::Length { side, expected, found });
             }
         }
-        let silent = self.silent(index);
-        assert!(silent.into_iter().all(|range| sender[range].iter().all(|&x| x == 0.0)), "nothing is sent from there");
+        let mut silent = self.silent(index);
+        assert!(silent.all(|range| sender[range].iter().all(|&x| x == 0.0)), "nothing is sent from there");
         let slot = self.plan.slot(index).clone();
         let bucket = &mut self.buckets[slot.bucket].sender;
         bucket.resize(self.plan.buckets()[slot.bucket].elements, 0.0);
@@ -62,10 +62,15 @@ impl Exchange {
 
     /// The parts of a tensor of which this rank encodes nothing for their owners: its own shard, and what other members of
     /// its node add.
-    fn silent(&self, index: usize) -> Vec<Range<usize>> {
+    fn silent(&self, index: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        self.sent_inside(index).chain([self.owned(index)])
+    }
+
+    /// The parts that other members of the node add.
+    fn sent_inside(&self, index: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let (nodes, elements) = (self.group.nodes(), self.tensors[index].sum.len());
-        let is_silent = |&owner: &usize| owner == nodes.rank || nodes.adds(owner) != nodes.rank;
-        (0..nodes.ranks).filter(is_silent).map(|owner| shard(elements, owner, nodes.ranks)).collect()
+        let owners = (0..nodes.ranks).filter(move |&owner| nodes.adds(owner) != nodes.rank);
+        owners.map(move |owner| shard(elements, owner, nodes.ranks))
     }
 
     /// What this step left out is remembered.
@@ -80,8 +85,8 @@ impl Exchange {
             }
             let mut left = self.buckets[number].given.take().expect("a sum is complete once every bucket was given");
             for &index in &places.parameters {
-                // What was not encoded for an owner was added, or sent, as it is.
-                for range in self.silent(index) {
+                // What a mate adds was sent to it as it is. Our own shard was zeroed when it was added.
+                for range in self.sent_inside(index) {
                     left[self.lies(index, &range)].fill(0.0);
                 }
             }

@@ -58,6 +58,10 @@ impl Exchange {
         let inside = range.start - whole.start..range.end - whole.start;
         let sum = &mut tensor.reduced[inside.clone()];
         self.workers.reduce(&parts, sum);
+        // Of what is added as it is nothing is left out. Here it is in a cache still; at the commit everybody would wait.
+        if let Some(given) = &mut self.buckets[self.plan.slot(index).bucket].given {
+            given[lies].fill(0.0);
+        }
         let second = tensor.codec.second_stage();
         let residual = if tensor.owner.is_empty() { &self.zeros[..sum.len()] } else { &tensor.owner[inside] };
         self.payload.resize(second.payload_bytes(sum.len()), 0);
