@@ -4,7 +4,8 @@
 //! multiples `q` of it. The scale has 8 significant bits and a multiple at most 7, so `q * s` is exact in f32, and so is
 //! what is left, `y - q * s`: error feedback (Seide et al. 2014; Karimireddy et al. 2019,
 //! <https://arxiv.org/abs/1901.09847>) loses nothing. A sparse codec sends the two largest of every four elements (2:4,
-//! Mishra et al. 2021, <https://arxiv.org/abs/2104.08378>); the other two stay behind whole.
+//! Mishra et al. 2021, <https://arxiv.org/abs/2104.08378>); the other two stay behind whole, and come back slowly:
+//! of each residual a part is held back ([`Format::hold`]).
 
 use super::layout::{Format, Planes, PlanesMut, Width};
 use super::{Found, TOO_LARGE, bf16};
@@ -49,8 +50,26 @@ pub(crate) fn largest(values: &[f32]) -> u32 {
     values.iter().fold(0, |largest, value| largest.max((value.to_bits() & 0x7fff_ffff).cast_signed())).cast_unsigned()
 }
 
+/// Encodes the block whose gradient is `values`, which becomes the new residual.
+pub(crate) fn encode(format: Format, values: &mut [f32], residual: &[f32], out: &mut PlanesMut<'_>) -> Found {
+    let hold = format.hold();
+    for (value, r) in values.iter_mut().zip(residual) {
+        // What is released is exact (Sterbenz 1974). Adding zero turns -0.0 into 0.0, which has one encoding only.
+        *value = (*value + (r - r * hold)) + 0.0;
+    }
+    let found = encode_sum(format, values, out);
+    if hold == 0.0 || found == Found::NonFinite {
+        return found;
+    }
+    for (value, r) in values.iter_mut().zip(residual) {
+        *value += r * hold;
+    }
+    // Else it could become so large that no step after it could be sent.
+    if largest(values) >= TOO_LARGE.to_bits() { Found::NonFinite } else { found }
+}
+
 /// Encodes the block whose elements are `y`, which becomes what is left of it.
-pub(crate) fn encode(format: Format, y: &mut [f32], out: &mut PlanesMut<'_>) -> Found {
+fn encode_sum(format: Format, y: &mut [f32], out: &mut PlanesMut<'_>) -> Found {
     let largest = largest(y);
     if largest >= TOO_LARGE.to_bits() {
         return Found::NonFinite;

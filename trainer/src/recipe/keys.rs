@@ -137,7 +137,7 @@ pub const KEYS: &[Key] = &[
     key("parallel.verify_every", Integer(0, MANY), DefaultInteger(50), Free, "steps between two comparisons of all ranks' parameters by hash, which also come before every checkpoint; 0 for none but the last"),
     key("parallel.pin", Flag, DefaultFlag(true), Local, "whether each local rank keeps to its share of the cores"),
     key("compression.codec", Choice(&["auto", "fp32", "bf16", "int8", "sparse24-int8", "int4", "sparse24-int4"]), DefaultText("int8"), Resumable, "how gradients travel between ranks, with what is left out added to the next one; `auto` measures and chooses; with one rank nothing travels"),
-    key("compression.warmup_steps", Integer(0, MANY), DefaultInteger(0), Resumable, "the first steps of a run, which travel as `int8` where the codec has fewer bits"),
+    key("compression.warmup_steps", Integer(0, MANY), Empty, Resumable, "the first steps of a run, which travel as `int8` where the codec has fewer bits; unless written `schedule.warmup_steps` where the recipe names a `sparse24` codec, which needs it, else 0"),
     key("compression.zstd", Choice(&["off", "auto"]), DefaultText("off"), Free, "`auto`: payloads travel in zstd frames where that saves more time on the link than it takes, bucket by bucket; it changes nothing that is computed"),
     key("compression.threads", Integer(0, 1024), DefaultInteger(0), Local, "threads that encode, add and decode, beside those that compute; 0 for one where the processor itself computes, and else for at most four"),
     key("checkpoint.every", Integer(0, MANY), DefaultInteger(100), Free, "steps between two checkpoints; 0 for none but the last"),

@@ -277,6 +277,21 @@ pub struct Export {
     pub temperature: f64,
 }
 
+fn compression(keys: &Reader<'_>) -> Option<Compression> {
+    let codec = match keys.text("compression.codec")?.as_str() {
+        "auto" => CodecChoice::Auto,
+        name => CodecChoice::Fixed(Codec::from_name(name)?),
+    };
+    let warmup_steps = match (keys.count("compression.warmup_steps"), codec) {
+        (Some(written), _) => written,
+        // While the learning rate rises gradients shrink by much, and what comes slowly would be of another size.
+        (None, CodecChoice::Fixed(codec)) if codec.hold() > 0.0 => keys.count("schedule.warmup_steps")?,
+        (None, _) => 0,
+    };
+    let zstd = if keys.text("compression.zstd")? == "auto" { Zstd::Auto } else { Zstd::Off };
+    Some(Compression { codec, warmup_steps: warmup_steps as u64, zstd, threads: keys.count("compression.threads")? })
+}
+
 /// Builds the typed recipe and adds every fault that no key shows alone. `None` when a required key has no value.
 pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
     checks::all(raw, faults);
@@ -350,15 +365,7 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
             verify_every: keys.count("parallel.verify_every")? as u64,
             pin: keys.flag("parallel.pin")?,
         },
-        compression: Compression {
-            codec: match keys.text("compression.codec")?.as_str() {
-                "auto" => CodecChoice::Auto,
-                name => CodecChoice::Fixed(Codec::from_name(name)?),
-            },
-            warmup_steps: keys.count("compression.warmup_steps")? as u64,
-            zstd: if keys.text("compression.zstd")? == "auto" { Zstd::Auto } else { Zstd::Off },
-            threads: keys.count("compression.threads")?,
-        },
+        compression: compression(&keys)?,
         checkpoint: Checkpoint {
             every: keys.count("checkpoint.every")? as u64,
             keep_last: keys.count("checkpoint.keep_last")?,
@@ -383,4 +390,32 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
             temperature: keys.real("export.temperature")?,
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::raw;
+
+    #[test]
+    fn the_warm_up_of_a_sparse_codec_is_the_schedules_unless_it_is_written() {
+        let text = "[model]\nfrom = 'a'\n[train]\nsteps = 90\nseq_len = 8\nmicro_batch_size = 2\n\
+                    [schedule]\nlearning_rate = 1\nwarmup_steps = 40\n[data]\nsource = 'text'\ntrain = ['a']\n";
+        let warmup = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|set| format!("compression.{set}")).collect();
+            let (raw, mut faults) = raw::read(text, &sets);
+            let recipe = resolve(&raw, &mut faults).expect("all that is required");
+            assert_eq!(faults, []);
+            recipe.compression.warmup_steps
+        };
+        for (codec, expected) in
+            [("sparse24-int8", 40), ("sparse24-int4", 40), ("int4", 0), ("int8", 0), ("fp32", 0), ("auto", 0)]
+        {
+            let codec = format!("codec={codec}");
+            assert_eq!(warmup(&[&codec]), expected, "{codec}");
+            // What is written counts, zero too.
+            assert_eq!([0, 7].map(|steps| warmup(&[&codec, &format!("warmup_steps={steps}")])), [0, 7], "{codec}");
+        }
+        assert_eq!(warmup(&[]), 0);
+    }
 }
