@@ -6,8 +6,8 @@
 //! - `payload`: bytes that were checked, and how they are decoded and added.
 //!
 //! `docs/payload-format.md` draws every payload byte by byte. A lossy codec quantises blocks of [`BLOCK`](crate::BLOCK)
-//! elements; what it leaves out of a block is returned exactly, so that nothing is lost if it is added to the next
-//! gradient (error feedback: Seide et al. 2014; Karimireddy et al. 2019, <https://arxiv.org/abs/1901.09847>).
+//! elements; what it leaves out of a block is returned exactly, so that nothing is lost if it is added to later
+//! gradients (error feedback: Seide et al. 2014; Karimireddy et al. 2019, <https://arxiv.org/abs/1901.09847>).
 
 pub(crate) mod bf16;
 pub(crate) mod block;
