@@ -153,8 +153,10 @@ def encode(codec, gradient, residual):
     y = [f32(f32(g + exact_or_not_finite(r - h)) + 0.0) for g, r, h in zip(gradient, residual, held)]
     payload, left = encode_sum(codec, y)
     following = [f32(rest + h) for rest, h in zip(left, held)]
-    if not all(abs(value) < TOO_LARGE for value in following):
-        raise NotFinite
+    for start in range(0, len(y), BLOCK):
+        looks = max(map(abs, y[start : start + BLOCK])) >= 2.0**121
+        if looks and not all(abs(value) < TOO_LARGE for value in following[start : start + BLOCK]):
+            raise NotFinite
     return y, payload, left, following
 
 

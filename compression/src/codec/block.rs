@@ -14,6 +14,10 @@ use crate::BLOCK;
 /// Blocks with a smaller scale are sent as zeros: 1 / scale, and what is left of the block, stay normal numbers.
 pub(crate) const SCALE_MIN: f32 = f32::from_bits((127 - 100) << 23);
 
+/// In a block whose `y` are smaller, residuals below 2^126 become residuals below 2^126: at most 31 / 32 of one is held, to
+/// which less than the other thirty-second is added. So new ones are looked at in no other blocks than those from here on.
+pub(crate) const LOOK_FROM: f32 = f32::from_bits((127 + 121) << 23);
+
 /// Adding and subtracting 1.5 * 2^23 rounds half to even, for absolute values below 2^22.
 const ROUND: f32 = 12_582_912.0;
 
@@ -57,26 +61,27 @@ pub(crate) fn encode(format: Format, values: &mut [f32], residual: &[f32], out: 
         // What is released is exact (Sterbenz 1974). Adding zero turns -0.0 into 0.0, which has one encoding only.
         *value = (*value + (r - r * hold)) + 0.0;
     }
-    let found = encode_sum(format, values, out);
-    if hold == 0.0 || found == Found::NonFinite {
-        return found;
+    let largest_y = largest(values);
+    if largest_y >= TOO_LARGE.to_bits() {
+        return Found::NonFinite;
+    }
+    encode_sum(format, values, f32::from_bits(largest_y), out);
+    if hold == 0.0 {
+        return Found::Finite;
     }
     for (value, r) in values.iter_mut().zip(residual) {
         *value += r * hold;
     }
     // Else it could become so large that no step after it could be sent.
-    if largest(values) >= TOO_LARGE.to_bits() { Found::NonFinite } else { found }
+    let is_too_large = largest_y >= LOOK_FROM.to_bits() && largest(values) >= TOO_LARGE.to_bits();
+    if is_too_large { Found::NonFinite } else { Found::Finite }
 }
 
 /// Encodes the block whose elements are `y`, which becomes what is left of it.
-fn encode_sum(format: Format, y: &mut [f32], out: &mut PlanesMut<'_>) -> Found {
-    let largest = largest(y);
-    if largest >= TOO_LARGE.to_bits() {
-        return Found::NonFinite;
-    }
-    let Some(scale) = Scale::of(f32::from_bits(largest), format.width) else {
+fn encode_sum(format: Format, y: &mut [f32], largest: f32, out: &mut PlanesMut<'_>) {
+    let Some(scale) = Scale::of(largest, format.width) else {
         write_zeros(format, y.len(), out);
-        return Found::Finite;
+        return;
     };
     out.scales.copy_from_slice(&scale.bits.to_le_bytes());
     let mut values = [0u8; BLOCK];
@@ -109,7 +114,6 @@ fn encode_sum(format: Format, y: &mut [f32], out: &mut PlanesMut<'_>) -> Found {
             }
         }
     }
-    Found::Finite
 }
 
 /// What stands for a block whose elements all stay behind.

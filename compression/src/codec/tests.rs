@@ -60,6 +60,12 @@ fn can_be_sent(values: &[f32]) -> bool {
     values.iter().all(|x| x.abs() < TOO_LARGE)
 }
 
+/// Whether an encoder sees a new residual that is too large: where `y` is so large that there can be one.
+fn is_seen(y: &[f32], next: &[f32]) -> bool {
+    let looks = |block: &[f32]| block.iter().any(|y| y.abs() >= TOO_LARGE / 32.0);
+    y.chunks(BLOCK).zip(next.chunks(BLOCK)).any(|(y, next)| looks(y) && !can_be_sent(next))
+}
+
 /// The Euclidean norm.
 fn norm(values: impl IntoIterator<Item = f64>) -> f64 {
     values.into_iter().map(|x| x * x).sum::<f64>().sqrt()

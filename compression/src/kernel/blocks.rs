@@ -6,7 +6,7 @@
 use super::Stores;
 use super::simd::Simd;
 use crate::BLOCK;
-use crate::codec::block::{self, Scale};
+use crate::codec::block::{self, LOOK_FROM, Scale};
 use crate::codec::layout::{Format, Planes, PlanesMut, Width};
 use crate::codec::{Found, TOO_LARGE, bf16};
 
@@ -54,7 +54,7 @@ pub(super) unsafe fn encode<S: Simd>(
             }
             let to = out.values.as_mut_ptr().add(at * value_bytes);
             let Some(scale) = Scale::of(f32::from_bits(largest), format.width) else {
-                if !remember::<S>(format, y, [low, high], [held_low, held_high]) {
+                if !remember::<S>(format, largest, y, [low, high], [held_low, held_high]) {
                     found = Found::NonFinite;
                     break;
                 }
@@ -70,7 +70,7 @@ pub(super) unsafe fn encode<S: Simd>(
             let kept = if format.sparse { [S::two_largest(low), S::two_largest(high)] } else { [ALL; 2] };
             let (low, left_low) = S::quantise(low, kept[0], scale.inverse, scale.value);
             let (high, left_high) = S::quantise(high, kept[1], scale.inverse, scale.value);
-            if !remember::<S>(format, y, [left_low, left_high], [held_low, held_high]) {
+            if !remember::<S>(format, largest, y, [left_low, left_high], [held_low, held_high]) {
                 found = Found::NonFinite;
                 break;
             }
@@ -116,9 +116,16 @@ unsafe fn split<S: Simd>(format: Format, residual: S::Floats) -> (S::Floats, S::
     }
 }
 
-/// Writes the new residual of a whole block: what is left of it and what stayed behind. False if it is too large.
+/// Writes the new residual of a whole block: what is left of it and what stayed behind. False if it is too large, of which
+/// the bits of the largest `y` tell whether it has to be looked at.
 #[inline(always)]
-unsafe fn remember<S: Simd>(format: Format, to: *mut f32, left: [S::Floats; 2], held: [S::Floats; 2]) -> bool {
+unsafe fn remember<S: Simd>(
+    format: Format,
+    largest: u32,
+    to: *mut f32,
+    left: [S::Floats; 2],
+    held: [S::Floats; 2],
+) -> bool {
     // SAFETY: the caller's, for a whole block.
     unsafe {
         if format.hold() == 0.0 {
@@ -127,7 +134,7 @@ unsafe fn remember<S: Simd>(format: Format, to: *mut f32, left: [S::Floats; 2], 
         }
         let residual = [S::add(left[0], held[0]), S::add(left[1], held[1])];
         put::<S>(false, to, residual);
-        S::largest(residual[0], residual[1]) < TOO_LARGE.to_bits()
+        largest < LOOK_FROM.to_bits() || S::largest(residual[0], residual[1]) < TOO_LARGE.to_bits()
     }
 }
 

@@ -78,7 +78,9 @@ pub(super) fn encode(codec: Codec, gradient: &[f32], residual: &[f32], rules: &R
     }
     let encoded = encode_sum(codec, &y, rules);
     let next: Vec<f32> = encoded.left.iter().zip(residual).map(|(left, r)| f32::from_bits(*left) + hold(r)).collect();
-    if is_sparse && !rules.sees_y_alone && !next.iter().all(can_be_sent) {
+    let looks = |y: &[f32]| y.iter().any(|y| f64::from(y.abs()) >= 2.0f64.powi(121));
+    let is_too_large = |(y, next): (&[f32], &[f32])| looks(y) && !next.iter().all(can_be_sent);
+    if is_sparse && !rules.sees_y_alone && y.chunks(128).zip(next.chunks(128)).any(is_too_large) {
         return Encoded::new(Found::NonFinite, &[], &[]);
     }
     if is_sparse { Encoded::new(Found::Finite, &encoded.payload, &next) } else { encoded }
