@@ -104,9 +104,11 @@ def train(options, kind, seed):
 
 
 def curve(options, kind):
-    """The held-out loss of the first seed by step; nothing where there is no such run."""
-    metrics = options.runs / name(kind, options.seeds[0]) / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    """The held-out loss of the first seed by step; nothing where no such run has ended."""
+    folder = options.runs / name(kind, options.seeds[0])
+    if not (folder / "run.json").exists() or json.loads((folder / "run.json").read_text())["status"] != "done":
+        return []
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["eval_loss"]) for line in lines if line["eval_loss"] is not None]
 
 
@@ -149,7 +151,7 @@ def draw(options, rows):
 
     matplotlib.rcParams.update({"svg.hashsalt": "tributary", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=[3, 2])
-    labels = ["order"] + CODECS[:3] + [COLD] + CODECS[3:]
+    labels = [label for label in ["order"] + CODECS[:3] + [COLD] + CODECS[3:] if any(row["codec"] == label for row in rows)]
     for feedback, color, shift in [(True, "#1f6f8b", -0.18), (False, "#d1495b", 0.18)]:
         for place, label in enumerate(labels):
             row = next((row for row in rows if row["codec"] == label and row["error_feedback"] == feedback), None)
