@@ -5,8 +5,9 @@
 //! cargo run -p compression --example payload_vectors | python3 tests/peers/decode_payload.py
 //! ```
 //!
-//! - `{"codec", "y", "payload", "left"}`: `y` is encoded as `payload` (hexadecimal), and `left` stays behind.
-//! - `{"codec", "y", "payload": null}`: `y` cannot be sent.
+//! - `{"codec", "gradient", "residual", "payload", "next"}`: they are encoded as `payload` (hexadecimal), and `next` is the
+//!   new residual.
+//! - `{"codec", "gradient", "residual", "payload": null}`: they cannot be sent.
 //! - `{"codec", "elements", "bytes", "decoded"}`: what bytes decode to, or `null` where they are refused.
 //!
 //! Floats are numbers: their 32 bits.
@@ -34,6 +35,7 @@ fn main() {
                 let values: Vec<f32> = (0..n).map(|at| random.value(kind, at)).collect();
                 let residual: Vec<f32> = match kind % 3 {
                     0 => (0..n).map(|at| random.value(kind, at) / 64.0).collect(),
+                    1 => (0..n).map(|at| random.value(kind, at)).collect(),
                     _ => vec![0.0; n],
                 };
                 vectors(codec, &values, &residual, &mut random);
@@ -44,20 +46,15 @@ fn main() {
 
 /// Prints the vector of one input, and what becomes of damaged copies of its payload.
 fn vectors(codec: Codec, values: &[f32], residual: &[f32], random: &mut Random) {
-    let y: Vec<f32> = values.iter().zip(residual).map(|(value, r)| (value + r) + 0.0).collect();
-    let mut left = values.to_vec();
+    let mut next = values.to_vec();
     let mut payload = vec![0; codec.payload_bytes(values.len())];
-    let found = codec.encode(&mut left, residual, &mut payload);
+    let found = codec.encode(&mut next, residual, &mut payload);
+    let input = format!(r#""codec":"{codec}","gradient":{:?},"residual":{:?}"#, bits(values), bits(residual));
     if found == Found::NonFinite {
-        println!(r#"{{"codec":"{codec}","y":{:?},"payload":null}}"#, bits(&y));
+        println!(r#"{{{input},"payload":null}}"#);
         return;
     }
-    println!(
-        r#"{{"codec":"{codec}","y":{:?},"payload":"{}","left":{:?}}}"#,
-        bits(&y),
-        hexadecimal(&payload),
-        bits(&left)
-    );
+    println!(r#"{{{input},"payload":"{}","next":{:?}}}"#, hexadecimal(&payload), bits(&next));
     for _ in 0..DAMAGED {
         let mut bytes = payload.clone();
         random.damage(&mut bytes, codec, values.len());

@@ -6,8 +6,8 @@
 //! - `payload`: bytes that were checked, and how they are decoded and added.
 //!
 //! `docs/payload-format.md` draws every payload byte by byte. A lossy codec quantises blocks of [`BLOCK`](crate::BLOCK)
-//! elements; what it leaves out of a block is returned exactly, so that nothing is lost if it is added to the next
-//! gradient (error feedback: Seide et al. 2014; Karimireddy et al. 2019, <https://arxiv.org/abs/1901.09847>).
+//! elements; what it leaves out of a block is returned exactly, so that nothing is lost if it is added to later
+//! gradients (error feedback: Seide et al. 2014; Karimireddy et al. 2019, <https://arxiv.org/abs/1901.09847>).
 
 pub(crate) mod bf16;
 pub(crate) mod block;
@@ -53,8 +53,8 @@ pub enum Codec {
 pub enum Found {
     /// Every element can be sent.
     Finite,
-    /// An element is NaN, infinite, or at least 2^126: neither the payload nor what became of the values is to be used,
-    /// and the step is to be skipped by all. The old residual is as it was.
+    /// An element of `y`, or of the new residual, is NaN, infinite, or at least 2^126: neither the payload nor what became
+    /// of the values is to be used, and the step is to be skipped by all. The old residual is as it was.
     NonFinite,
 }
 
@@ -102,11 +102,29 @@ impl Codec {
         !matches!(self, Self::Fp32)
     }
 
-    /// Encodes `y = (values + residual) + 0.0` into `payload`; `values` becomes what is left out:
-    /// `decode(payload) + left == y`, bit for bit. The slices start on a block border of their tensor. The values of a
-    /// large payload are written past the caches if they lie on a multiple of 64 bytes. Nothing is allocated.
+    /// The part of a residual that stays behind in each step: 31 / 32 where two of four elements are sent, else 0. The
+    /// rest of it is added to the gradient.
+    #[must_use]
+    pub const fn hold(self) -> f32 {
+        match self.format() {
+            Some(format) => format.hold(),
+            None => 0.0,
+        }
+    }
+
+    /// Encodes `y` into `payload`; `values` becomes the new residual. With `held = residual * hold`, rounded,
     ///
-    /// What is left takes the place of the gradient, which is needed no more, and the old residual stays as it was. So a
+    /// ```text
+    /// y = (values + (residual - held)) + 0.0
+    /// decode(payload) + left == y, bit for bit
+    /// new residual = left + held
+    /// ```
+    ///
+    /// where [`hold`](Self::hold) is 0 in all codecs but the sparse ones: there `y` is gradient and residual, and the new
+    /// residual is what is left. `residual - held` is exact. The slices start on a block border of their tensor. The
+    /// values of a large payload are written past the caches if they lie on a multiple of 64 bytes. Nothing is allocated.
+    ///
+    /// The new residual takes the place of the gradient, which is needed no more, and the old one stays as it was. So a
     /// step that is skipped leaves no trace, and a step that counts makes the one buffer the residual and the other the
     /// next gradient's: 8 bytes an element for both.
     ///

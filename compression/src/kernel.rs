@@ -130,10 +130,9 @@ impl Level {
         if tail.is_empty() || found == Found::NonFinite {
             return found;
         }
-        simple::add_residual(tail, tail_residual);
         match codec.format() {
-            Some(format) => block::encode(format, tail, &mut tail_out),
-            None => simple::encode_sum(codec, tail, tail_out.values),
+            Some(format) => block::encode(format, tail, tail_residual, &mut tail_out),
+            None => simple::encode_rest(codec, tail, tail_residual, tail_out.values),
         }
     }
 
@@ -280,8 +279,7 @@ fn portable_encode(
     for (values, residual) in values.chunks_exact_mut(BLOCK).zip(residual.chunks_exact(BLOCK)) {
         let mut here;
         (here, out) = out.split_at(codec, BLOCK);
-        simple::add_residual(values, residual);
-        if block::encode(format, values, &mut here) == Found::NonFinite {
+        if block::encode(format, values, residual, &mut here) == Found::NonFinite {
             return Found::NonFinite;
         }
     }

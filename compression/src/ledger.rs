@@ -3,6 +3,8 @@
 //! Over any run, everything that was decoded and all residuals together are the sum of all gradients, once each f32
 //! addition's own rounding is entered too. Proofs keep this ledger; training does not need it.
 
+use crate::Codec;
+
 /// Limbs of 32 bits: 278 bits for the range of f32, and 64 or more for carries.
 const LIMBS: usize = 14;
 
@@ -44,6 +46,15 @@ pub fn lost(a: f32, b: f32) -> f32 {
     let sum = a + b;
     let b_part = sum - a;
     (a - (sum - b_part)) + (b - b_part)
+}
+
+/// What the two additions of an encoder leave out of one element, exactly, while nothing overflows: of gradient and what is
+/// released of the residual, and of what is left and what is held of it. `sent` is what a decoder reads.
+#[must_use]
+pub fn lost_in_encoding(codec: Codec, gradient: f32, residual: f32, sent: f32) -> [f32; 2] {
+    let held = residual * codec.hold();
+    let released = residual - held;
+    [lost(gradient, released), lost((gradient + released) - sent, held)]
 }
 
 #[cfg(test)]

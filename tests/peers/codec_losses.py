@@ -9,7 +9,8 @@ FILE is one text: the first 90 % are trained on, the rest is held out (Tiny Shak
 workers, of the same seed on the same batches, and ends with the loss over all of the held-out text. `order` is fp32 in one
 process, which adds the same gradients in another order: what no codec is to blame for. Runs that are there already are not
 repeated. Writes docs/compression-loss.json and docs/compression-loss.svg, and prints one JSON object for each codec: the mean
-over seeds of the relative difference to fp32 of the same seed, and its standard error. Without matplotlib there is no picture.
+over seeds of the relative difference to fp32 of the same seed, and its standard error; `commit` is that of its runs. With
+`--only` the rows of other codecs stay as they are. Without matplotlib there is no picture.
 """
 import argparse
 import json
@@ -56,7 +57,7 @@ data = 2
 
 [compression]
 codec = "{codec}"
-warmup_steps = {warmup}
+{warmup}
 
 [checkpoint]
 every = 0
@@ -68,11 +69,11 @@ tensorboard = false
 at_end = false
 """
 # The bars of DESIGN.md section 9, in percent.
-BARS = {"int8": 0.1, "sparse24-int8": 0.3, "sparse24-int8, warmed up": 0.3, "int4": 1.0}
+BARS = {"int8": 0.1, "sparse24-int8": 0.3, "int4": 1.0}
 CODECS = ["bf16", "int8", "sparse24-int8", "int4", "sparse24-int4"]
-# `int8` for as long as the learning rate rises, as `compression.warmup_steps` does.
-WARM = "sparse24-int8, warmed up"
-KINDS = [("fp32", True), ("order", True), (WARM, True)] + [(codec, feedback) for feedback in (True, False) for codec in CODECS]
+# Without the steps in `int8` while the learning rate rises, which are a sparse codec's default.
+COLD = "sparse24-int8, no warm-up"
+KINDS = [("fp32", True), ("order", True), (COLD, True)] + [(codec, feedback) for feedback in (True, False) for codec in CODECS]
 
 
 def name(kind, seed):
@@ -86,9 +87,9 @@ def train(options, kind, seed):
     summary = folder / "run.json"
     if not (summary.exists() and json.loads(summary.read_text())["status"] == "done"):
         recipe = options.runs / "recipe.toml"
-        real = {"order": "fp32", WARM: "sparse24-int8"}.get(codec, codec)
+        real = {"order": "fp32", COLD: "sparse24-int8"}.get(codec, codec)
         values = {"text": options.runs.resolve(), "steps": options.steps, "seed": seed, "codec": real}
-        recipe.write_text(RECIPE.format(**values, warmup=40 if codec == WARM else 0))
+        recipe.write_text(RECIPE.format(**values, warmup="warmup_steps = 0" if codec == COLD else ""))
         command = [options.binary, "train", recipe, "--name", name(kind, seed), "--set", f"metrics.runs_dir={options.runs}"]
         command += ["--set", f"data.cache_dir={options.runs}/cache"]
         if folder.exists():
@@ -99,31 +100,47 @@ def train(options, kind, seed):
         log = options.runs / f"{name(kind, seed)}.log"
         with open(log, "w") as out:
             subprocess.run(command, env={"PATH": "/usr/bin:/bin", **faults}, stdout=out, stderr=out, check=True)
+    return json.loads(summary.read_text())["held_out_bits_per_byte"]
+
+
+def curve(options, kind):
+    """The held-out loss of the first seed by step; nothing where no such run has ended."""
+    folder = options.runs / name(kind, options.seeds[0])
+    if not (folder / "run.json").exists() or json.loads((folder / "run.json").read_text())["status"] != "done":
+        return []
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve = [(line["step"], line["eval_loss"]) for line in lines if line["eval_loss"] is not None]
-    return json.loads(summary.read_text())["held_out_bits_per_byte"], curve
+    return [(line["step"], line["eval_loss"]) for line in lines if line["eval_loss"] is not None]
 
 
 def compare(options, kinds, results):
     rows = []
     for kind in kinds[1:]:
         codec, feedback = kind
-        results_here = [100 * (results[name(kind, seed)][0] / results[name(kinds[0], seed)][0] - 1) for seed in options.seeds]
+        results_here = [100 * (results[name(kind, seed)] / results[name(kinds[0], seed)] - 1) for seed in options.seeds]
         error = statistics.stdev(results_here) / math.sqrt(len(results_here)) if len(results_here) > 1 else None
         rows.append({
             "codec": codec,
             "error_feedback": feedback,
             "seeds": options.seeds,
-            "held_out_bits_per_byte": [results[name(kind, seed)][0] for seed in options.seeds],
+            "held_out_bits_per_byte": [results[name(kind, seed)] for seed in options.seeds],
             "difference_percent": results_here,
             "mean_percent": statistics.mean(results_here),
             "standard_error_percent": error,
             "bar_percent": BARS.get(codec) if feedback else None,
+            "commit": options.commit,
         })
     return rows
 
 
-def draw(options, rows, results):
+def merged(path, rows):
+    """These rows, and of the others what was measured before."""
+    kind = lambda row: (row["codec"], row["error_feedback"])
+    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = {kind(row): row for row in old + rows}
+    return [known[kind] for kind in KINDS if kind in known]
+
+
+def draw(options, rows):
     try:
         import matplotlib
     except ImportError:
@@ -134,14 +151,14 @@ def draw(options, rows, results):
 
     matplotlib.rcParams.update({"svg.hashsalt": "tributary", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, (bars, curves) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=[3, 2])
-    labels = ["order"] + CODECS[:2] + [WARM] + CODECS[2:]
+    labels = [label for label in ["order"] + CODECS[:3] + [COLD] + CODECS[3:] if any(row["codec"] == label for row in rows)]
     for feedback, color, shift in [(True, "#1f6f8b", -0.18), (False, "#d1495b", 0.18)]:
         for place, label in enumerate(labels):
             row = next((row for row in rows if row["codec"] == label and row["error_feedback"] == feedback), None)
             if row is None:
                 continue
-            x = place + (0 if label in ("order", WARM) else shift)
-            bars.plot([x] * len(options.seeds), row["difference_percent"], ".", color=color, alpha=0.4, markersize=6)
+            x = place + (0 if label in ("order", COLD) else shift)
+            bars.plot([x] * len(row["seeds"]), row["difference_percent"], ".", color=color, alpha=0.4, markersize=6)
             bars.errorbar(x, row["mean_percent"], yerr=row["standard_error_percent"] or 0, fmt="o", color=color, capsize=3,
                           label=("with error feedback" if feedback else "without") if place == 1 else None)
     for place, label in enumerate(labels):
@@ -153,10 +170,10 @@ def draw(options, rows, results):
     bars.set_xticks(range(len(labels)), ["fp32,\nother order"] + [label.replace("24-", "24-\n").replace(", ", ",\n") for label in labels[1:]])
     bars.set_ylabel("held-out loss, % above fp32 of the same seed")
     bars.legend(frameon=False)
-    for label, color in [("fp32", "black"), ("int8", "#1f6f8b"), ("int4", "#edae49"), ("sparse24-int4", "#66a182")]:
-        curves.plot(*zip(*results[name((label, True), options.seeds[0])][1]), color=color, label=label)
-    forgetful = results[name(("sparse24-int4", False), options.seeds[0])][1]
-    curves.plot(*zip(*forgetful), color="#66a182", linestyle="--", label="sparse24-int4, no feedback")
+    lines = [("fp32", "black"), ("int8", "#1f6f8b"), ("int4", "#edae49"), ("sparse24-int8", "#66a182"), (COLD, "#d1495b")]
+    for label, color in lines:
+        if points := curve(options, (label, True)):
+            curves.plot(*zip(*points), color=color, label=label)
     curves.set_xlabel("step")
     curves.set_ylabel("held-out loss, nats a token")
     curves.legend(frameon=False)
@@ -173,9 +190,12 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=root / "docs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--only", nargs="+", metavar="CODEC", help="with error feedback, beside fp32; no picture is drawn")
+    parser.add_argument("--only", nargs="+", metavar="CODEC", help="beside fp32; of the others what was measured before stays")
+    git = ["git", "-C", root, "rev-parse", "--short", "HEAD"]
+    head = subprocess.run(git, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    parser.add_argument("--commit", default=head, help="of the binary")
     options = parser.parse_args()
-    kinds = KINDS if options.only is None else [KINDS[0]] + [(codec, True) for codec in options.only]
+    kinds = [kind for kind in KINDS if options.only is None or kind[0] in ["fp32", *options.only]]
     options.runs.mkdir(parents=True, exist_ok=True)
     text = options.text.read_bytes()
     cut = len(text) * 9 // 10
@@ -185,14 +205,14 @@ def main():
     for seed in options.seeds:
         for kind in kinds:
             results[name(kind, seed)] = train(options, kind, seed)
-            print(f"{name(kind, seed)}: {results[name(kind, seed)][0]:.4f} bits per byte", file=sys.stderr, flush=True)
+            print(f"{name(kind, seed)}: {results[name(kind, seed)]:.4f} bits per byte", file=sys.stderr, flush=True)
     rows = compare(options, kinds, results)
     for row in rows:
         print(json.dumps(row))
-    if options.only is not None:
-        return
-    (options.out / "compression-loss.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    draw(options, rows, results)
+    path = options.out / "compression-loss.json"
+    rows = merged(path, rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw(options, rows)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,17 @@
 
 Needs Python 3 and nothing else. Reads a JSON object a line; floats are numbers of 32 bits:
 
-  {"codec", "y", "payload", "left"}           y is encoded as payload (hexadecimal), and left stays behind
-  {"codec", "y", "payload": null}             y cannot be sent
-  {"codec", "elements", "bytes", "decoded"}   what bytes decode to, or null where they are refused
+  {"codec", "gradient", "residual", "payload", "next"}   they are encoded as payload (hexadecimal); next is the new residual
+  {"codec", "gradient", "residual", "payload": null}     they cannot be sent
+  {"codec", "elements", "bytes", "decoded"}              what bytes decode to, or null where they are refused
 
 Fails at the first line on which this encoder or this decoder differs in a bit, and when the lines leave one of the
-page's rules untried. `--wrong tie`, `--wrong up`, `--wrong nibble` and `--wrong tail` break one rule each: the control.
+page's rules untried. `--wrong tie`, `--wrong up`, `--wrong nibble`, `--wrong tail` and `--wrong hold` break one rule each:
+the control.
 """
 import collections
 import json
+import math
 import struct
 import sys
 
@@ -144,7 +146,25 @@ def bf16_nearest(value):
     return (below if below >> 16 & 1 == 0 else above) >> 16
 
 
-def encode(codec, y):
+def encode(codec, gradient, residual):
+    """y, its payload, what is left of it, and the new residual."""
+    holds = BLOCK_CODECS.get(codec, (0, 0, False))[2] and WRONG != "hold"
+    held = [f32(r * (31 / 32)) if holds else 0.0 for r in residual]
+    y = [f32(f32(g + exact_or_not_finite(r - h)) + 0.0) for g, r, h in zip(gradient, residual, held)]
+    payload, left = encode_sum(codec, y)
+    following = [f32(rest + h) for rest, h in zip(left, held)]
+    for start in range(0, len(y), BLOCK):
+        looks = max(map(abs, y[start : start + BLOCK])) >= 2.0**121
+        if looks and not all(abs(value) < TOO_LARGE for value in following[start : start + BLOCK]):
+            raise NotFinite
+    return y, payload, left, following
+
+
+def exact_or_not_finite(value):
+    return exact(value) if math.isfinite(value) else value
+
+
+def encode_sum(codec, y):
     """The payload of y and what is left of it."""
     # The comparison is false for NaN.
     if not all(abs(value) < TOO_LARGE for value in y):
@@ -209,9 +229,9 @@ def check(vector, tried):
             tried[codec, f"refused: {why}"] += 1
         assert decoded == vector["decoded"], "decoded differs"
         return
-    y = [value_of(bits) for bits in vector["y"]]
+    gradient, residual = ([value_of(bits) for bits in vector[name]] for name in ("gradient", "residual"))
     try:
-        payload, left = encode(codec, y)
+        y, payload, left, following = encode(codec, gradient, residual)
     except NotFinite:
         assert vector["payload"] is None, "what cannot be sent differs"
         tried[codec, "cannot be sent"] += 1
@@ -219,10 +239,10 @@ def check(vector, tried):
     assert vector["payload"] is not None, "what can be sent differs"
     theirs = bytes.fromhex(vector["payload"])
     assert payload == theirs, f"payload differs: {payload.hex()}"
-    assert [bits_of(value) for value in left] == vector["left"], "left differs"
+    assert [bits_of(value) for value in following] == vector["next"], "the new residual differs"
     decoded = decode(codec, len(y), theirs)
-    sums = [bits_of(value_of(bits) + value_of(rest)) for bits, rest in zip(decoded, vector["left"])]
-    assert sums == vector["y"], "payload and left are not y"
+    sums = [bits_of(value_of(bits) + rest) for bits, rest in zip(decoded, left)]
+    assert sums == [bits_of(value) for value in y], "payload and left are not y"
     tried[codec, "encoded and decoded"] += 1
 
 

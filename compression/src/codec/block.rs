@@ -4,7 +4,8 @@
 //! multiples `q` of it. The scale has 8 significant bits and a multiple at most 7, so `q * s` is exact in f32, and so is
 //! what is left, `y - q * s`: error feedback (Seide et al. 2014; Karimireddy et al. 2019,
 //! <https://arxiv.org/abs/1901.09847>) loses nothing. A sparse codec sends the two largest of every four elements (2:4,
-//! Mishra et al. 2021, <https://arxiv.org/abs/2104.08378>); the other two stay behind whole.
+//! Mishra et al. 2021, <https://arxiv.org/abs/2104.08378>); the other two stay behind whole, and come back slowly:
+//! of each residual a part is held back ([`Format::hold`]).
 
 use super::layout::{Format, Planes, PlanesMut, Width};
 use super::{Found, TOO_LARGE, bf16};
@@ -12,6 +13,10 @@ use crate::BLOCK;
 
 /// Blocks with a smaller scale are sent as zeros: 1 / scale, and what is left of the block, stay normal numbers.
 pub(crate) const SCALE_MIN: f32 = f32::from_bits((127 - 100) << 23);
+
+/// In a block whose `y` are smaller, residuals below 2^126 become residuals below 2^126: at most 31 / 32 of one is held, to
+/// which less than the other thirty-second is added. So new ones are looked at in no other blocks than those from here on.
+pub(crate) const LOOK_FROM: f32 = f32::from_bits((127 + 121) << 23);
 
 /// Adding and subtracting 1.5 * 2^23 rounds half to even, for absolute values below 2^22.
 const ROUND: f32 = 12_582_912.0;
@@ -49,15 +54,34 @@ pub(crate) fn largest(values: &[f32]) -> u32 {
     values.iter().fold(0, |largest, value| largest.max((value.to_bits() & 0x7fff_ffff).cast_signed())).cast_unsigned()
 }
 
-/// Encodes the block whose elements are `y`, which becomes what is left of it.
-pub(crate) fn encode(format: Format, y: &mut [f32], out: &mut PlanesMut<'_>) -> Found {
-    let largest = largest(y);
-    if largest >= TOO_LARGE.to_bits() {
+/// Encodes the block whose gradient is `values`, which becomes the new residual.
+pub(crate) fn encode(format: Format, values: &mut [f32], residual: &[f32], out: &mut PlanesMut<'_>) -> Found {
+    let hold = format.hold();
+    for (value, r) in values.iter_mut().zip(residual) {
+        // What is released is exact (Sterbenz 1974). Adding zero turns -0.0 into 0.0, which has one encoding only.
+        *value = (*value + (r - r * hold)) + 0.0;
+    }
+    let largest_y = largest(values);
+    if largest_y >= TOO_LARGE.to_bits() {
         return Found::NonFinite;
     }
-    let Some(scale) = Scale::of(f32::from_bits(largest), format.width) else {
-        write_zeros(format, y.len(), out);
+    encode_sum(format, values, f32::from_bits(largest_y), out);
+    if hold == 0.0 {
         return Found::Finite;
+    }
+    for (value, r) in values.iter_mut().zip(residual) {
+        *value += r * hold;
+    }
+    // Else it could become so large that no step after it could be sent.
+    let is_too_large = largest_y >= LOOK_FROM.to_bits() && largest(values) >= TOO_LARGE.to_bits();
+    if is_too_large { Found::NonFinite } else { Found::Finite }
+}
+
+/// Encodes the block whose elements are `y`, which becomes what is left of it.
+fn encode_sum(format: Format, y: &mut [f32], largest: f32, out: &mut PlanesMut<'_>) {
+    let Some(scale) = Scale::of(largest, format.width) else {
+        write_zeros(format, y.len(), out);
+        return;
     };
     out.scales.copy_from_slice(&scale.bits.to_le_bytes());
     let mut values = [0u8; BLOCK];
@@ -90,7 +114,6 @@ pub(crate) fn encode(format: Format, y: &mut [f32], out: &mut PlanesMut<'_>) -> 
             }
         }
     }
-    Found::Finite
 }
 
 /// What stands for a block whose elements all stay behind.

@@ -75,6 +75,14 @@ impl Codec {
 }
 
 impl Format {
+    /// The part of a residual that stays behind in a step; the rest is added to the gradient. A dense block holds nothing
+    /// back. What a sparse one leaves out is half of the elements, whole; sent at once it would come late in lumps, and
+    /// late gradients take damping from AdamW's first moment (`docs/compression.md`). So it comes slowly: the share that
+    /// is released in a step is exact in f32 whatever this is, and 31 / 32 has 5 bits.
+    pub(crate) const fn hold(self) -> f32 {
+        if self.sparse { 31.0 / 32.0 } else { 0.0 }
+    }
+
     /// Elements of `elements` that have a value: two of every four, and of a last group of fewer the two that are there.
     pub(crate) const fn kept(self, elements: usize) -> usize {
         if !self.sparse {

@@ -22,7 +22,10 @@ use crate::BLOCK;
 /// The codecs that leave something out.
 const LOSSY: [Codec; 5] = [Codec::Bf16, Codec::Int8, Codec::Sparse24Int8, Codec::Int4, Codec::Sparse24Int4];
 
-/// What encoding `y` finds, writes and leaves.
+/// The codecs that send two of four elements, and of what was left out a little in each step.
+const SPARSE: [Codec; 2] = [Codec::Sparse24Int8, Codec::Sparse24Int4];
+
+/// What encoding `y` finds, writes and leaves, without a past.
 fn encode(codec: Codec, y: &[f32]) -> (Found, Vec<u8>, Vec<f32>) {
     encode_with_residual(codec, y, &vec![0.0; y.len()])
 }
@@ -35,6 +38,12 @@ fn encode_with_residual(codec: Codec, gradient: &[f32], residual: &[f32]) -> (Fo
     (found, payload, values)
 }
 
+/// What of a residual is added to the gradient, and what is held back.
+fn split(codec: Codec, residual: f32) -> [f32; 2] {
+    let held = residual * if SPARSE.contains(&codec) { 0.968_75 } else { 0.0 };
+    [residual - held, held]
+}
+
 /// What a decoder reads in bytes that an encoder has written.
 fn decode(codec: Codec, payload: &[u8], elements: usize) -> Vec<f32> {
     let mut out = vec![f32::NAN; elements];
@@ -44,6 +53,17 @@ fn decode(codec: Codec, payload: &[u8], elements: usize) -> Vec<f32> {
 
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
+}
+
+/// Whether all values are below 2^126.
+fn can_be_sent(values: &[f32]) -> bool {
+    values.iter().all(|x| x.abs() < TOO_LARGE)
+}
+
+/// Whether an encoder sees a new residual that is too large: where `y` is so large that there can be one.
+fn is_seen(y: &[f32], next: &[f32]) -> bool {
+    let looks = |block: &[f32]| block.iter().any(|y| y.abs() >= TOO_LARGE / 32.0);
+    y.chunks(BLOCK).zip(next.chunks(BLOCK)).any(|(y, next)| looks(y) && !can_be_sent(next))
 }
 
 /// The Euclidean norm.

@@ -131,6 +131,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn subtract(a: [__m256; 8], b: [__m256; 8]) -> [__m256; 8] {
+        unsafe { rows!(row => _mm256_sub_ps(a[row], b[row])) }
+    }
+
+    #[inline(always)]
+    unsafe fn times(a: [__m256; 8], factor: f32) -> [__m256; 8] {
+        unsafe { rows!(row => _mm256_mul_ps(a[row], _mm256_set1_ps(factor))) }
+    }
+
+    #[inline(always)]
     unsafe fn largest(a: [__m256; 8], b: [__m256; 8]) -> u32 {
         unsafe {
             let eight = rows!(row => _mm256_max_epi32(absolute(a[row]), absolute(b[row])));

@@ -86,6 +86,16 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn subtract(a: [__m512; 4], b: [__m512; 4]) -> [__m512; 4] {
+        unsafe { rows!(row => _mm512_sub_ps(a[row], b[row])) }
+    }
+
+    #[inline(always)]
+    unsafe fn times(a: [__m512; 4], factor: f32) -> [__m512; 4] {
+        unsafe { rows!(row => _mm512_mul_ps(a[row], _mm512_set1_ps(factor))) }
+    }
+
+    #[inline(always)]
     unsafe fn largest(a: [__m512; 4], b: [__m512; 4]) -> u32 {
         unsafe {
             let (a, b) = (absolute(a), absolute(b));

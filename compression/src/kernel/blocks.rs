@@ -6,7 +6,7 @@
 use super::Stores;
 use super::simd::Simd;
 use crate::BLOCK;
-use crate::codec::block::{self, Scale};
+use crate::codec::block::{self, LOOK_FROM, Scale};
 use crate::codec::layout::{Format, Planes, PlanesMut, Width};
 use crate::codec::{Found, TOO_LARGE, bf16};
 
@@ -42,9 +42,11 @@ pub(super) unsafe fn encode<S: Simd>(
             let (y, r) = (values.as_mut_ptr().add(at * BLOCK), residual.as_ptr().add(at * BLOCK));
             S::prefetch(y.wrapping_add(AHEAD));
             S::prefetch(r.wrapping_add(AHEAD));
+            let (held_low, released_low) = split::<S>(format, S::load(r));
+            let (held_high, released_high) = split::<S>(format, S::load(r.add(HALF)));
             // Adding zero turns -0.0 into 0.0, which has one encoding only.
-            let low = S::add(S::add(S::load(y), S::load(r)), S::zero());
-            let high = S::add(S::add(S::load(y.add(HALF)), S::load(r.add(HALF))), S::zero());
+            let low = S::add(S::add(S::load(y), released_low), S::zero());
+            let high = S::add(S::add(S::load(y.add(HALF)), released_high), S::zero());
             let largest = S::largest(low, high);
             if largest >= TOO_LARGE.to_bits() {
                 found = Found::NonFinite;
@@ -52,7 +54,10 @@ pub(super) unsafe fn encode<S: Simd>(
             }
             let to = out.values.as_mut_ptr().add(at * value_bytes);
             let Some(scale) = Scale::of(f32::from_bits(largest), format.width) else {
-                put::<S>(false, y, [low, high]);
+                if !remember::<S>(format, largest, y, [low, high], [held_low, held_high]) {
+                    found = Found::NonFinite;
+                    break;
+                }
                 let mut zeros = PlanesMut {
                     scales: &mut out.scales[2 * at..2 * at + 2],
                     bitmap: &mut out.bitmap[at * bitmap_bytes..(at + 1) * bitmap_bytes],
@@ -65,7 +70,10 @@ pub(super) unsafe fn encode<S: Simd>(
             let kept = if format.sparse { [S::two_largest(low), S::two_largest(high)] } else { [ALL; 2] };
             let (low, left_low) = S::quantise(low, kept[0], scale.inverse, scale.value);
             let (high, left_high) = S::quantise(high, kept[1], scale.inverse, scale.value);
-            put::<S>(false, y, [left_low, left_high]);
+            if !remember::<S>(format, largest, y, [left_low, left_high], [held_low, held_high]) {
+                found = Found::NonFinite;
+                break;
+            }
             if format.sparse {
                 let bitmap = out.bitmap.as_mut_ptr().add(at * bitmap_bytes).cast::<[[u8; 8]; 2]>();
                 bitmap.write([kept[0].to_le_bytes(), kept[1].to_le_bytes()]);
@@ -93,6 +101,41 @@ pub(super) unsafe fn encode<S: Simd>(
         unsafe { S::fence() };
     }
     found
+}
+
+/// What of a residual stays behind, and what is added to the gradient: exactly the rest (Sterbenz 1974).
+#[inline(always)]
+unsafe fn split<S: Simd>(format: Format, residual: S::Floats) -> (S::Floats, S::Floats) {
+    // SAFETY: the caller's.
+    unsafe {
+        if format.hold() == 0.0 {
+            return (S::zero(), residual);
+        }
+        let held = S::times(residual, format.hold());
+        (held, S::subtract(residual, held))
+    }
+}
+
+/// Writes the new residual of a whole block: what is left of it and what stayed behind. False if it is too large, of which
+/// the bits of the largest `y` tell whether it has to be looked at.
+#[inline(always)]
+unsafe fn remember<S: Simd>(
+    format: Format,
+    largest: u32,
+    to: *mut f32,
+    left: [S::Floats; 2],
+    held: [S::Floats; 2],
+) -> bool {
+    // SAFETY: the caller's, for a whole block.
+    unsafe {
+        if format.hold() == 0.0 {
+            put::<S>(false, to, left);
+            return true;
+        }
+        let residual = [S::add(left[0], held[0]), S::add(left[1], held[1])];
+        put::<S>(false, to, residual);
+        largest < LOOK_FROM.to_bits() || S::largest(residual[0], residual[1]) < TOO_LARGE.to_bits()
+    }
 }
 
 /// Whether to write past the caches: only what lies on the right borders can be.

@@ -29,6 +29,8 @@ pub(super) trait Simd {
 
     unsafe fn zero() -> Self::Floats;
     unsafe fn add(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    unsafe fn subtract(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    unsafe fn times(a: Self::Floats, factor: f32) -> Self::Floats;
     /// The bits of the largest absolute value of both.
     unsafe fn largest(a: Self::Floats, b: Self::Floats) -> u32;
     /// Which two of every four elements are the largest without their signs; ties go to the lower index.

@@ -6,7 +6,7 @@ use crate::codec::{Codec, Found, TOO_LARGE, bf16, block, fp32};
 
 /// `values = (values + residual) + 0.0`.
 #[inline(always)]
-pub(super) fn add_residual(values: &mut [f32], residual: &[f32]) {
+fn add_residual(values: &mut [f32], residual: &[f32]) {
     for (value, r) in values.iter_mut().zip(residual) {
         // Adding zero turns -0.0 into 0.0, which has one encoding only.
         *value = (*value + r) + 0.0;
@@ -20,9 +20,10 @@ pub(super) fn add_values(values: &[f32], sum: &mut [f32]) {
     }
 }
 
-/// Encodes values that have their residual already, and become what is left of them.
+/// Encodes a block or less.
 #[inline(always)]
-pub(super) fn encode_sum(codec: Codec, values: &mut [f32], payload: &mut [u8]) -> Found {
+pub(super) fn encode_rest(codec: Codec, values: &mut [f32], residual: &[f32], payload: &mut [u8]) -> Found {
+    add_residual(values, residual);
     if block::largest(values) >= TOO_LARGE.to_bits() {
         return Found::NonFinite;
     }
@@ -38,8 +39,7 @@ pub(super) fn encode(codec: Codec, values: &mut [f32], residual: &[f32], payload
     let bytes = codec.payload_bytes(BLOCK);
     let blocks = values.chunks_exact_mut(BLOCK).zip(residual.chunks_exact(BLOCK));
     for ((values, residual), payload) in blocks.zip(payload.chunks_exact_mut(bytes)) {
-        add_residual(values, residual);
-        if encode_sum(codec, values, payload) == Found::NonFinite {
+        if encode_rest(codec, values, residual, payload) == Found::NonFinite {
             return Found::NonFinite;
         }
     }

@@ -277,6 +277,21 @@ pub struct Export {
     pub temperature: f64,
 }
 
+fn compression(keys: &Reader<'_>) -> Option<Compression> {
+    let codec = match keys.text("compression.codec")?.as_str() {
+        "auto" => CodecChoice::Auto,
+        name => CodecChoice::Fixed(Codec::from_name(name)?),
+    };
+    let warmup_steps = match (keys.count("compression.warmup_steps"), codec) {
+        (Some(written), _) => written,
+        // While the learning rate rises gradients shrink by much, and what comes slowly would be of another size.
+        (None, CodecChoice::Fixed(codec)) if codec.hold() > 0.0 => keys.count("schedule.warmup_steps")?,
+        (None, _) => 0,
+    };
+    let zstd = if keys.text("compression.zstd")? == "auto" { Zstd::Auto } else { Zstd::Off };
+    Some(Compression { codec, warmup_steps: warmup_steps as u64, zstd, threads: keys.count("compression.threads")? })
+}
+
 /// Builds the typed recipe and adds every fault that no key shows alone. `None` when a required key has no value.
 pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
     checks::all(raw, faults);
@@ -350,15 +365,7 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
             verify_every: keys.count("parallel.verify_every")? as u64,
             pin: keys.flag("parallel.pin")?,
         },
-        compression: Compression {
-            codec: match keys.text("compression.codec")?.as_str() {
-                "auto" => CodecChoice::Auto,
-                name => CodecChoice::Fixed(Codec::from_name(name)?),
-            },
-            warmup_steps: keys.count("compression.warmup_steps")? as u64,
-            zstd: if keys.text("compression.zstd")? == "auto" { Zstd::Auto } else { Zstd::Off },
-            threads: keys.count("compression.threads")?,
-        },
+        compression: compression(&keys)?,
         checkpoint: Checkpoint {
             every: keys.count("checkpoint.every")? as u64,
             keep_last: keys.count("checkpoint.keep_last")?,
@@ -384,3 +391,6 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
         },
     })
 }
+
+#[cfg(test)]
+mod tests;

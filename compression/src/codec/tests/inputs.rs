@@ -74,23 +74,26 @@ fn block() -> impl Strategy<Value = Vec<f32>> {
 }
 
 /// A gradient of up to five blocks and a rest, each hard in its own way, and the residual that is added to it. Some sums
-/// are 2^126 or more.
+/// are 2^126 or more, and some residuals are.
 pub(crate) fn gradient_and_residual() -> impl Strategy<Value = (Vec<f32>, Vec<f32>)> {
     let gradient = (prop::collection::vec(block(), 1..6), 0..=BLOCK).prop_map(|(blocks, less)| {
         let mut gradient = blocks.concat();
         gradient.truncate(gradient.len() - less);
         gradient
     });
-    (gradient, 0..5, prop::collection::vec(number(), BLOCK)).prop_map(|(gradient, kind, numbers)| {
+    (gradient, 0..6, prop::collection::vec(number(), BLOCK)).prop_map(|(gradient, kind, numbers)| {
         let residual = gradient
             .iter()
             .zip(numbers.iter().cycle())
-            .map(|(g, number)| match kind {
+            .enumerate()
+            .map(|(at, (g, number))| match kind {
                 0 => 0.0,
                 1 => -0.0,
                 // The sum is exactly zero.
                 2 => -g,
                 3 => g * 0.01,
+                // So large that what is held back of it may be too large, and a little of it not.
+                4 => f32::from_bits(LARGEST.to_bits() + 0x8_0000 - at as u32 % 64 * 0x4_0000).copysign(*number),
                 _ => *number,
             })
             .collect();

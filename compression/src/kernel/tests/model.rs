@@ -18,6 +18,10 @@ pub(super) struct Rules {
     pub(super) scale_min: f64,
     /// -0.0 stays as it is.
     pub(super) keeps_negative_zero: bool,
+    /// 32 times the part of a residual that a sparse codec holds back.
+    pub(super) held: f64,
+    /// A new residual that is too large is not seen.
+    pub(super) sees_y_alone: bool,
 }
 
 pub(super) const RULES: Rules = Rules {
@@ -28,6 +32,8 @@ pub(super) const RULES: Rules = Rules {
     // 2^-100.
     scale_min: 1.0 / (1u128 << 100) as f64,
     keeps_negative_zero: false,
+    held: 31.0,
+    sees_y_alone: false,
 };
 
 /// 127 or 7, and whether two of four are sent.
@@ -60,12 +66,29 @@ fn to_bf16(x: f64, round: fn(f64) -> f64) -> f64 {
 
 /// Encodes by the rules.
 pub(super) fn encode(codec: Codec, gradient: &[f32], residual: &[f32], rules: &Rules) -> Encoded {
+    let is_sparse = shape(codec).is_some_and(|(_, sparse)| sparse);
+    // A product of 24 and 5 bits is exact in f64, so that it is rounded once.
+    let hold = |r: &f32| if is_sparse { (f64::from(*r) * rules.held / 32.0) as f32 } else { 0.0 };
     let zero = if rules.keeps_negative_zero { -0.0 } else { 0.0 };
-    let y: Vec<f32> = gradient.iter().zip(residual).map(|(g, r)| (g + r) + zero).collect();
-    if !y.iter().all(|y| f64::from(y.abs()) < 2.0f64.powi(126)) {
+    let released = |r: &f32| (f64::from(*r) - f64::from(hold(r))) as f32;
+    let y: Vec<f32> = gradient.iter().zip(residual).map(|(g, r)| (g + released(r)) + zero).collect();
+    let can_be_sent = |x: &f32| f64::from(x.abs()) < 2.0f64.powi(126);
+    if !y.iter().all(can_be_sent) {
         return Encoded::new(Found::NonFinite, &[], &[]);
     }
-    let mut left = y.clone();
+    let encoded = encode_sum(codec, &y, rules);
+    let next: Vec<f32> = encoded.left.iter().zip(residual).map(|(left, r)| f32::from_bits(*left) + hold(r)).collect();
+    let looks = |y: &[f32]| y.iter().any(|y| f64::from(y.abs()) >= 2.0f64.powi(121));
+    let is_too_large = |(y, next): (&[f32], &[f32])| looks(y) && !next.iter().all(can_be_sent);
+    if is_sparse && !rules.sees_y_alone && y.chunks(128).zip(next.chunks(128)).any(is_too_large) {
+        return Encoded::new(Found::NonFinite, &[], &[]);
+    }
+    if is_sparse { Encoded::new(Found::Finite, &encoded.payload, &next) } else { encoded }
+}
+
+/// Encodes what is to be sent, all of it finite.
+fn encode_sum(codec: Codec, y: &[f32], rules: &Rules) -> Encoded {
+    let mut left = y.to_vec();
     let (mut scales, mut bitmap, mut values, mut nibbles) = (vec![], vec![], vec![], vec![]);
     let Some((q_max, sparse)) = shape(codec) else {
         for y in &mut left {

@@ -53,7 +53,7 @@ fn with_any_rule_changed_the_model_is_another_encoder() {
     let inputs = some_inputs();
     let dense = [Codec::Int8, Codec::Int4];
     let sparse = [Codec::Sparse24Int8, Codec::Sparse24Int4];
-    let changed: [(&str, Rules, &[Codec]); 8] = [
+    let changed: [(&str, Rules, &[Codec]); 11] = [
         ("halves away from zero", Rules { round: f32::round, ..RULES }, &dense),
         ("halves toward zero", Rules { round: |x| (x.abs() - 0.5).ceil().copysign(x), ..RULES }, &dense),
         ("the nearest scale", Rules { round_scale: f64::round_ties_even, ..RULES }, &dense),
@@ -62,6 +62,9 @@ fn with_any_rule_changed_the_model_is_another_encoder() {
         ("smaller scales are sent", Rules { scale_min: RULES.scale_min * 0.99, ..RULES }, &dense),
         ("a scale of 2^-100 is not sent", Rules { scale_min: RULES.scale_min * 1.001, ..RULES }, &dense),
         ("negative zeros stay", Rules { keeps_negative_zero: true, ..RULES }, &dense),
+        ("all of a residual is sent", Rules { held: 0.0, ..RULES }, &sparse),
+        ("a sixteenth of a residual is sent", Rules { held: 30.0, ..RULES }, &sparse),
+        ("a residual may become too large", Rules { sees_y_alone: true, ..RULES }, &sparse),
     ];
     for (what, rules, codecs) in changed {
         for &codec in codecs {

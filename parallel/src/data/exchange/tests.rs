@@ -1,6 +1,6 @@
 //! Groups of ranks in one thread; frames are delivered in whatever order the test says.
 
-use compression::ledger::{Exact, lost};
+use compression::ledger::{Exact, lost, lost_in_encoding};
 use compression::{Region, Side};
 
 use super::*;
@@ -229,10 +229,10 @@ fn booked(exact: &mut Exact, sides: &mut [Exchange], number: u64, given: impl Fn
                 let mut part = gradient.to_vec();
                 if rank != owner {
                     let residual = &before[tensor][0][owned.clone()];
-                    gradient.iter().zip(residual).for_each(|(g, r)| exact.add(lost(*g, *r)));
                     let mut payload = vec![0; codec.payload_bytes(owned.len())];
                     let _ = codec.encode(&mut gradient.to_vec(), residual, &mut payload);
                     Payload::new(codec, owned.len(), payload).expect("our own").decode(&mut part);
+                    enter_encoding(exact, codec, [gradient, residual, &part]);
                 }
                 for (sum, part) in sum.iter_mut().zip(&part) {
                     exact.add(lost(*sum, *part));
@@ -245,6 +245,13 @@ fn booked(exact: &mut Exact, sides: &mut [Exchange], number: u64, given: impl Fn
         sides[0].sum(tensor).iter().for_each(|x| exact.add(*x));
     }
     verdict
+}
+
+/// Enters what the additions of an encoder rounded: gradient, residual and what was sent.
+fn enter_encoding(exact: &mut Exact, codec: Codec, [gradient, residual, sent]: [&[f32]; 3]) {
+    for ((g, r), sent) in gradient.iter().zip(residual).zip(sent) {
+        lost_in_encoding(codec, *g, *r, *sent).into_iter().for_each(|lost| exact.add(lost));
+    }
 }
 
 /// Enters what is remembered; one owner's part is forgotten in the control, as by a careless resume.

@@ -118,7 +118,7 @@ fn booked_of_nodes(exact: &mut Exact, sides: &mut [Exchange], number: u64) {
             let nodes = side.group().nodes();
             let owned = shard(parameter.elements(), owner, nodes.ranks);
             let mut sum = vec![0.0f32; owned.len()];
-            let mut add = |sum: &mut [f32], part: &[f32]| {
+            let add = |exact: &mut Exact, sum: &mut [f32], part: &[f32]| {
                 for (sum, part) in sum.iter_mut().zip(part) {
                     exact.add(lost(*sum, *part));
                     *sum += part;
@@ -127,20 +127,20 @@ fn booked_of_nodes(exact: &mut Exact, sides: &mut [Exchange], number: u64) {
             for node in 0..nodes.count() {
                 let mut part = vec![0.0f32; owned.len()];
                 for rank in node * nodes.members..(node + 1) * nodes.members {
-                    add(&mut part, &gradient(rank, number, tensor)[owned.clone()]);
+                    add(exact, &mut part, &gradient(rank, number, tensor)[owned.clone()]);
                 }
                 if node != nodes.node(owner) {
                     let residual = &before[nodes.peer(node)][tensor][0][owned.clone()];
-                    let mut with = part.clone();
-                    add(&mut with, residual);
                     let mut payload = vec![0; codec.payload_bytes(owned.len())];
+                    let gradient = part.clone();
                     let _ = codec.encode(&mut part.clone(), residual, &mut payload);
                     Payload::new(codec, owned.len(), payload).expect("our own").decode(&mut part);
+                    enter_encoding(exact, codec, [&gradient, residual, &part]);
                 }
-                add(&mut sum, &part);
+                add(exact, &mut sum, &part);
             }
             let residual = &before[owner][tensor][1];
-            add(&mut sum, residual);
+            add(exact, &mut sum, residual);
         }
         for rank in 0..sides.len() {
             gradient(rank, number, tensor).iter().for_each(|g| exact.add(-*g));
