@@ -124,7 +124,7 @@ fn every_kind_of_damage_is_an_error_with_a_name_and_nothing_is_loaded() {
         damage(&newest);
         let ran = place.run(&["verify", "runs/a/checkpoints/step-00000016"]);
         assert!(ran.code == Some(1) && ran.stdout.contains("DAMAGED") && ran.stdout.contains(said), "{said}: {ran:?}");
-        place.train("a", &["--resume"]).failed(2, &["its newest checkpoint is damaged", said, "remove"]);
+        place.train("a", &["--resume"]).failed(2, &["its newest checkpoint is damaged", said]);
         place.run(&["export", "a", "--out", "out"]).failed(1, &[said]);
         assert_eq!(&place.summary("a")["parameter_hash"], hash, "the run is as it was");
         fs::remove_dir_all(&newest).expect("ours");

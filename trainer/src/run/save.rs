@@ -1,6 +1,5 @@
 //! Checkpoints of a run, and the way back from them.
 
-use std::path::Path;
 use std::time::Instant;
 
 use checkpoint::reader::{self, Checkpoint};
@@ -153,31 +152,22 @@ pub(super) fn same_text(name: &str, checkpoint: &Checkpoint, data: &Data) -> Res
     Err(Error::Run { name: name.into(), what })
 }
 
-/// The newest checkpoint of the run; `None` when it was killed before the first. What is loaded of it is hashed then.
-///
-/// # Errors
-/// Its manifest is damaged, or a file is missing or cut short.
-pub(super) fn newest(folder: &Folder) -> Result<Option<Checkpoint>> {
-    let Some((_, path)) = reader::list(&folder.checkpoints())?.pop() else { return Ok(None) };
-    Checkpoint::open(&path).map(Some).map_err(|error| damaged(folder.name(), &path, error.into()))
-}
-
 /// The newest checkpoint of the run, verified whole; `None` when it was killed before the first.
 ///
 /// # Errors
 /// It is damaged.
 pub(super) fn newest_good(folder: &Folder) -> Result<Option<Checkpoint>> {
-    let newest = newest(folder)?;
-    if let Some(checkpoint) = &newest {
-        checkpoint.verify().map_err(|error| damaged(folder.name(), checkpoint.path(), error.into()))?;
-    }
-    Ok(newest)
-}
-
-/// An error of the newest checkpoint, in the folder `path`, with the way out; every other error as it is.
-pub(super) fn damaged(name: &str, path: &Path, error: Error) -> Error {
-    let Error::Checkpoint(error) = error else { return error };
-    let path = path.display();
-    let what = format!("its newest checkpoint is damaged: {error}\nremove {path} to resume from the one before it");
-    Error::Run { name: name.into(), what }
+    let Some((_, path)) = reader::list(&folder.checkpoints())?.pop() else { return Ok(None) };
+    let open = || {
+        let checkpoint = Checkpoint::open(&path)?;
+        checkpoint.verify()?;
+        Ok::<_, checkpoint::CheckpointError>(checkpoint)
+    };
+    open().map(Some).map_err(|error| Error::Run {
+        name: folder.name().into(),
+        what: format!(
+            "its newest checkpoint is damaged: {error}\nremove {} to resume from the one before it",
+            path.display()
+        ),
+    })
 }

@@ -24,7 +24,7 @@ use super::group::Group;
 use super::join::host;
 use super::metrics::Metrics;
 use super::progress::Progress as Bar;
-use super::save::{damaged, newest, same_text};
+use super::save::{newest_good, same_text};
 use super::signals::{Manner, Stop};
 use super::trace::Tracing;
 use super::{Left, Request, Run};
@@ -65,15 +65,11 @@ pub fn train(request: Request) -> Result<Left> {
     make_runs(&runs)?;
     let port = Port::open(request.recipe.metrics.prometheus_port)?;
     let newest = match &existing {
-        Some((folder, _)) => newest(folder)?,
+        Some((folder, _)) => newest_good(folder)?,
         None => None,
     };
-    let explain = |error| match &newest {
-        Some(newest) => damaged(&request.name, newest.path(), error),
-        None => error,
-    };
-    let ready = prepare(&request, newest.as_ref()).map_err(explain)?;
-    let begun = ready.begin(&request, newest.as_ref()).map_err(explain)?;
+    let ready = prepare(&request, newest.as_ref())?;
+    let begun = ready.begin(&request, newest.as_ref())?;
     let resumed = existing.is_some();
     let (folder, changed) = match existing {
         Some(existing) => existing,
