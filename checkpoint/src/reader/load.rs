@@ -48,9 +48,6 @@ impl Checkpoint {
     ///
     /// # Errors
     /// Those of [`region`](Checkpoint::region). All that is wanted is NaN then.
-    ///
-    /// # Panics
-    /// Two wants of one element.
     pub fn load(&self, wants: &mut [Want<'_>]) -> Result<(), CheckpointError> {
         let loaded = self.load_files(wants);
         if loaded.is_err() {
@@ -74,19 +71,41 @@ impl Checkpoint {
                 (out, next) = (rest, end);
             }
         }
-        for (name, parts) in files {
-            let place = |header: &Header| {
-                let mut places = Vec::new();
-                for Part { tensor, entry, piece, from, out } in parts {
-                    let offset = header.piece(tensor, entry, piece)? + (from * size_of::<f32>()) as u64;
-                    places.push((offset, Place::Wanted(bytemuck::cast_slice_mut(out))));
-                }
-                Ok(places)
-            };
+        for (name, mut parts) in files {
             let stored = Stored::open(self.path(), name, self.entry(name)?)?;
-            let header = stored.check_tensors(place)?;
-            self.keep(name, (stored.map()?, header));
+            // Once, unless several want the same bytes.
+            while !parts.is_empty() {
+                let mut rest = Vec::new();
+                let header = stored.check_tensors(|header| place(header, parts, &mut rest))?;
+                self.keep(name, (stored.map()?, header));
+                parts = rest;
+            }
         }
         Ok(())
     }
+}
+
+/// Where in the file the parts are. Of those that want the same bytes the first is placed; the others are left in `rest`.
+fn place<'a>(
+    header: &Header,
+    parts: Vec<Part<'a>>,
+    rest: &mut Vec<Part<'a>>,
+) -> Result<Vec<(u64, Place<'a>)>, CheckpointError> {
+    let mut offsets = Vec::new();
+    for part in parts {
+        let start = header.piece(part.tensor, part.entry, part.piece)?;
+        offsets.push((start + (part.from * size_of::<f32>()) as u64, part));
+    }
+    offsets.sort_by_key(|(offset, _)| *offset);
+    let (mut places, mut end) = (Vec::new(), 0);
+    for (offset, part) in offsets {
+        if offset < end {
+            rest.push(part);
+            continue;
+        }
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(part.out);
+        end = offset + bytes.len() as u64;
+        places.push((offset, Place::Wanted(bytes)));
+    }
+    Ok(places)
 }

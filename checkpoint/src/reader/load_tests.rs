@@ -37,6 +37,75 @@ fn any_ranges_are_loaded_at_once_as_one_by_one() {
 }
 
 #[test]
+fn what_several_want_is_given_to_each() {
+    let (_root, path) = saved(&[0, 1, 2]);
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let of = |range: Range<usize>| range.map(|element| 100.0 * element as f32).collect::<Vec<_>>();
+    let ranges = [0..12, 2..9, 6..7, 6..12, 3..3];
+    assert_eq!(load(&checkpoint, &ranges).unwrap(), ranges.map(of));
+    // Two tensors whose pieces are the same bytes, as another writer may store tied weights.
+    let file = path.join(layout::MANIFEST);
+    let mut manifest = checkpoint.manifest().clone();
+    manifest.tensors.insert("tied".into(), manifest.tensors["w"].clone());
+    fs::write(&file, manifest.render(&file).unwrap()).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    checkpoint.verify().unwrap();
+    let (mut w, mut tied) = ([0.0; 12], [0.0; 5]);
+    let all = Want::all("w", &SHAPE, &mut w);
+    checkpoint.load(&mut [all, Want { tensor: "tied", shape: &SHAPE, range: 4..9, out: &mut tied }]).unwrap();
+    assert_eq!((w.to_vec(), tied.to_vec()), (of(0..12), of(4..9)));
+}
+
+#[test]
+fn headers_that_no_writer_makes_are_refused_by_name() {
+    let (_root, path) = saved(&[0]);
+    let (file, text) = (path.join("rank-0000.safetensors"), path.join(layout::MANIFEST));
+    let good = Manifest::parse(&fs::read(&text).unwrap(), &text).unwrap();
+    // The file of these bytes, with the size and hash that belong to them.
+    let forge = |bytes: &[u8]| {
+        fs::write(&file, bytes).unwrap();
+        let mut manifest = good.clone();
+        let blake3 = blake3::hash(bytes).to_hex().to_string();
+        manifest.files.insert("rank-0000.safetensors".into(), FileEntry { bytes: bytes.len() as u64, blake3 });
+        fs::write(&text, manifest.render(&text).unwrap()).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let mut one = [0.0];
+        (load(&checkpoint, &[0..5]), checkpoint.region("w", &SHAPE, 0..1, &mut one), checkpoint.verify())
+    };
+    let with = |length: u64, header: &str, data: usize| {
+        [&length.to_le_bytes()[..], header.as_bytes(), &vec![0; data]].concat()
+    };
+    let header = |header: &str, data: usize| with(header.len() as u64, header, data);
+    let one = |shape: &str, end: u64| format!(r#"{{"w":{{"dtype":"F32","shape":{shape},"data_offsets":[0,{end}]}}}}"#);
+    let two = r#"{"w":{"dtype":"F32","shape":[5],"data_offsets":[0,20]},"v":{"dtype":"F32","shape":[5],"data_offsets":[8,28]}}"#;
+    let cases = [
+        (vec![1; 7], "not a safetensors file"),
+        (with(u64::MAX, "{}", 0), "not a safetensors file"),
+        (with(3, "{}", 0), "not a safetensors file"),
+        (header("{", 0), "not a safetensors file"),
+        (header(&one("[18446744073709551615, 3]", 20), 20), "not a safetensors file"),
+        (header(&one("[5]", u64::MAX), 20), "not a safetensors file"),
+        (header(&one("[1099511627776]", 1 << 42), 20), "not a safetensors file"),
+        (header(two, 28), "not a safetensors file"),
+        (header(&one("[5]", 20), 21), "not a safetensors file"),
+        (header(&one("[5]", 20).replace("F32", "I32"), 20), "expected F32, found type I32"),
+        (header(&one("[4]", 16), 16), "expected shape [5], found [4]"),
+        (header(&one("[5]", 20).replace('w', "x"), 20), "no tensor \"w\""),
+    ];
+    for (bytes, said) in cases {
+        let (loaded, read, verified) = forge(&bytes);
+        let messages = [loaded.unwrap_err(), read.unwrap_err(), verified.unwrap_err()].map(|fault| fault.to_string());
+        for message in messages {
+            assert!(message.contains("rank-0000.safetensors") && message.contains(said), "{said}: {message}");
+        }
+    }
+    // The control.
+    let (loaded, read, verified) = forge(&header(&one("[5]", 20), 20));
+    assert_eq!(loaded.unwrap(), [[0.0; 5]]);
+    read.and(verified).unwrap();
+}
+
+#[test]
 fn only_the_files_that_hold_what_is_wanted_are_read_and_every_flipped_byte_of_them_is_named() {
     let (_root, path) = saved(&[0, 1, 2]);
     let file = path.join("rank-0001.safetensors");
