@@ -10,14 +10,17 @@
 //! - [`layout`]: the names inside the folder of checkpoints, and which of them count.
 //! - [`writer`]: two host buffers, one thread, the commit, retention; for a process alone or for one rank of several.
 //! - [`reader`]: lists, opens, verifies and loads checkpoints.
+//! - [`inspect`]: what is in one, for people. [`compare`]: how two differ.
 //! - [`export`]: Hugging Face folders, written at once or not at all, and read back.
 //! - [`error`]: everything that can go wrong, with what to do about it.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that unwraps says where it stands"))]
 
+pub mod compare;
 pub mod disk;
 pub mod error;
 pub mod export;
+pub mod inspect;
 pub mod layout;
 pub mod manifest;
 mod mapped;

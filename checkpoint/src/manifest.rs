@@ -130,6 +130,24 @@ impl Manifest {
         Ok(manifest)
     }
 
+    /// The pieces that lie in `file`, each with the name and entry of its tensor, in name order.
+    #[must_use]
+    pub fn pieces_in(&self, file: &str) -> Vec<(&str, &TensorEntry, &Piece)> {
+        let pieces = self
+            .tensors
+            .iter()
+            .flat_map(|(name, tensor)| tensor.pieces.iter().map(move |piece| (name.as_str(), tensor, piece)));
+        pieces.filter(|(_, _, piece)| piece.file == file).collect()
+    }
+
+    /// The files in which no tensor lies.
+    #[must_use]
+    pub fn attachments(&self) -> BTreeMap<&String, &FileEntry> {
+        let shards: BTreeSet<&String> =
+            self.tensors.values().flat_map(|tensor| &tensor.pieces).map(|piece| &piece.file).collect();
+        self.files.iter().filter(|(name, _)| !shards.contains(name)).collect()
+    }
+
     /// Checks that names stay inside the folder and that the pieces of every tensor fit together.
     fn check(&self, path: &Path) -> Result<(), CheckpointError> {
         for (name, file) in &self.files {
@@ -184,6 +202,18 @@ impl TensorEntry {
             absent.push(next..range.end);
         }
         absent
+    }
+
+    /// How many of all its elements no piece holds.
+    #[must_use]
+    pub fn absent_count(&self) -> usize {
+        self.absent(&(0..self.elements())).iter().map(ExactSizeIterator::len).sum()
+    }
+
+    /// The elements that some piece holds, ascending.
+    #[must_use]
+    pub fn held(&self) -> Vec<Range<usize>> {
+        self.pieces.iter().map(Piece::range).collect()
     }
 
     /// Checks that every piece is a flat interval of the tensor, and that they ascend and share no element and no place.

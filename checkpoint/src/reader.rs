@@ -1,9 +1,21 @@
 //! Lists, opens, verifies and loads checkpoints.
 //!
 //! Nothing that a checkpoint says is believed before it is checked: the manifest by its own hash when it is opened, each
-//! file by the manifest's hash before its first byte is used.
+//! file by the manifest's hash before its first byte is used. [`Checkpoint::load`] hashes the very bytes that it hands
+//! over. [`Checkpoint::tensor`] and [`Checkpoint::region`] hash a file once and copy from its mapping later: a file that
+//! somebody changes in place in between is not noticed, and none of ours ever is.
+//!
+//! - `audit`: everything that is damaged.
+//! - `load`: many ranges at once.
+//! - `once`: reads and hashes a file in one go.
+//! - `stored`: one file.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod audit;
+mod load;
+mod once;
+mod stored;
+
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::ops::Range;
@@ -11,14 +23,17 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use compression::RegionError;
-use safetensors::Dtype as StoredType;
 use serde_json::Value;
 
 use crate::disk::{self, Disk, RealDisk};
 use crate::error::CheckpointError;
 use crate::layout;
-use crate::manifest::{DTYPE, FileEntry, Manifest, Piece, TensorEntry};
-use crate::mapped::{Mapped, Shard};
+use crate::manifest::{FileEntry, Manifest, TensorEntry};
+use crate::mapped::Mapped;
+
+pub use audit::{Audit, Damage, audit};
+pub use load::Want;
+use stored::{Header, Stored, check_file, check_hash, check_size};
 
 /// The committed checkpoints in `folder` with the folder of each, by step ascending. What is being written or removed
 /// is not among them. A folder that does not exist has none.
@@ -40,7 +55,14 @@ pub struct Checkpoint {
     path: PathBuf,
     manifest: Manifest,
     /// The safetensors files whose hashes were found right.
-    shards: Mutex<BTreeMap<String, Arc<Shard>>>,
+    shards: Mutex<BTreeMap<String, Arc<Checked>>>,
+}
+
+/// A safetensors file whose hash was found right.
+#[derive(Debug)]
+struct Checked {
+    header: Header,
+    mapped: Mapped,
 }
 
 impl Checkpoint {
@@ -50,15 +72,7 @@ impl Checkpoint {
     /// # Errors
     /// The first of these that is not so.
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let file = path.join(layout::MANIFEST);
-        let text = fs::read(&file).map_err(CheckpointError::io("read the manifest", &file))?;
-        let manifest = Manifest::parse(&text, &file)?;
-        let named = path.file_name().and_then(|name| name.to_str()).and_then(layout::step_of);
-        if let Some(expected) = named
-            && expected != manifest.step
-        {
-            return Err(CheckpointError::Step { path: path.to_path_buf(), expected, found: manifest.step });
-        }
+        let manifest = Self::manifest_of(path)?;
         for (name, entry) in &manifest.files {
             let file = path.join(name);
             let metadata = fs::metadata(&file).map_err(|source| match source.kind() {
@@ -68,6 +82,20 @@ impl Checkpoint {
             check_size(&file, entry, metadata.len())?;
         }
         Ok(Self { path: path.to_path_buf(), manifest, shards: Mutex::default() })
+    }
+
+    /// The manifest of the checkpoint in the folder `path`; its files may be there or not.
+    fn manifest_of(path: &Path) -> Result<Manifest, CheckpointError> {
+        let file = path.join(layout::MANIFEST);
+        let text = fs::read(&file).map_err(CheckpointError::io("read the manifest", &file))?;
+        let manifest = Manifest::parse(&text, &file)?;
+        let named = path.file_name().and_then(|name| name.to_str()).and_then(layout::step_of);
+        match named {
+            Some(expected) if expected != manifest.step => {
+                Err(CheckpointError::Step { path: path.to_path_buf(), expected, found: manifest.step })
+            }
+            _ => Ok(manifest),
+        }
     }
 
     /// What the checkpoint holds.
@@ -107,23 +135,12 @@ impl Checkpoint {
     /// # Errors
     /// The first file, in name order, or piece that is not as the manifest says.
     pub fn verify(&self) -> Result<u64, CheckpointError> {
-        self.shards().clear();
-        let pieces = || self.manifest.tensors.values().flat_map(|tensor| &tensor.pieces);
-        let shards: BTreeSet<&String> = pieces().map(|piece| &piece.file).collect();
         let mut bytes = 0;
         for (name, entry) in &self.manifest.files {
-            if shards.contains(name) {
-                self.shard(name)?;
-            } else {
-                self.map(name)?;
+            if let Some(checked) = check_file(&self.path, name, entry, &self.manifest.pieces_in(name))? {
+                self.keep(name, checked);
             }
             bytes += entry.bytes;
-        }
-        for (name, entry) in &self.manifest.tensors {
-            for piece in &entry.pieces {
-                let shard = self.shard(&piece.file)?;
-                check_piece(&shard, name, entry, piece)?;
-            }
         }
         Ok(bytes)
     }
@@ -148,6 +165,7 @@ impl Checkpoint {
             let (tensor, shape) = (name.to_owned(), shape.to_vec());
             return Err(CheckpointError::Elements { tensor, shape, expected, found });
         }
+        self.present(name, entry, &(0..expected))?;
         self.copy(name, entry, 0..expected, out)
     }
 
@@ -163,16 +181,42 @@ impl Checkpoint {
         range: Range<usize>,
         out: &mut [f32],
     ) -> Result<(), CheckpointError> {
+        let entry = self.wanted(name, shape, &range, out.len())?;
+        self.copy(name, entry, range, out)
+    }
+
+    /// The tensor of this name and shape, all of whose elements `range` are there, and as many as the caller has places.
+    fn wanted(
+        &self,
+        name: &str,
+        shape: &[usize],
+        range: &Range<usize>,
+        places: usize,
+    ) -> Result<&TensorEntry, CheckpointError> {
         let entry = self.tensor_entry(name, shape)?;
         let elements = entry.elements();
         if range.start > range.end || range.end > elements {
             let source = RegionError::Flat { start: range.start, end: range.end, elements };
             return Err(CheckpointError::Region { path: self.path.clone(), tensor: name.to_owned(), source });
         }
-        if range.len() != out.len() {
-            return Err(CheckpointError::Slice { tensor: name.to_owned(), range, found: out.len() });
+        if range.len() != places {
+            return Err(CheckpointError::Slice { tensor: name.to_owned(), range: range.clone(), found: places });
         }
-        self.copy(name, entry, range, out)
+        self.present(name, entry, range)
+    }
+
+    fn present<'a>(
+        &self,
+        name: &str,
+        entry: &'a TensorEntry,
+        range: &Range<usize>,
+    ) -> Result<&'a TensorEntry, CheckpointError> {
+        let absent = entry.absent(range);
+        if absent.is_empty() {
+            return Ok(entry);
+        }
+        let (path, tensor, count) = (self.path.clone(), name.to_owned(), entry.elements());
+        Err(CheckpointError::Absent { path, tensor, absent, count })
     }
 
     fn copy(
@@ -182,25 +226,20 @@ impl Checkpoint {
         range: Range<usize>,
         out: &mut [f32],
     ) -> Result<(), CheckpointError> {
-        let absent = entry.absent(&range);
-        if !absent.is_empty() {
-            let (path, tensor, count) = (self.path.clone(), name.to_owned(), entry.elements());
-            return Err(CheckpointError::Absent { path, tensor, absent, count });
-        }
         // Every piece is checked before the first is copied.
         let mut shards = Vec::new();
         for piece in entry.pieces_of(&range) {
             let shard = self.shard(&piece.file)?;
-            check_piece(&shard, name, entry, piece)?;
-            shards.push((shard, piece));
+            let start = shard.header.piece(name, entry, piece)?;
+            shards.push((shard, start as usize, piece));
         }
         let out = bytemuck::cast_slice_mut(out);
         let bytes_of = |range: Range<usize>| range.start * size_of::<f32>()..range.end * size_of::<f32>();
-        for (shard, piece) in shards {
-            let (_, bytes) = shard.find(&piece.key)?;
+        for (shard, piece_start, piece) in shards {
             let held = piece.range();
             let (start, end) = (held.start.max(range.start), held.end.min(range.end));
             let to = bytes_of(start - range.start..end - range.start);
+            let bytes = &shard.mapped.bytes()[piece_start..];
             out[to].copy_from_slice(&bytes[bytes_of(start - held.start..end - held.start)]);
         }
         Ok(())
@@ -215,7 +254,7 @@ impl Checkpoint {
         let path = self.path.join(name);
         let bytes = fs::read(&path).map_err(CheckpointError::io("read the file", &path))?;
         check_size(&path, entry, bytes.len() as u64)?;
-        check_hash(&path, entry, blake3::hash(&bytes).to_hex().to_string())?;
+        check_hash(&path, entry, blake3::hash(&bytes))?;
         Ok(bytes)
     }
 
@@ -231,30 +270,27 @@ impl Checkpoint {
         Ok(entry)
     }
 
-    fn shards(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Shard>>> {
+    fn shards(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Checked>>> {
         // Only whole entries are ever put in, so that a panic elsewhere leaves nothing half done.
         self.shards.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn shard(&self, name: &str) -> Result<Arc<Shard>, CheckpointError> {
+    fn shard(&self, name: &str) -> Result<Arc<Checked>, CheckpointError> {
         if let Some(shard) = self.shards().get(name) {
             return Ok(Arc::clone(shard));
         }
         // Not under the lock: while it hashes, a thread of the pool may be given another tensor to load and would wait
         // for itself. Two that come here at once both hash the file.
-        let shard = Arc::new(Shard::parse(self.map(name)?)?);
-        self.shards().insert(name.to_owned(), Arc::clone(&shard));
-        Ok(shard)
+        let stored = Stored::open(&self.path, name, self.entry(name)?)?;
+        let header = stored.check_tensors(|_| Ok(Vec::new()))?;
+        Ok(self.keep(name, (stored.map()?, header)))
     }
 
-    /// Maps a file and checks it against the manifest.
-    fn map(&self, name: &str) -> Result<Mapped, CheckpointError> {
-        let entry = self.entry(name)?;
-        let path = self.path.join(name);
-        let mapped = Mapped::open(&path)?;
-        check_size(&path, entry, mapped.len())?;
-        check_hash(&path, entry, mapped.blake3())?;
-        Ok(mapped)
+    /// Keeps a file whose hash was found right.
+    fn keep(&self, name: &str, (mapped, header): (Mapped, Header)) -> Arc<Checked> {
+        let shard = Arc::new(Checked { header, mapped });
+        self.shards().insert(name.to_owned(), Arc::clone(&shard));
+        shard
     }
 
     fn entry(&self, name: &str) -> Result<&FileEntry, CheckpointError> {
@@ -266,35 +302,8 @@ impl Checkpoint {
     }
 }
 
-/// Looks that the piece is in its file, with the type and shape that it must have there.
-fn check_piece(shard: &Shard, name: &str, entry: &TensorEntry, piece: &Piece) -> Result<(), CheckpointError> {
-    let (info, _) = shard.find(&piece.key)?;
-    let (path, tensor) = (|| shard.path().to_path_buf(), || name.to_owned());
-    if info.dtype != StoredType::F32 {
-        let found = info.dtype.to_string();
-        return Err(CheckpointError::TensorType { path: path(), tensor: tensor(), expected: DTYPE, found });
-    }
-    let expected = entry.stored_shape(piece);
-    if info.shape != expected {
-        let found = info.shape.clone();
-        return Err(CheckpointError::TensorShape { path: path(), tensor: tensor(), expected, found });
-    }
-    Ok(())
-}
-
-fn check_size(path: &Path, entry: &FileEntry, found: u64) -> Result<(), CheckpointError> {
-    let expected = entry.bytes;
-    let right = found == expected;
-    right.then_some(()).ok_or_else(|| CheckpointError::FileSize { path: path.to_path_buf(), expected, found })
-}
-
-fn check_hash(path: &Path, entry: &FileEntry, found: String) -> Result<(), CheckpointError> {
-    if found == entry.blake3 {
-        return Ok(());
-    }
-    Err(CheckpointError::FileHash { path: path.to_path_buf(), expected: entry.blake3.clone(), found })
-}
-
+#[cfg(test)]
+mod load_tests;
 #[cfg(test)]
 mod piece_tests;
 #[cfg(test)]

@@ -3,6 +3,7 @@
 mod bad_input;
 mod balance;
 mod benches;
+mod checkpoints;
 mod codecs;
 mod documents;
 mod dying;

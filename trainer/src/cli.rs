@@ -1,8 +1,10 @@
 //! The command line. The environment is read here and nowhere below.
 //!
+//! - `checkpoints`: the commands on checkpoints that are there.
 //! - `models`: the commands on models that are there.
 //! - `secret`: what keeps strangers out of a run.
 
+mod checkpoints;
 mod models;
 mod secret;
 
@@ -49,6 +51,13 @@ enum Command {
     Export(models::ExportArgs),
     /// Continue a prompt with an exported model
     Generate(models::Generate),
+    /// Print what a checkpoint holds: tensors, sizes, hashes, state
+    Inspect(checkpoints::Inspect),
+    /// Hash every file of a checkpoint, or of all of a run's; the exit code is 1 where something is damaged
+    Verify(checkpoints::Verify),
+    /// Work with checkpoints
+    #[command(subcommand)]
+    Checkpoint(checkpoints::Group),
     /// Measure this machine; prints one JSON object a line with --json
     #[command(subcommand)]
     Bench(Bench),
@@ -182,6 +191,9 @@ fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         Command::Worker(args) => worker(args, log, tamper),
         Command::Export(args) => models::export(&args),
         Command::Generate(args) => models::say(&args),
+        Command::Inspect(args) => checkpoints::inspect(&args),
+        Command::Verify(args) => checkpoints::verify(&args),
+        Command::Checkpoint(group) => checkpoints::group(&group),
         Command::Bench(Bench::Codec(args)) => bench::codec::codec(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(Bench::Aggregate(args)) => aggregate(&args),
         Command::Bench(Bench::Step(args)) => bench::step::step(&args).map(|()| ExitCode::SUCCESS),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use checkpoint::reader::Checkpoint;
+use checkpoint::reader::{Checkpoint, Want};
 use checkpoint::writer::{PieceSpec, Snapshot, TensorSpec};
 use compression::{Codec, Side};
 use parallel::data::exchange::Exchange;
@@ -164,9 +164,9 @@ impl State {
             (meta.step, meta.updates, meta.skips, meta.good_step);
         let specs = specs(config);
         let tensors = state.weights.iter_mut().chain(&mut state.m).chain(&mut state.v);
-        for (spec, values) in specs.iter().zip(tensors) {
-            checkpoint.tensor(&spec.name, &spec.shape, values)?;
-        }
+        let mut wants: Vec<Want<'_>> =
+            specs.iter().zip(tensors).map(|(spec, values)| Want::all(&spec.name, &spec.shape, values)).collect();
+        checkpoint.load(&mut wants)?;
         Ok((state, meta))
     }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use checkpoint::export::Folder;
-use checkpoint::reader::{self, Checkpoint};
+use checkpoint::reader::{self, Checkpoint, Want};
 
 use parallel::data::Parameter;
 
@@ -134,15 +134,20 @@ impl Weights {
     /// As [`check`](Self::check), or a damaged file.
     pub fn read(&self, wanted: &Config) -> Result<Vec<Vec<f32>>> {
         self.check(wanted)?;
-        let read = |parameter: &Parameter| match &self.source {
-            Source::Checkpoint(checkpoint) => {
-                let mut values = vec![0.0; parameter.shape.iter().product()];
-                checkpoint.tensor(&parameter.name, &parameter.shape, &mut values)?;
-                Ok(values)
+        let parameters = wanted.parameters();
+        let checkpoint = match &self.source {
+            Source::Checkpoint(checkpoint) => checkpoint,
+            Source::Export(folder) => {
+                return parameters.iter().map(|parameter| Ok(folder.tensor(&parameter.name)?.1)).collect();
             }
-            Source::Export(folder) => Ok(folder.tensor(&parameter.name)?.1),
         };
-        wanted.parameters().iter().map(read).collect()
+        let mut values: Vec<Vec<f32>> =
+            parameters.iter().map(|parameter| vec![0.0; parameter.shape.iter().product()]).collect();
+        let mut wants: Vec<Want<'_>> = (parameters.iter().zip(&mut values))
+            .map(|(parameter, values)| Want::all(&parameter.name, &parameter.shape, values))
+            .collect();
+        checkpoint.load(&mut wants)?;
+        Ok(values)
     }
 }
 

@@ -9,10 +9,10 @@ use crate::writer::{Attachment, Member, Outcome, Part, PieceSpec, Retention, Wri
 
 /// A tensor w of twelve elements, each a hundred times its index, in three ranks' files.
 const CUTS: [Range<usize>; 3] = [0..5, 5..8, 8..12];
-const SHAPE: [usize; 2] = [3, 4];
+pub(super) const SHAPE: [usize; 2] = [3, 4];
 
 /// A folder with the checkpoint of step 5, whose manifest names the parts of `ranks` only, and that checkpoint's path.
-fn saved(ranks: &[usize]) -> (tempfile::TempDir, PathBuf) {
+pub(super) fn saved(ranks: &[usize]) -> (tempfile::TempDir, PathBuf) {
     let root = tempfile::tempdir().unwrap();
     let member = |(rank, range): (usize, &Range<usize>)| {
         let pieces = vec![PieceSpec { tensor: "w".into(), shape: SHAPE.to_vec(), range: range.clone() }];
@@ -138,7 +138,7 @@ fn a_manifest_that_lies_about_a_piece_is_refused() {
     check(&|w| w.pieces[1].key = "v".into(), "no tensor \"v\"");
     check(&|w| w.pieces[2].file = "recipe.toml".into(), "not a safetensors file");
     let swapped = |w: &mut TensorEntry| w.pieces[1].file = std::mem::replace(&mut w.pieces[2].file, layout::shard(1));
-    check(&swapped, "tensor w: expected shape [3], found [4]");
+    check(&swapped, "tensor w: expected shape [4], found [3]");
     // A piece that is the whole has the tensor's own shape.
     let whole = |w: &mut TensorEntry| {
         w.pieces.truncate(1);

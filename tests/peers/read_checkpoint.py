@@ -1,0 +1,77 @@
+"""Reads a checkpoint with nothing of ours: the JSON of its manifest and the package `safetensors` (with numpy).
+
+    python3 tests/peers/read_checkpoint.py CHECKPOINT [INSPECTED.json]
+
+Prints every tensor with its shape and the CRC-32 of its elements. With the package `blake3` it checks the manifest's own
+hash and that of every file; without, it says that it did not. INSPECTED.json is what `tributary inspect CHECKPOINT --json
+--checksums` printed: step, files, state, tensors and checksums are compared, and the exit code is 1 where they differ.
+docs/checkpoint-format.md is all that this script knows.
+"""
+
+import json
+import math
+import pathlib
+import sys
+import zlib
+
+import numpy
+from safetensors.numpy import load_file
+
+try:
+    from blake3 import blake3
+except ImportError:
+    blake3 = None
+
+FOLDER = pathlib.Path(sys.argv[1])
+DIGITS = 64
+
+
+def check_hashes(text, body):
+    """The hashes of the manifest and of all files."""
+    if blake3 is None:
+        return "not checked: there is no package blake3"
+    start = text.index(b'"blake3": "') + len(b'"blake3": "')
+    said = text[start:start + DIGITS]
+    assert start == 15, "the hash begins with byte 15"
+    assert blake3(text[:start] + b"0" * DIGITS + text[start + DIGITS:]).hexdigest().encode() == said, "manifest.json is damaged"
+    for name, entry in body["files"].items():
+        content = (FOLDER / name).read_bytes()
+        assert len(content) == entry["bytes"], f"{name} has another size"
+        assert blake3(content).hexdigest() == entry["blake3"], f"{name} is damaged"
+    return f"BLAKE3 of the manifest and of {len(body['files'])} files is right"
+
+
+def read(body):
+    """Name, array and the number of elements that no piece holds, in name order."""
+    pieces = {piece["file"] for tensor in body["tensors"].values() for piece in tensor["pieces"]}
+    files = {name: load_file(FOLDER / name) for name in pieces}
+    for name, tensor in sorted(body["tensors"].items(), key=lambda item: item[0].encode()):
+        assert tensor["dtype"] == "F32"
+        flat = numpy.zeros(math.prod(tensor["shape"]), "<f4")
+        held = numpy.zeros(flat.size, bool)
+        for piece in tensor["pieces"]:
+            region = piece["region"]
+            interval = slice(region["flat_start"], region["flat_end"])
+            flat[interval] = files[piece["file"]][piece["key"]].ravel()
+            held[interval] = True
+        yield name, flat[held] if not held.all() else flat.reshape(tensor["shape"]), int((~held).sum()), tensor["shape"]
+
+
+text = (FOLDER / "manifest.json").read_bytes()
+body = json.loads(text)["body"]
+assert (body["format"], body["version"]) == ("tributary-checkpoint", 1)
+hashes = check_hashes(text, body)
+
+found = {}
+for name, values, absent, shape in read(body):
+    found[name] = {"shape": shape, "absent_elements": absent, "crc32": f"{zlib.crc32(values.tobytes()):08x}"}
+    print(name, shape, found[name]["crc32"], f"{absent} elements are not here" if absent else "")
+print(f"step {body['step']}: {len(found)} tensors; {hashes}")
+
+if len(sys.argv) > 2:
+    said = json.load(open(sys.argv[2]))
+    files = {file["name"]: {"bytes": file["bytes"], "blake3": file["blake3"]} for file in said["files"]}
+    tensors = {tensor["name"]: {key: tensor[key] for key in ("shape", "absent_elements", "crc32")} for tensor in said["tensors"]}
+    equal = [said["step"] == body["step"], files == body["files"], said["state"] == body["state"], tensors == found]
+    print("equal to what inspect says" if all(equal) else f"inspect says something else (step, files, state, tensors): {equal}")
+    sys.exit(0 if all(equal) else 1)
