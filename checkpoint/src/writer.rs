@@ -291,4 +291,6 @@ mod member_crash_tests;
 #[cfg(test)]
 mod member_tests;
 #[cfg(test)]
+mod retention_tests;
+#[cfg(test)]
 mod tests;
