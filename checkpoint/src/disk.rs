@@ -4,16 +4,18 @@
 //! between any two operations ([`SimulatedDisk`]) and look at what is left.
 
 use std::fmt::Debug;
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use crate::error::CheckpointError;
 
 #[cfg(test)]
 pub(crate) mod hooked;
+pub(crate) mod paced;
+mod real;
 mod simulated;
 
+pub use real::RealDisk;
 pub use simulated::SimulatedDisk;
 
 /// A file system, as far as checkpoints need one.
@@ -108,91 +110,18 @@ pub trait DiskFile: Send {
     fn sync(&mut self) -> io::Result<()>;
 }
 
-/// The machine's own file system.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct RealDisk;
-
-impl Disk for RealDisk {
-    fn create_dir(&self, path: &Path) -> io::Result<()> {
-        fs::create_dir(path)
-    }
-
-    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        Ok(Box::new(File::create_new(path)?))
-    }
-
-    fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        File::open(path)?.sync_all()
-    }
-
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        rename_noreplace(from, to)
-    }
-
-    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
-        fs::remove_dir_all(path)
-    }
-
-    fn remove_file(&self, path: &Path) -> io::Result<()> {
-        fs::remove_file(path)
-    }
-
-    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
-        let mut names = Vec::new();
-        for entry in fs::read_dir(path)? {
-            names.extend(entry?.file_name().into_string());
+/// Writes all of `bytes` by as many calls of `write` as that takes: a call may write less than it was given, and says how
+/// much.
+fn write_fully(mut bytes: &[u8], mut write: impl FnMut(&[u8]) -> io::Result<usize>) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => bytes = &bytes[count..],
+            Err(fault) if fault.kind() == io::ErrorKind::Interrupted => {}
+            Err(fault) => return Err(fault),
         }
-        Ok(names)
     }
-
-    fn open(&self, path: &Path) -> io::Result<Box<dyn Read + Send>> {
-        Ok(Box::new(File::open(path)?))
-    }
-
-    fn exists(&self, path: &Path) -> io::Result<bool> {
-        path.try_exists()
-    }
-
-    /// By way of an open file: network file systems promise to look anew when a file is opened, not when it is asked for
-    /// its size.
-    fn size(&self, path: &Path) -> io::Result<u64> {
-        Ok(File::open(path)?.metadata()?.len())
-    }
-}
-
-impl DiskFile for File {
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        Write::write_all(self, bytes)
-    }
-
-    fn sync(&mut self) -> io::Result<()> {
-        self.sync_all()
-    }
-}
-
-/// `rename` alone replaces an empty folder without a word, so the kernel is asked not to.
-#[cfg(target_os = "linux")]
-fn rename_noreplace(from: &Path, to: &Path) -> io::Result<()> {
-    use rustix::fs::{CWD, RenameFlags, renameat_with};
-    use rustix::io::Errno;
-
-    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // File systems without the flag, NFS among them.
-        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => rename_if_free(from, to),
-        other => Ok(other?),
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn rename_noreplace(from: &Path, to: &Path) -> io::Result<()> {
-    rename_if_free(from, to)
-}
-
-fn rename_if_free(from: &Path, to: &Path) -> io::Result<()> {
-    if to.try_exists()? {
-        return Err(io::ErrorKind::AlreadyExists.into());
-    }
-    fs::rename(from, to)
+    Ok(())
 }
 
 /// The folder that holds `path`'s name.
@@ -302,6 +231,19 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         check(&RealDisk, root.path());
         check(&SimulatedDisk::new(), Path::new("/"));
+    }
+
+    #[test]
+    fn what_a_call_leaves_over_the_next_one_writes() {
+        let mut answers = vec![Ok(2), Err(io::ErrorKind::Interrupted.into()), Ok(1), Ok(3)].into_iter();
+        let mut given = Vec::new();
+        let write = |bytes: &[u8]| {
+            given.push(bytes.to_vec());
+            answers.next().unwrap()
+        };
+        write_fully(b"abcdef", write).unwrap();
+        assert_eq!(given, [&b"abcdef"[..], b"cdef", b"cdef", b"def"]);
+        assert_eq!(write_fully(b"a", |_| Ok(0)).unwrap_err().kind(), io::ErrorKind::WriteZero);
     }
 
     #[test]

@@ -78,17 +78,6 @@ pub fn checkpoints(names: &[String]) -> BTreeMap<u64, String> {
     set_aside.chain(proper).collect()
 }
 
-/// The steps that retention gives up after `step` was committed: of those up to it, all but the last `keep_last` (0 keeps
-/// all). Steps above it belong to a run that was rewound; nobody asked for their removal.
-#[must_use]
-pub fn beyond(steps: impl Iterator<Item = u64>, step: u64, keep_last: usize) -> Vec<u64> {
-    let mut older: Vec<u64> = steps.filter(|&other| other < step).collect();
-    older.sort_unstable();
-    let keep = if keep_last == 0 { older.len() } else { keep_last - 1 };
-    older.truncate(older.len().saturating_sub(keep));
-    older
-}
-
 /// Why `name` is not a plain file name, or nothing if it is: a manifest must not lead a reader out of its folder.
 #[must_use]
 pub fn fault_of_file_name(name: &str) -> Option<&'static str> {
@@ -138,16 +127,6 @@ mod tests {
             (["step-00000001", "step-00000001.replaced"], ["step-00000001.replaced", "step-00000002.partial"]);
         assert_eq!(names(&both), BTreeMap::from([(1, both[0].to_owned())]));
         assert_eq!(names(&alone), BTreeMap::from([(1, alone[0].to_owned())]));
-    }
-
-    #[test]
-    fn retention_gives_up_the_oldest_and_never_the_newest() {
-        let beyond = |steps: &[u64], step, keep| beyond(steps.iter().copied(), step, keep);
-        assert_eq!(beyond(&[30, 10, 20, 40], 40, 2), [10, 20]);
-        assert_eq!(beyond(&[30, 10, 20, 40], 40, 1), [10, 20, 30]);
-        assert_eq!(beyond(&[30, 10, 20, 40], 40, 0), [0u64; 0]);
-        assert_eq!(beyond(&[30, 10, 20, 40], 40, 9), [0u64; 0]);
-        assert_eq!(beyond(&[10, 20, 30, 40], 20, 1), [10], "later steps are left alone");
     }
 
     #[test]

@@ -8,17 +8,22 @@
 //! file and reports a [`Part`]; the lead, given the parts of all, commits; and when the caller knows whether all folders
 //! have committed, it settles the step on every rank. Who tells whom is the caller's matter: nothing here knows a network.
 //!
+//! A snapshot's host buffer holds as many bytes as the tensors that this process stores. One is made when the writer starts,
+//! so that the first snapshot does not wait for the system to find its pages; a second one only when a snapshot is taken
+//! while another is being written. There are never more.
+//!
 //! A folder of checkpoints belongs to one writer at a time, or to the members of one run.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::disk::paced::{Limit, Paced, SystemClock};
 use crate::disk::{self, Disk};
 use crate::error::CheckpointError;
 
@@ -27,6 +32,7 @@ mod folder;
 mod member;
 mod outcome;
 mod part;
+mod retention;
 mod save;
 mod snapshot;
 mod thread;
@@ -36,8 +42,9 @@ use save::Extras;
 use thread::{Done, Job, Role, Target};
 
 pub use folder::give_up_all;
-pub use outcome::{Attachment, Offer, Outcome, Retention};
+pub use outcome::{Attachment, Offer, Outcome};
 pub use part::{Member, Part, PieceSpec, TensorSpec};
+pub use retention::{Retention, SCORE, Verdict};
 pub use snapshot::Snapshot;
 
 /// Writes checkpoints in the background. Dropping it waits for the jobs that the thread has.
@@ -52,6 +59,10 @@ pub struct Writer {
     jobs: Option<SyncSender<Job>>,
     done: Receiver<Done>,
     thread: Option<JoinHandle<()>>,
+    /// Bytes a second that the thread may write.
+    limit: Arc<Limit>,
+    /// The first host buffer, until it is fetched from the thread, which makes it before anything else.
+    first: Option<Receiver<Vec<f32>>>,
     /// Host buffers that no snapshot is using.
     spare: Vec<Vec<f32>>,
     /// Oldest first.
@@ -84,6 +95,8 @@ impl Writer {
     ) -> Result<Self, CheckpointError> {
         let ranges = part::buffer_ranges(&pieces, &folder)?;
         disk::ensure_folder(&*disk, &folder)?;
+        let limit = Arc::new(Limit::default());
+        let disk = Arc::new(Paced::new(disk, Arc::clone(&limit), Arc::new(SystemClock::default())));
         let target = Target { disk, folder, pieces, ranges, role, retention, abandoned: AtomicBool::new(false) };
         let target = Arc::new(target);
         if role.leads() {
@@ -91,13 +104,26 @@ impl Writer {
         }
         let (jobs, incoming) = sync_channel(QUEUE_MAX);
         let (outgoing, done) = sync_channel(QUEUE_MAX);
+        let (making, first) = sync_channel(1);
         let theirs = Arc::clone(&target);
         let thread = std::thread::Builder::new()
             .name("checkpoint-writer".into())
-            .spawn(move || thread::run(&theirs, &incoming, &outgoing))
+            .spawn(move || thread::run(&theirs, making, &incoming, &outgoing))
             .map_err(CheckpointError::io("start the thread that writes into", &target.folder))?;
         let (spare, flights, finished) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(Self { target, jobs: Some(jobs), done, thread: Some(thread), spare, flights, finished })
+        let (jobs, thread, first) = (Some(jobs), Some(thread), Some(first));
+        Ok(Self { target, jobs, done, thread, limit, first, spare, flights, finished })
+    }
+
+    /// From now on files take no more bytes a second than this; 0 is no limit. It holds for what is being written, too.
+    pub fn limit(&self, bytes_per_s_max: u64) {
+        self.limit.set(bytes_per_s_max);
+    }
+
+    /// Bytes that the thread has written so far, for whoever wonders whether it gets on.
+    #[must_use]
+    pub fn written_bytes(&self) -> u64 {
+        self.limit.written_bytes()
     }
 
     /// Whether an [`offer`](Self::offer) of `step` would be taken now. It stays so until the next offer: ranks that must
@@ -125,7 +151,7 @@ impl Writer {
             return Offer::Busy;
         }
         let started = Instant::now();
-        let mut values = self.spare.pop().unwrap_or_else(|| vec![0.0; snapshot::len(&self.target.ranges)]);
+        let mut values = self.buffer();
         let unfilled = Snapshot::fill(&self.target.ranges, &mut values, fill);
         let copy_s = started.elapsed().as_secs_f64();
         let (role, extras) = (self.target.role, Extras { state, attachments });
@@ -161,6 +187,21 @@ impl Writer {
             }
         }
         std::mem::take(&mut self.finished)
+    }
+
+    /// Waits until the thread has done something that it was told, at most so long. [`outcomes`](Self::outcomes) has it.
+    pub fn wait(&mut self, within: Duration) {
+        match self.done.recv_timeout(within) {
+            Ok(done) => self.take(done),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => self.lose(),
+        }
+    }
+
+    fn buffer(&mut self) -> Vec<f32> {
+        // The thread makes the first one; if it is at it still, waiting for that is as quick as making another.
+        let there = self.spare.pop().or_else(|| self.first.take()?.recv().ok());
+        there.unwrap_or_else(|| snapshot::buffer(&self.target.ranges))
     }
 
     fn collect(&mut self) {
@@ -224,6 +265,8 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
+        // Somebody waits.
+        self.limit.set(0);
         self.jobs = None;
         if let Some(Err(panic)) = self.thread.take().map(JoinHandle::join) {
             tracing::error!(what = thread::text(&*panic), "the checkpoint writer's thread had died");
@@ -247,5 +290,7 @@ mod crash_tests;
 mod member_crash_tests;
 #[cfg(test)]
 mod member_tests;
+#[cfg(test)]
+mod retention_tests;
 #[cfg(test)]
 mod tests;

@@ -50,3 +50,28 @@ fn bench_aggregate_refuses_what_it_cannot_measure() {
     refused(&["--rank", "2", "--addresses", "127.0.0.1:1,127.0.0.1:3"], "--rank 2: expected one of 2 addresses");
     refused(&["--rank", "0", "--addresses", "10.77.0.1:1,10.77.0.2:1"], "10.77.0.1 is beyond loopback");
 }
+
+#[test]
+fn bench_checkpoint_measures_every_field_and_leaves_what_was_asked_for() {
+    let place = Place::new();
+    let arguments =
+        ["bench", "checkpoint", "--json", "--elements", "20000", "--rounds", "2", "--step-ms", "1", "--folder", "."];
+    let line = |more: &[&str]| -> Value {
+        let ran = place.run(&[&arguments[..], more].concat()).ok();
+        serde_json::from_str(&ran.stdout).expect("one JSON object")
+    };
+    let before = place.names(".");
+    let found = line(&[]);
+    assert_eq!(place.names("."), before, "nothing is left");
+    assert_eq!(found["state_bytes"], 240_000);
+    for key in
+        ["memcpy_s", "stall_s", "stall_ratio", "write_s", "write_ratio", "step_s", "step_ratio", "load_s", "read_s"]
+    {
+        assert!(found[key].as_f64().expect("a number") > 0.0, "{key} of {found}");
+    }
+    let path = line(&["--keep"])["path"].as_str().expect("a path").to_owned();
+    let checkpoint = checkpoint::Checkpoint::open(&place.path(&path)).expect("a checkpoint");
+    assert!(checkpoint.verify().expect("whole") > 240_000);
+    place.run(&["bench", "checkpoint", "--elements", "0"]).failed(2, &["expected a whole number from 1"]);
+    place.run(&["bench", "checkpoint", "--elements", "9", "--folder", "none"]).failed(1, &["make a folder in", "none"]);
+}

@@ -7,7 +7,7 @@
 
 mod asked;
 mod each;
-mod rounds;
+pub mod rounds;
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, OnceLock};

@@ -17,6 +17,7 @@ mod prometheus;
 mod ranks;
 mod recipes;
 mod resume;
+mod saving;
 mod schedulers;
 mod secured;
 mod siege;

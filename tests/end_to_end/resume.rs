@@ -20,7 +20,7 @@ fn uninterrupted() -> &'static (Curve, Value) {
 }
 
 #[track_caller]
-fn same_as_uninterrupted(place: &Place, run: &str) {
+pub fn same_as_uninterrupted(place: &Place, run: &str) {
     let (curve, summary) = uninterrupted();
     assert_eq!(place.curve(run), *curve);
     for key in ["status", "step", "loss", "parameter_hash", "held_out_bits_per_byte", "tokens"] {

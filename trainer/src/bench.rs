@@ -1,10 +1,12 @@
 //! `tributary bench`: speed of this machine, as ratios that anyone can repeat.
 //!
 //! - [`mod@aggregate`]: the sum of gradients over ranks, against a plain TCP copy and the rate of the line.
+//! - [`mod@checkpoint`]: what a checkpoint costs training, and how fast it is written and read.
 //! - [`mod@codec`]: the kernels of the codecs, against copies of the same elements.
 //! - [`mod@step`]: one training step.
 
 pub mod aggregate;
+pub mod checkpoint;
 pub mod codec;
 pub mod step;
 

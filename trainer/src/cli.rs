@@ -148,6 +148,8 @@ enum Bench {
     Codec(bench::codec::Options),
     /// The sum of gradients over ranks, against a plain TCP copy and the rate of the line
     Aggregate(bench::aggregate::Options),
+    /// What a checkpoint costs training, and how fast it is written and read
+    Checkpoint(bench::checkpoint::Options),
     /// One training step
     Step(bench::step::Step),
 }
@@ -196,6 +198,7 @@ fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         Command::Checkpoint(group) => checkpoints::group(&group),
         Command::Bench(Bench::Codec(args)) => bench::codec::codec(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(Bench::Aggregate(args)) => aggregate(&args),
+        Command::Bench(Bench::Checkpoint(args)) => bench::checkpoint::checkpoint(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(Bench::Step(args)) => bench::step::step(&args).map(|()| ExitCode::SUCCESS),
         Command::Keys => print(&keys::markdown()),
     }

@@ -6,7 +6,7 @@
 //! - [`mod@evaluate`]: the loss on held-out text.
 //! - [`signals`]: being asked to stop.
 //! - [`codec`]: which codec gradients travel in.
-//! - [`save`]: checkpoints of a run, and the way back from them.
+//! - [`save`]: checkpoints of a run, and the way back from them; [`room`]: whether there is room for one more.
 //! - [`join`]: a rank's way into a run over several processes; [`group`]: its tie to the others; [`ender`]: how its process
 //!   ends with theirs.
 //! - [`trace`]: a picture of what each rank does when.
@@ -22,6 +22,7 @@ pub mod group;
 pub mod join;
 pub mod metrics;
 pub mod progress;
+pub mod room;
 pub mod save;
 pub mod signals;
 pub mod start;
@@ -137,6 +138,8 @@ struct Run {
     failure: Option<Error>,
     /// The first step of this process compares all ranks' parameters.
     first: bool,
+    /// The step that was evaluated last, and its loss on held-out text.
+    evaluated: Option<(u64, f64)>,
 }
 
 /// The mesh, as `run.json` says it.
@@ -160,6 +163,7 @@ impl Run {
                 // Not to be stopped: the line must be the same in a run that nobody interrupts.
                 let evaluation = self.evaluate(self.recipe.eval.windows, &Stop::default())?;
                 line.eval_loss = evaluation.map(|evaluation| evaluation.loss());
+                self.evaluated = line.eval_loss.map(|loss| (step, loss)).or(self.evaluated);
             }
             line.checkpoint_stall_s = std::mem::take(&mut self.stall_s);
             let due = due(step, self.recipe.checkpoint.every) && step < last;
@@ -173,7 +177,7 @@ impl Run {
                 if self.recipe.parallel.verify_every > 0 {
                     self.compare()?;
                 }
-                self.checkpoint();
+                self.checkpoint_in_passing()?;
             }
             let outcomes = self.writer.outcomes();
             self.note(outcomes, ", training goes on");

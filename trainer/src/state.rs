@@ -50,6 +50,9 @@ pub struct Meta {
     pub tokens: u64,
     /// Loss of the last step whose loss was finite, in nats a token.
     pub loss: Option<f64>,
+    /// Loss on held-out text after this very step, if it was evaluated: by it retention knows the best.
+    #[serde(default)]
+    pub eval_loss: Option<f64>,
     /// Key of the weights and of the data's order.
     pub seed: u64,
     /// BLAKE3 of the text, training and held-out.

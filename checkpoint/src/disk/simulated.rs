@@ -2,7 +2,11 @@
 //!
 //! It is as unkind as POSIX allows: bytes are kept only by a sync of their file, names only by a sync of their folder,
 //! and what [`Disk::remove_dir_all`] takes out of a folder is gone for good even if the folder's own disappearance, or a
-//! rename before it, is not durable yet. Renames are atomic.
+//! rename before it, is not durable yet. Renames are atomic. What was not synced may reach the disk all the same, in any
+//! order and torn inside a sector ([`SimulatedDisk::after_crash_in_disorder`]). After a sync that failed, no later one
+//! makes the same bytes durable, as on Linux, where the first failure forgets them.
+//!
+//! - `crash`: the states that a machine may find after a loss of power.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,7 +14,9 @@ use std::io::{self, Cursor, Read};
 use std::path::{Component, Path};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Disk, DiskFile};
+use super::{Disk, DiskFile, write_fully};
+
+mod crash;
 
 /// A file system in memory that counts operations, fails where it is told to, and can lose its power. Clones share one
 /// disk. Every call of [`Disk`] and [`DiskFile`] is one operation, counted from 0.
@@ -25,13 +31,30 @@ struct State {
     nodes: Vec<Node>,
     operations: usize,
     crash_at: Option<usize>,
-    failures: BTreeMap<usize, io::ErrorKind>,
+    failures: BTreeMap<usize, Failure>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Failure {
+    Error(io::ErrorKind),
+    /// A write takes half of what it was given, and says so; other calls are as ever.
+    Short,
 }
 
 #[derive(Clone, Debug)]
 enum Node {
-    File { written: Vec<u8>, synced: Vec<u8> },
-    Folder { entries: BTreeMap<String, usize>, synced: BTreeMap<String, usize> },
+    /// `forgotten`: a sync has failed, and what was not durable by then never will be.
+    File { written: Vec<u8>, synced: Vec<u8>, forgotten: bool },
+    /// `changes`: what was done to the names since they were synced.
+    Folder { entries: BTreeMap<String, usize>, synced: BTreeMap<String, usize>, changes: Vec<Change> },
+}
+
+/// One change of a folder's names, which a loss of power keeps or not.
+#[derive(Clone, Debug)]
+enum Change {
+    Add { name: String, node: usize },
+    Remove { name: String },
+    Rename { from: String, to: String, node: usize },
 }
 
 #[derive(Debug)]
@@ -65,23 +88,18 @@ impl SimulatedDisk {
 
     /// Operation number `index` alone fails, with this kind of error.
     pub fn fail_at(&self, index: usize, kind: io::ErrorKind) {
-        lock(&self.state).failures.insert(index, kind);
+        lock(&self.state).failures.insert(index, Failure::Error(kind));
+    }
+
+    /// Operation number `index`, if it is a write, takes half of its bytes. Whoever writes on then loses nothing.
+    pub fn short_at(&self, index: usize) {
+        lock(&self.state).failures.insert(index, Failure::Short);
     }
 
     /// Operations so far, failed ones too.
     #[must_use]
     pub fn operations(&self) -> usize {
         lock(&self.state).operations
-    }
-
-    /// The disk that a machine finds after a loss of power: what was durable, and no fault planned.
-    #[must_use]
-    pub fn after_crash(&self) -> Self {
-        let durable = |node: &Node| match node {
-            Node::File { synced, .. } => Node::File { written: synced.clone(), synced: synced.clone() },
-            Node::Folder { synced, .. } => Node::Folder { entries: synced.clone(), synced: synced.clone() },
-        };
-        Self::of(lock(&self.state).nodes.iter().map(durable).collect())
     }
 
     /// The disk that the next process finds when only the process died: everything that was done, and no fault planned.
@@ -116,18 +134,27 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 
 impl Node {
     const fn folder() -> Self {
-        Self::Folder { entries: BTreeMap::new(), synced: BTreeMap::new() }
+        Self::Folder { entries: BTreeMap::new(), synced: BTreeMap::new(), changes: Vec::new() }
+    }
+
+    const fn file() -> Self {
+        Self::File { written: Vec::new(), synced: Vec::new(), forgotten: false }
     }
 }
 
 impl State {
-    fn begin(&mut self) -> io::Result<()> {
+    /// Counts an operation, and says whether it is to be a short one.
+    fn begin(&mut self) -> io::Result<bool> {
         let index = self.operations;
         self.operations += 1;
         if self.crash_at.is_some_and(|crash| index >= crash) {
             return Err(io::Error::other("the simulated machine has lost its power"));
         }
-        self.failures.remove(&index).map_or(Ok(()), |kind| Err(kind.into()))
+        match self.failures.remove(&index) {
+            None => Ok(false),
+            Some(Failure::Short) => Ok(true),
+            Some(Failure::Error(kind)) => Err(kind.into()),
+        }
     }
 
     fn find(&self, path: &Path) -> io::Result<usize> {
@@ -147,9 +174,10 @@ impl State {
         Ok(node)
     }
 
-    fn entries(&mut self, folder: usize) -> io::Result<&mut BTreeMap<String, usize>> {
+    /// The names in a folder, and what was done to them since they were synced.
+    fn entries(&mut self, folder: usize) -> io::Result<(&mut BTreeMap<String, usize>, &mut Vec<Change>)> {
         match &mut self.nodes[folder] {
-            Node::Folder { entries, .. } => Ok(entries),
+            Node::Folder { entries, changes, .. } => Ok((entries, changes)),
             Node::File { .. } => Err(io::ErrorKind::NotADirectory.into()),
         }
     }
@@ -163,24 +191,34 @@ impl State {
     fn add(&mut self, path: &Path, node: Node) -> io::Result<usize> {
         let (folder, name) = self.place(path)?;
         let number = self.nodes.len();
-        let entries = self.entries(folder)?;
+        let (entries, changes) = self.entries(folder)?;
         if entries.contains_key(&name) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
-        entries.insert(name, number);
+        entries.insert(name.clone(), number);
+        changes.push(Change::Add { name, node: number });
         self.nodes.push(node);
         Ok(number)
     }
 
-    /// Takes up to `count` names out of a folder for good, and everything below them.
+    fn drop_name(&mut self, folder: usize, name: String) -> io::Result<()> {
+        let (entries, changes) = self.entries(folder)?;
+        entries.remove(&name);
+        changes.push(Change::Remove { name });
+        Ok(())
+    }
+
+    /// Takes up to `count` names out of a folder for good, and everything below them. What was done to the folder before and
+    /// not synced never was.
     fn empty(&mut self, folder: usize, count: usize) {
-        let Node::Folder { entries, synced } = &mut self.nodes[folder] else { return };
+        let Node::Folder { entries, synced, changes } = &mut self.nodes[folder] else { return };
         let doomed: Vec<(String, usize)> =
             entries.iter().take(count).map(|(name, &node)| (name.clone(), node)).collect();
         for (name, _) in &doomed {
             entries.remove(name);
             synced.remove(name);
         }
+        changes.clear();
         for (_, node) in doomed {
             self.empty(node, usize::MAX);
         }
@@ -197,7 +235,7 @@ impl Disk for SimulatedDisk {
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
         let mut state = lock(&self.state);
         state.begin()?;
-        let node = state.add(path, Node::File { written: Vec::new(), synced: Vec::new() })?;
+        let node = state.add(path, Node::file())?;
         Ok(Box::new(SimulatedFile { state: Arc::clone(&self.state), node }))
     }
 
@@ -206,7 +244,10 @@ impl Disk for SimulatedDisk {
         state.begin()?;
         let folder = state.find(path)?;
         match &mut state.nodes[folder] {
-            Node::Folder { entries, synced } => synced.clone_from(entries),
+            Node::Folder { entries, synced, changes } => {
+                synced.clone_from(entries);
+                changes.clear();
+            }
             Node::File { .. } => return Err(io::ErrorKind::NotADirectory.into()),
         }
         Ok(())
@@ -223,12 +264,13 @@ impl Disk for SimulatedDisk {
                 "the simulated disk renames within one folder only",
             ));
         }
-        let entries = state.entries(folder)?;
+        let (entries, changes) = state.entries(folder)?;
         if entries.contains_key(&new) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
         let node = entries.remove(&old).ok_or(io::ErrorKind::NotFound)?;
-        entries.insert(new, node);
+        entries.insert(new.clone(), node);
+        changes.push(Change::Rename { from: old, to: new, node });
         Ok(())
     }
 
@@ -238,14 +280,13 @@ impl Disk for SimulatedDisk {
         let begun = state.begin();
         let (folder, name) = state.place(path)?;
         let doomed = state.find(path)?;
-        let count = state.entries(doomed)?.len();
+        let count = state.entries(doomed)?.0.len();
         if let Err(fault) = begun {
             state.empty(doomed, count.div_ceil(2));
             return Err(fault);
         }
         state.empty(doomed, count);
-        state.entries(folder)?.remove(&name);
-        Ok(())
+        state.drop_name(folder, name)
     }
 
     /// The name comes back with a loss of power unless the folder is synced.
@@ -256,15 +297,14 @@ impl Disk for SimulatedDisk {
         if let Node::Folder { .. } = &state.nodes[file] {
             return Err(io::ErrorKind::IsADirectory.into());
         }
-        state.entries(folder)?.remove(&name);
-        Ok(())
+        state.drop_name(folder, name)
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
         let mut state = lock(&self.state);
         state.begin()?;
         let folder = state.find(path)?;
-        Ok(state.entries(folder)?.keys().cloned().collect())
+        Ok(state.entries(folder)?.0.keys().cloned().collect())
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn Read + Send>> {
@@ -298,25 +338,40 @@ impl Disk for SimulatedDisk {
     }
 }
 
-impl DiskFile for SimulatedFile {
-    /// A call that fails has written half of the bytes.
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+impl SimulatedFile {
+    /// One call of the system, and one operation. One that fails has written half of the bytes.
+    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         let mut state = lock(&self.state);
         let begun = state.begin();
-        let count = if begun.is_ok() { bytes.len() } else { bytes.len() / 2 };
+        let count = match begun {
+            Ok(false) => bytes.len(),
+            // To take nothing would be an error.
+            Ok(true) => bytes.len().div_ceil(2),
+            Err(_) => bytes.len() / 2,
+        };
         if let Node::File { written, .. } = &mut state.nodes[self.node] {
             written.extend_from_slice(&bytes[..count]);
         }
-        begun
+        begun.map(|_| count)
+    }
+}
+
+impl DiskFile for SimulatedFile {
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        write_fully(bytes, |bytes| self.write(bytes))
     }
 
     fn sync(&mut self) -> io::Result<()> {
         let mut state = lock(&self.state);
-        state.begin()?;
-        if let Node::File { written, synced } = &mut state.nodes[self.node] {
-            synced.clone_from(written);
+        let begun = state.begin();
+        if let Node::File { written, synced, forgotten } = &mut state.nodes[self.node] {
+            if begun.is_err() {
+                *forgotten = written != synced;
+            } else if !*forgotten {
+                synced.clone_from(written);
+            }
         }
-        Ok(())
+        begun.map(|_| ())
     }
 }
 

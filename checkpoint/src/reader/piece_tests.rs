@@ -16,7 +16,7 @@ pub(super) fn saved(ranks: &[usize]) -> (tempfile::TempDir, PathBuf) {
     let root = tempfile::tempdir().unwrap();
     let member = |(rank, range): (usize, &Range<usize>)| {
         let pieces = vec![PieceSpec { tensor: "w".into(), shape: SHAPE.to_vec(), range: range.clone() }];
-        let (member, retention) = (Member { rank, lead: rank == 0 }, Retention { keep_last: 0 });
+        let (member, retention) = (Member { rank, lead: rank == 0 }, Retention::last(0));
         Writer::member(Arc::new(RealDisk), root.path().into(), pieces, member, retention).unwrap()
     };
     let mut writers: Vec<Writer> = CUTS.iter().enumerate().map(member).collect();

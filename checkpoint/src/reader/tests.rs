@@ -10,7 +10,7 @@ fn saved() -> (tempfile::TempDir, PathBuf) {
     let root = tempfile::tempdir().unwrap();
     let specs =
         vec![TensorSpec { name: "w".into(), shape: vec![2, 2] }, TensorSpec { name: "b".into(), shape: vec![] }];
-    let mut writer = Writer::new(Arc::new(RealDisk), root.path().into(), specs, Retention { keep_last: 0 }).unwrap();
+    let mut writer = Writer::new(Arc::new(RealDisk), root.path().into(), specs, Retention::last(0)).unwrap();
     let attachment = Attachment { name: "recipe.toml".into(), bytes: Arc::from(*b"[model]\n") };
     writer.offer(5, json!({ "cursor": 80 }), vec![attachment], |snapshot| {
         snapshot.tensor(0).copy_from_slice(&[1.0, 2.0, 3.0, 4.0]);

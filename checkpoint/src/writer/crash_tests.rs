@@ -27,6 +27,21 @@ fn save(disk: Arc<dyn Disk>, step: u64, seed: f32) -> bool {
     matches!(writer.flush()[..], [Outcome::Committed { .. }])
 }
 
+/// Disks in disorder that are looked at after each crash.
+const DISORDERS: usize = 4;
+
+/// What a machine that stopped at operation `crash` may find: what was durable, what was done, and things in between.
+pub(super) fn remains(disk: &SimulatedDisk, crash: usize) -> impl Iterator<Item = SimulatedDisk> {
+    let disorder = move |turn| disk.after_crash_in_disorder((DISORDERS * crash + turn) as u64);
+    [disk.after_crash(), disk.after_kill()].into_iter().chain((0..DISORDERS).map(disorder))
+}
+
+/// What disks say: that they are full, and that they cannot read or write.
+pub(super) fn kinds() -> [io::ErrorKind; 2] {
+    use rustix::io::Errno;
+    [Errno::NOSPC, Errno::IO].map(|errno| io::Error::from(errno).kind())
+}
+
 /// Every checkpoint that is listed must load, and be one of `allowed` (step, seed); the newest must be `newest` if given.
 pub(super) fn check(disk: &SimulatedDisk, allowed: &[(u64, f32)], newest: Option<(u64, f32)>) -> Result<(), String> {
     let root = tempfile::tempdir().unwrap();
@@ -50,7 +65,7 @@ pub(super) fn check(disk: &SimulatedDisk, allowed: &[(u64, f32)], newest: Option
 }
 
 /// Stops at each operation of a save of `step`, `skipped` being the one sync that does nothing, and looks at what a loss
-/// of power and what a kill leave. The first fault found, if any; otherwise how many operations there are.
+/// of power and what a kill [leave](remains). The first fault found, if any; otherwise how many operations there are.
 fn crash_everywhere(step: u64, skipped: Option<usize>) -> Result<usize, String> {
     let allowed = [(1, 1.0), (step, 2.0)];
     for crash in 0.. {
@@ -62,7 +77,7 @@ fn crash_everywhere(step: u64, skipped: Option<usize>) -> Result<usize, String> 
             _ => Fate::Pass,
         });
         let newest = save(hooked, step, 2.0).then_some((step, 2.0));
-        for left in [disk.after_crash(), disk.after_kill()] {
+        for left in remains(&disk, crash) {
             check(&left, &allowed, newest).map_err(|fault| format!("operation {crash}: {fault}"))?;
             assert!(save(Arc::new(left.clone()), 3, 3.0), "the next run saves");
             assert_eq!(left.list(Path::new(FOLDER)).unwrap(), ["step-00000003"], "and puts the folder in order");
@@ -108,7 +123,7 @@ fn a_crash_while_a_step_is_replaced_leaves_one_or_the_other() {
 
 #[test]
 fn a_failure_at_any_operation_leaves_the_older_one_and_the_next_save_works() {
-    for kind in [io::ErrorKind::StorageFull, io::ErrorKind::Other] {
+    for kind in kinds() {
         let mut failed = 0;
         for index in 0.. {
             let disk = base();
@@ -139,4 +154,37 @@ fn a_failure_at_any_operation_leaves_the_older_one_and_the_next_save_works() {
         }
         assert!(failed > 12, "a save has more operations than {failed}");
     }
+}
+
+#[test]
+fn a_short_write_at_any_operation_costs_nothing() {
+    let mut short = 0;
+    for index in 0.. {
+        let disk = base();
+        let mut writer = writer(Arc::new(disk.clone()), Path::new(FOLDER), 1).unwrap();
+        let start = disk.operations();
+        let before = operations_of_a_save();
+        disk.short_at(start + index);
+        offer(&mut writer, 2, 2.0);
+        assert!(matches!(writer.flush()[..], [Outcome::Committed { step: 2, .. }]), "operation {index}");
+        check(&disk.after_crash(), &[(2, 2.0)], Some((2, 2.0))).unwrap();
+        // What was left over took a call of its own.
+        short += usize::from(disk.operations() - start > before);
+        if disk.operations() <= start + index {
+            break;
+        }
+    }
+    assert!(short >= 5, "header, values, attachment and manifest are written, found {short} writes");
+}
+
+fn operations_of_a_save() -> usize {
+    static COUNT: std::sync::OnceLock<usize> = std::sync::OnceLock::new();
+    *COUNT.get_or_init(|| {
+        let disk = base();
+        let mut writer = writer(Arc::new(disk.clone()), Path::new(FOLDER), 1).unwrap();
+        let start = disk.operations();
+        offer(&mut writer, 2, 2.0);
+        writer.flush();
+        disk.operations() - start
+    })
 }

@@ -1,8 +1,10 @@
 //! What is done to whole folders: putting them in order, giving them their names, taking them back, retention.
 
+use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
+use super::retention::{SCORE, Verdict};
 use super::thread::Target;
 use crate::disk::{self, Disk};
 use crate::error::CheckpointError;
@@ -90,12 +92,15 @@ fn hash(disk: &dyn Disk, path: &Path) -> std::io::Result<String> {
     }
 }
 
-/// Removes what `step` replaced and what lies beyond the number to keep. The checkpoint is committed by now: a failure
+/// Removes what `step` replaced and what retention does not keep. The checkpoint is committed by now: a failure
 /// here only leaves too much, and the next sweep removes it.
 pub(super) fn retain(target: &Target, step: u64) -> Vec<u64> {
     let try_to = || {
         let names = disk::names(&*target.disk, &target.folder)?;
-        let removed = layout::beyond(layout::checkpoints(&names).into_keys(), step, target.retention.keep_last);
+        let verdicts = target.retention.judge(&scores(target, &layout::checkpoints(&names)), step);
+        tracing::debug!(step, ?verdicts, "which checkpoints stay, and why");
+        let removed = verdicts.into_iter().filter(|(_, verdict)| *verdict == Verdict::Removed);
+        let removed: Vec<u64> = removed.map(|(step, _)| step).collect();
         let doomed = |name: &&String| {
             let replaced = layout::replaced_step_of(name);
             replaced == Some(step) || replaced.or(layout::step_of(name)).is_some_and(|other| removed.contains(&other))
@@ -108,6 +113,17 @@ pub(super) fn retain(target: &Target, step: u64) -> Vec<u64> {
         tracing::warn!(step, %error, "older checkpoints could not be removed");
         Vec::new()
     })
+}
+
+/// The checkpoints with their scores, which are looked for only where somebody asks. One whose manifest is damaged has none.
+fn scores(target: &Target, checkpoints: &BTreeMap<u64, String>) -> BTreeMap<u64, Option<f64>> {
+    let score = |name: &String| {
+        let file = target.folder.join(name).join(layout::MANIFEST);
+        let manifest = Manifest::parse(&target.disk.read(&file).ok()?, &file).ok()?;
+        manifest.state.get(SCORE)?.as_f64()
+    };
+    let asked = target.retention.keep_best > 0;
+    checkpoints.iter().map(|(&step, name)| (step, if asked { score(name) } else { None })).collect()
 }
 
 /// Removes folders under names that never count. Those names are durable before the first file goes, so that no crash

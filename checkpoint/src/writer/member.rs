@@ -86,6 +86,8 @@ impl Writer {
     /// It waits for what the thread is doing: as long as the disk takes for one part or one commit, and for removals.
     pub fn abandon(&mut self) -> Vec<Outcome> {
         self.target.abandoned.store(true, Ordering::SeqCst);
+        // Whoever abandons waits.
+        self.limit(0);
         let steps: Vec<u64> = self.flights.iter().map(|flight| flight.step).collect();
         let finished = self.flush();
         for step in steps {

@@ -1,10 +1,9 @@
 //! The machine stops, or the disk fails, at every single operation of a save by two ranks.
 
-use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::crash_tests::{FOLDER, base, check};
+use super::crash_tests::{FOLDER, base, check, kinds, remains};
 use super::member_tests::{offer, part, try_members};
 use super::*;
 use crate::disk::hooked::{Call, Fate, Hooked};
@@ -52,7 +51,7 @@ fn crash_everywhere(step: u64, skipped: Option<usize>) -> Result<usize, String> 
             _ => Fate::Pass,
         });
         let newest = save(&hooked, step, 2.0).then_some((step, 2.0));
-        for left in [disk.after_crash(), disk.after_kill()] {
+        for left in remains(&disk, crash) {
             check(&left, &allowed, newest).map_err(|fault| format!("operation {crash}: {fault}"))?;
             let again: Arc<dyn Disk> = Arc::new(left.clone());
             assert!(save(&again, 3, 3.0), "the next run saves");
@@ -101,13 +100,17 @@ fn a_crash_after_any_left_out_sync_of_two_ranks_is_noticed() {
 
 #[test]
 fn a_failure_at_any_operation_of_two_ranks_leaves_the_older_one_and_the_next_save_works() {
+    kinds().into_iter().for_each(fail_everywhere);
+}
+
+fn fail_everywhere(kind: std::io::ErrorKind) {
     let mut failed = 0;
     for index in 0.. {
         let disk = base();
         let shared: Arc<dyn Disk> = Arc::new(disk.clone());
         let mut writers = try_members(&shared, Path::new(FOLDER), 2, 1).unwrap();
         let start = disk.operations();
-        disk.fail_at(start + index, io::ErrorKind::StorageFull);
+        disk.fail_at(start + index, kind);
         let newest = try_save(&mut writers, 2, 2.0).then_some((2, 2.0));
         failed += usize::from(newest.is_none());
         check(&disk, &[(1, 1.0), (2, 2.0)], newest).unwrap_or_else(|fault| panic!("operation {index}: {fault}"));
@@ -133,7 +136,7 @@ fn abandoning_after_a_failure_at_any_operation_leaves_nothing_of_the_step() {
         let shared: Arc<dyn Disk> = Arc::new(disk.clone());
         let mut writers = try_members(&shared, Path::new(FOLDER), 2, 1).unwrap();
         let start = disk.operations();
-        disk.fail_at(start + index, io::ErrorKind::StorageFull);
+        disk.fail_at(start + index, std::io::ErrorKind::StorageFull);
         let committed = try_commit(&mut writers, 2, 2.0);
         let done = disk.operations() <= start + index;
         writers.iter_mut().for_each(|writer| drop(writer.abandon()));
@@ -147,4 +150,21 @@ fn abandoning_after_a_failure_at_any_operation_leaves_nothing_of_the_step() {
         check(&disk, &[(1, 1.0), (2, 2.0)], committed.then_some((2, 2.0))).unwrap();
     }
     assert!(failed > 20, "{failed}");
+}
+
+#[test]
+fn a_short_write_at_any_operation_of_two_ranks_costs_nothing() {
+    for index in 0.. {
+        let disk = base();
+        let shared: Arc<dyn Disk> = Arc::new(disk.clone());
+        let mut writers = try_members(&shared, Path::new(FOLDER), 2, 1).unwrap();
+        let start = disk.operations();
+        disk.short_at(start + index);
+        assert!(try_save(&mut writers, 2, 2.0), "operation {index}");
+        check(&disk.after_crash(), &[(2, 2.0)], Some((2, 2.0))).unwrap();
+        if disk.operations() <= start + index {
+            assert!(index > 20, "a save by two has more operations than {index}");
+            break;
+        }
+    }
 }

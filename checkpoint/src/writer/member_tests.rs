@@ -29,7 +29,7 @@ pub(super) fn try_members(
     keep_last: usize,
 ) -> Result<Vec<Writer>, CheckpointError> {
     let member = |rank| {
-        let (member, retention) = (Member { rank, lead: rank == 0 }, Retention { keep_last });
+        let (member, retention) = (Member { rank, lead: rank == 0 }, Retention::last(keep_last));
         Writer::member(Arc::clone(disk), folder.to_path_buf(), cut(rank, ranks), member, retention)
     };
     (0..ranks).map(member).collect()
@@ -221,7 +221,7 @@ fn two_folders_hold_their_own_ranks_parts_under_one_id() {
     };
     let folder = |rank: usize| Path::new("/machines").join((rank / 2).to_string());
     let member = |rank: usize| {
-        let (member, retention) = (Member { rank, lead: rank.is_multiple_of(2) }, Retention { keep_last: 0 });
+        let (member, retention) = (Member { rank, lead: rank.is_multiple_of(2) }, Retention::last(0));
         Writer::member(Arc::clone(&shared), folder(rank), pieces(rank), member, retention).unwrap()
     };
     let mut writers: Vec<Writer> = (0..4).map(member).collect();

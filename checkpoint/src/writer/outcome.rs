@@ -6,13 +6,6 @@ use std::sync::Arc;
 use super::Part;
 use crate::error::CheckpointError;
 
-/// Which checkpoints stay.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Retention {
-    /// How many of the newest, the one just committed among them; 0 keeps all.
-    pub keep_last: usize,
-}
-
 /// What became of an offered snapshot.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Offer {

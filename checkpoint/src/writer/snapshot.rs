@@ -34,7 +34,7 @@ impl<'a> Snapshot<'a> {
     }
 }
 
-/// Elements of a host buffer whose tensors lie in these ranges, end to end.
-pub(super) fn len(ranges: &[Range<usize>]) -> usize {
-    ranges.last().map_or(0, |range| range.end)
+/// A host buffer for tensors in these ranges, end to end. Every page of it is there: what is not zero has to be written.
+pub(super) fn buffer(ranges: &[Range<usize>]) -> Vec<f32> {
+    vec![f32::NAN; ranges.last().map_or(0, |range| range.end)]
 }

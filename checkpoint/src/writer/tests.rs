@@ -42,7 +42,7 @@ pub(super) fn check_content(checkpoint: &Checkpoint, step: u64, seed: f32) -> Re
 }
 
 pub(super) fn writer(disk: Arc<dyn Disk>, folder: &Path, keep_last: usize) -> Result<Writer, CheckpointError> {
-    Writer::new(disk, folder.to_path_buf(), specs(), Retention { keep_last })
+    Writer::new(disk, folder.to_path_buf(), specs(), Retention::last(keep_last))
 }
 
 fn steps(folder: &Path) -> Vec<u64> {
@@ -90,8 +90,7 @@ fn a_tensor_of_more_than_one_chunk_comes_back() {
     let root = tempfile::tempdir().unwrap();
     let count = (1 << 18) + 3;
     let specs = vec![TensorSpec { name: "w".into(), shape: vec![count] }];
-    let mut writer =
-        Writer::new(Arc::new(RealDisk), root.path().to_path_buf(), specs, Retention { keep_last: 0 }).unwrap();
+    let mut writer = Writer::new(Arc::new(RealDisk), root.path().to_path_buf(), specs, Retention::last(0)).unwrap();
     writer.offer(1, Value::Null, Vec::new(), |snapshot| {
         snapshot.tensor(0).iter_mut().enumerate().for_each(|(index, value)| *value = index as f32);
     });
@@ -117,6 +116,38 @@ fn retention_keeps_the_newest_and_buffers_are_reused() {
     assert_eq!(steps(root.path()), [4, 5]);
     assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2, "nothing else is left");
     assert_eq!(writer.spare.len(), 1, "one snapshot at a time needs one buffer");
+}
+
+/// Saves steps 1 to 6 by a writer each, damages the manifest of step 3 in between, if that is wanted, and says which steps
+/// are left.
+fn left_after(retention: Retention, damaged: bool) -> Vec<u64> {
+    let scores = [Some(0.3), Some(0.1), Some(0.05), Some(0.2), None, Some(0.9)];
+    let root = tempfile::tempdir().unwrap();
+    for (index, score) in scores.into_iter().enumerate() {
+        let step = index as u64 + 1;
+        let mut writer = Writer::new(Arc::new(RealDisk), root.path().into(), specs(), retention).unwrap();
+        writer.offer(step, json!({ SCORE: score }), Vec::new(), |snapshot| {
+            (0..2).for_each(|index| snapshot.tensor(index).fill(step as f32));
+        });
+        assert_committed(&writer.flush(), &[step]);
+        if damaged && step == 3 {
+            fs::write(root.path().join("step-00000003/manifest.json"), b"{}").unwrap();
+        }
+    }
+    steps(root.path())
+}
+
+#[test]
+fn the_best_are_known_from_their_manifests_and_every_so_many_stay() {
+    let keep = |keep_last, keep_every, keep_best| Retention { keep_last, keep_every, keep_best };
+    assert_eq!(left_after(keep(1, 0, 0), false), [6]);
+    assert_eq!(left_after(keep(1, 0, 1), false), [3, 6]);
+    assert_eq!(left_after(keep(1, 0, 2), false), [2, 3, 6]);
+    assert_eq!(left_after(keep(1, 5, 1), false), [3, 5, 6]);
+    // One whose manifest says nothing any more is not among the best.
+    assert_eq!(left_after(keep(1, 0, 1), true), [4, 6]);
+    assert_eq!(left_after(keep(1, 0, 2), true), [2, 4, 6]);
+    assert_eq!(left_after(keep(2, 0, 1), true), [2, 5, 6]);
 }
 
 #[test]
@@ -207,8 +238,7 @@ fn a_tensor_that_was_not_filled_fails_the_snapshot() {
 fn an_attachment_that_climbs_out_or_collides_fails_the_snapshot() {
     for name in ["../recipe.toml", "/recipe.toml", "manifest.json", "rank-0000.safetensors", ""] {
         let root = tempfile::tempdir().unwrap();
-        let mut writer =
-            Writer::new(Arc::new(RealDisk), root.path().into(), Vec::new(), Retention { keep_last: 0 }).unwrap();
+        let mut writer = Writer::new(Arc::new(RealDisk), root.path().into(), Vec::new(), Retention::last(0)).unwrap();
         let attachment = Attachment { name: name.into(), bytes: Arc::from([1, 2, 3]) };
         writer.offer(1, Value::Null, vec![attachment], |_| {});
         assert!(failure(&writer.flush()).contains(&format!("{name:?}")));
@@ -221,7 +251,7 @@ fn specs_that_make_no_sense_are_refused() {
     let check = |names: &[&str], shape: &[usize], expected: &str| {
         let specs = names.iter().map(|&name| TensorSpec { name: name.into(), shape: shape.to_vec() }).collect();
         let disk = Arc::new(SimulatedDisk::new());
-        let fault = Writer::new(disk, "/c".into(), specs, Retention { keep_last: 0 }).unwrap_err().to_string();
+        let fault = Writer::new(disk, "/c".into(), specs, Retention::last(0)).unwrap_err().to_string();
         assert!(fault.contains(expected), "{fault}");
     };
     check(&["a", "a"], &[1], "two tensors have it");

@@ -11,6 +11,7 @@ pub fn all(raw: &Raw, faults: &mut Vec<Fault>) {
     data_faults(raw, faults);
     schedule_faults(raw, faults);
     share_faults(raw, faults);
+    retention_faults(raw, faults);
     device_faults(raw, faults);
 }
 
@@ -148,6 +149,17 @@ fn share_faults(raw: &Raw, faults: &mut Vec<Fault>) {
     if shares.len() != ranks {
         let what = format!("expected one number for each of the parallel.data = {ranks} ranks, found {}", shares.len());
         faults.push(Fault::new(raw.origin(name), name, what));
+    }
+}
+
+/// The best are those with the lowest loss on held-out text: without that there are none.
+fn retention_faults(raw: &Raw, faults: &mut Vec<Fault>) {
+    let (name, keys) = ("checkpoint.keep_best", Reader(raw));
+    let Some(wanted) = keys.count(name).filter(|&wanted| wanted > 0) else { return };
+    if keys.count("eval.every") == Some(0) || keys.texts("eval.files").is_empty() {
+        let what = format!("expected 0 where nothing is evaluated, found {wanted}");
+        let help = "write `eval.files`, and `eval.every` such that it comes with `checkpoint.every`";
+        faults.push(Fault::new(raw.origin(name), name, what).help(help));
     }
 }
 

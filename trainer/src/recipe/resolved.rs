@@ -234,8 +234,25 @@ pub struct Checkpoint {
     pub every: u64,
     /// How many to keep; 0 for all.
     pub keep_last: usize,
+    /// Steps between two that stay; 0 for none.
+    pub keep_every: u64,
+    /// How many of the best to keep; 0 for none.
+    pub keep_best: usize,
+    /// What to do when two are being written.
+    pub when_busy: WhenBusy,
+    /// Bytes a second that a rank writes while training goes on; 0 for no limit.
+    pub write_bytes_per_s_max: u64,
     /// Seconds to write one after a signal.
     pub grace_s: f64,
+}
+
+/// What a run does when a checkpoint is due and two are still being written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenBusy {
+    /// It leaves this one out.
+    Skip,
+    /// It waits until there is room.
+    Wait,
 }
 
 /// `[device]`.
@@ -369,6 +386,10 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
         checkpoint: Checkpoint {
             every: keys.count("checkpoint.every")? as u64,
             keep_last: keys.count("checkpoint.keep_last")?,
+            keep_every: keys.count("checkpoint.keep_every")? as u64,
+            keep_best: keys.count("checkpoint.keep_best")?,
+            when_busy: if keys.text("checkpoint.when_busy")? == "wait" { WhenBusy::Wait } else { WhenBusy::Skip },
+            write_bytes_per_s_max: keys.count("checkpoint.write_bytes_per_s_max")? as u64,
             grace_s: keys.real("checkpoint.grace_s")?,
         },
         device: DeviceKeys {

@@ -26,6 +26,7 @@ impl Run {
                     as u64,
             tokens: self.tokens,
             loss: self.last_loss,
+            eval_loss: self.evaluated.filter(|&(step, _)| step == self.state.step).map(|(_, loss)| loss),
             seed: self.recipe.train.seed,
             corpus_hash: self.data.corpus_hash.clone(),
             recipe_hash: self.recipe_hash.clone(),
@@ -69,6 +70,8 @@ impl Run {
 
     /// The checkpoint that a run must not end without.
     pub(super) fn last_checkpoint(&mut self) -> Result<()> {
+        // Nothing trains any more that it could disturb, and a signalled run has little time.
+        self.writer.limit(0);
         self.finish_writing()?;
         if self.state.step > 0 && self.committed != Some(self.state.step) {
             // Everything is settled: nobody is busy.

@@ -205,7 +205,8 @@ fn make_runs(runs: &Path) -> Result<()> {
 }
 
 const fn retention(recipe: &Recipe) -> Retention {
-    Retention { keep_last: recipe.checkpoint.keep_last }
+    let keys = &recipe.checkpoint;
+    Retention { keep_last: keys.keep_last, keep_every: keys.keep_every, keep_best: keys.keep_best }
 }
 
 /// The weights that a run starts from, and its text. `newest` is a checkpoint of the run, if there is one.
@@ -325,6 +326,7 @@ impl Parts {
             committed,
             failure: None,
             first: true,
+            evaluated: None,
         }
     }
 }

@@ -1,0 +1,222 @@
+//! A disk that is written to no faster than so many bytes a second.
+
+use std::fmt::Debug;
+use std::io::{self, Read};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::{Disk, DiskFile};
+
+/// Time as the pace needs it: the system's, or a test's.
+pub trait Clock: Send + Sync + Debug {
+    /// Time since some fixed moment.
+    fn now(&self) -> Duration;
+
+    /// Lets so much time pass.
+    fn sleep(&self, time: Duration);
+}
+
+/// The system's clock.
+#[derive(Debug)]
+pub struct SystemClock(Instant);
+
+impl Default for SystemClock {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
+}
+
+impl Clock for SystemClock {
+    fn now(&self) -> Duration {
+        self.0.elapsed()
+    }
+
+    fn sleep(&self, time: Duration) {
+        std::thread::sleep(time);
+    }
+}
+
+/// Sleeps are cut into pieces of this length, so that a limit that is lifted is noticed soon.
+const SLEEP_MAX: Duration = Duration::from_millis(20);
+
+/// Bytes that are written at once, so that a small limit is kept within a second too.
+const PIECE: usize = 1 << 18;
+
+/// A limit that may be changed, or lifted, while somebody writes, and what was written so far.
+#[derive(Debug, Default)]
+pub struct Limit {
+    bytes_per_s_max: AtomicU64,
+    written_bytes: AtomicU64,
+}
+
+impl Limit {
+    /// Sets it, from this moment on; 0 is no limit.
+    pub fn set(&self, bytes_per_s_max: u64) {
+        self.bytes_per_s_max.store(bytes_per_s_max, Ordering::SeqCst);
+    }
+
+    /// Bytes of all files so far.
+    pub fn written_bytes(&self) -> u64 {
+        self.written_bytes.load(Ordering::SeqCst)
+    }
+
+    /// When bytes that begin to be written at `now` have had their time.
+    fn due(&self, now: Duration, bytes: usize) -> Duration {
+        match self.bytes_per_s_max.load(Ordering::SeqCst) {
+            0 => now,
+            limit => now + Duration::from_secs_f64(bytes as f64 / limit as f64),
+        }
+    }
+}
+
+/// `inner`, whose files take no more bytes a second than the limit says. Time in which nothing is written is not saved up.
+#[derive(Debug)]
+pub struct Paced {
+    inner: Arc<dyn Disk>,
+    limit: Arc<Limit>,
+    clock: Arc<dyn Clock>,
+}
+
+struct PacedFile {
+    inner: Box<dyn DiskFile>,
+    limit: Arc<Limit>,
+    clock: Arc<dyn Clock>,
+}
+
+impl Paced {
+    pub fn new(inner: Arc<dyn Disk>, limit: Arc<Limit>, clock: Arc<dyn Clock>) -> Self {
+        Self { inner, limit, clock }
+    }
+}
+
+impl DiskFile for PacedFile {
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        for piece in bytes.chunks(PIECE) {
+            let begun = self.clock.now();
+            self.inner.write_all(piece)?;
+            self.limit.written_bytes.fetch_add(piece.len() as u64, Ordering::SeqCst);
+            loop {
+                // Asked each time: the limit may have been lifted meanwhile.
+                let (now, due) = (self.clock.now(), self.limit.due(begun, piece.len()));
+                if now >= due {
+                    break;
+                }
+                self.clock.sleep((due - now).min(SLEEP_MAX));
+            }
+        }
+        Ok(())
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.inner.sync()
+    }
+}
+
+impl Disk for Paced {
+    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        let (inner, limit, clock) = (self.inner.create(path)?, Arc::clone(&self.limit), Arc::clone(&self.clock));
+        Ok(Box::new(PacedFile { inner, limit, clock }))
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        self.inner.create_dir(path)
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.inner.sync_dir(path)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.inner.rename(from, to)
+    }
+
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
+        self.inner.remove_dir_all(path)
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        self.inner.remove_file(path)
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        self.inner.list(path)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Box<dyn Read + Send>> {
+        self.inner.open(path)
+    }
+
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        self.inner.exists(path)
+    }
+
+    fn size(&self, path: &Path) -> io::Result<u64> {
+        self.inner.size(path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::SimulatedDisk;
+
+    /// A clock that stands still but for sleeps, and lifts `limit` once it has come to `lift_at`.
+    #[derive(Debug)]
+    struct Forged {
+        now: Mutex<Duration>,
+        limit: Arc<Limit>,
+        lift_at: Duration,
+    }
+
+    impl Clock for Forged {
+        fn now(&self) -> Duration {
+            *self.now.lock().unwrap()
+        }
+
+        fn sleep(&self, time: Duration) {
+            assert!(time <= SLEEP_MAX);
+            let mut now = self.now.lock().unwrap();
+            *now += time;
+            if *now >= self.lift_at {
+                self.limit.set(0);
+            }
+        }
+    }
+
+    /// Seconds of the forged clock that two writes of `bytes` take, with an hour between them.
+    fn seconds(bytes_per_s_max: u64, bytes: usize, lift_at_s: f64) -> f64 {
+        let limit = Arc::new(Limit::default());
+        limit.set(bytes_per_s_max);
+        let (now, lift_at) = (Mutex::new(Duration::ZERO), Duration::from_secs_f64(lift_at_s));
+        let clock = Arc::new(Forged { now, limit: Arc::clone(&limit), lift_at });
+        let simulated = SimulatedDisk::new();
+        let paced = Paced::new(Arc::new(simulated.clone()), limit, Arc::clone(&clock) as Arc<dyn Clock>);
+        let mut file = paced.create(Path::new("/file")).unwrap();
+        file.write_all(&vec![1; bytes]).unwrap();
+        let first = clock.now().as_secs_f64();
+        *clock.now.lock().unwrap() += Duration::from_secs(3600);
+        file.write_all(&vec![2; bytes]).unwrap();
+        assert_eq!(simulated.size(Path::new("/file")).unwrap(), 2 * bytes as u64);
+        first + (clock.now().as_secs_f64() - first - 3600.0)
+    }
+
+    #[test]
+    fn writes_take_the_time_of_the_limit_and_idle_time_is_not_saved_up() {
+        let never = 1e6;
+        for (limit, bytes) in [(1_000_000, 3_000_000), (100, 7), (10_000_000, 1 << 20)] {
+            let (expected, found) = (2.0 * bytes as f64 / limit as f64, seconds(limit, bytes, never));
+            assert!((found - expected).abs() < 1e-6, "{bytes} bytes at {limit} a second: {found} s");
+        }
+        assert_eq!(seconds(0, 3_000_000, never), 0.0, "0 is no limit");
+    }
+
+    #[test]
+    fn a_limit_that_is_lifted_ends_the_sleep_at_hand() {
+        let found = seconds(10, 3_000_000, 2.0);
+        assert!((2.0..2.1).contains(&found), "{found} s");
+    }
+}

@@ -1,0 +1,87 @@
+//! The best checkpoint stays through crashes, and in every folder of machines that share none.
+
+use std::path::Path;
+
+use serde_json::json;
+
+use super::crash_tests::{FOLDER, remains};
+use super::member_tests::{commit, dumped, settle};
+use super::tests::specs;
+use super::*;
+use crate::{Checkpoint, SimulatedDisk, list};
+
+const BEST: Retention = Retention { keep_last: 1, keep_every: 0, keep_best: 1 };
+
+fn offer(writer: &mut Writer, step: u64, score: f32) -> Offer {
+    let count = writer.target.pieces.len();
+    writer.offer(step, json!({ SCORE: score }), Vec::new(), |snapshot| {
+        (0..count).for_each(|index| snapshot.tensor(index).fill(step as f32));
+    })
+}
+
+/// Saves a step alone, and says whether it was reported as committed.
+fn save(disk: &SimulatedDisk, step: u64, score: f32) -> bool {
+    let shared: Arc<dyn Disk> = Arc::new(disk.clone());
+    let Ok(mut writer) = Writer::new(shared, FOLDER.into(), specs(), BEST) else { return false };
+    offer(&mut writer, step, score);
+    matches!(writer.flush()[..], [Outcome::Committed { .. }])
+}
+
+/// The steps in a folder of the disk, all of which verify.
+fn whole_steps(disk: &SimulatedDisk) -> Vec<u64> {
+    let (_root, folder) = dumped(disk);
+    let verified = |(step, path): (u64, PathBuf)| {
+        Checkpoint::open(&path).unwrap().verify().unwrap();
+        step
+    };
+    list(&folder).unwrap().into_iter().map(verified).collect()
+}
+
+#[test]
+fn a_crash_at_any_operation_leaves_the_best_one_too() {
+    for crash in 0.. {
+        let disk = SimulatedDisk::new();
+        assert!(save(&disk, 1, 0.1) && save(&disk, 2, 0.5));
+        let disk = disk.after_crash();
+        assert_eq!(whole_steps(&disk), [1, 2]);
+        disk.crash_at(crash);
+        let committed = save(&disk, 3, 0.3);
+        for left in remains(&disk, crash) {
+            let steps = whole_steps(&left);
+            assert_eq!(steps[0], 1, "operation {crash}: the best is gone, {steps:?} are left");
+            assert!(steps.contains(if committed { &3 } else { &2 }) || steps.contains(&3), "{steps:?}");
+            assert!(save(&left, 4, 0.9));
+            assert_eq!(whole_steps(&left), [1, 4]);
+        }
+        if disk.operations() <= crash {
+            assert!(committed && crash > 20, "a save has more operations than {crash}");
+            break;
+        }
+    }
+}
+
+#[test]
+fn two_folders_keep_the_same_ones() {
+    let disk = SimulatedDisk::new();
+    let shared: Arc<dyn Disk> = Arc::new(disk.clone());
+    let folder = |rank: usize| Path::new(FOLDER).join(rank.to_string());
+    let writer = |rank: usize| {
+        let range = 3 * rank..3 * rank + 3;
+        let piece = PieceSpec { tensor: "w".into(), shape: vec![2, 3], range };
+        Writer::member(Arc::clone(&shared), folder(rank), vec![piece], Member { rank, lead: true }, BEST).unwrap()
+    };
+    let mut writers: Vec<Writer> = (0..2).map(writer).collect();
+    for (step, score) in [(1, 0.5), (2, 0.2), (3, 0.4), (4, 0.3)] {
+        for writer in &mut writers {
+            assert!(matches!(offer(writer, step, score), Offer::Taken { .. }));
+            let Some(Outcome::Written { part, .. }) = writer.flush().pop() else { panic!("it is written") };
+            let outcome = commit(writer, step, &format!("commit {step}"), vec![part]);
+            assert!(matches!(outcome, Outcome::Committed { .. }), "{outcome:?}");
+        }
+        let held = |rank| disk.list(&folder(rank)).unwrap();
+        assert!(step == 1 || held(0).len() > 1, "nothing goes before the step is settled");
+        settle(&mut writers, step, true);
+        assert_eq!(held(0), held(1));
+    }
+    assert_eq!(disk.list(&folder(0)).unwrap(), ["step-00000002", "step-00000004"]);
+}

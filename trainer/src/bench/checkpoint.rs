@@ -1,0 +1,269 @@
+//! `tributary bench checkpoint`: what a checkpoint costs training, and how fast it is written and read, against copies and
+//! plain files of the same bytes in the same run.
+//!
+//! A round does everything once, one after the other, so that whatever else the machine does meets all of it alike: a copy
+//! of the state by one thread into memory that is there, a plain file, a checkpoint by itself, steps without a checkpoint
+//! and steps beside one. What counts is the median over the rounds, of ratios within a round.
+//!
+//! - `work`: the step, and the plain file.
+
+mod work;
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use checkpoint::reader::Checkpoint;
+use checkpoint::writer::{Offer, Outcome, Retention, TensorSpec, Writer};
+use checkpoint::{CheckpointError, RealDisk};
+use clap::Args;
+use rayon::prelude::*;
+use serde_json::json;
+
+use super::at_least_one;
+use crate::error::{Error, Result};
+use work::{Work, mean, median, plain_read_s, plain_write_s};
+
+/// Elements of a tensor at the most: a matrix of a middling model.
+const TENSOR_MAX: usize = 1 << 22;
+/// Steps without a checkpoint, before and after those beside one.
+const QUIET_STEPS: usize = 6;
+
+/// What is measured.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// Parameters; AdamW's moments make it three times as many values
+    #[arg(long, default_value_t = 100_000_000, value_parser = super::elements)]
+    elements: usize,
+    /// Rounds whose median counts, after one that warms up
+    #[arg(long, default_value_t = 5, value_parser = at_least_one)]
+    rounds: usize,
+    /// Milliseconds of a step, about
+    #[arg(long, default_value_t = 100, value_parser = at_least_one)]
+    step_ms: usize,
+    /// On which disk: a folder in this one is made, and removed
+    #[arg(long, default_value = ".")]
+    folder: PathBuf,
+    /// Leave the last checkpoint there, for others to read
+    #[arg(long)]
+    keep: bool,
+    /// One JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Parameters and moments.
+struct State {
+    specs: Vec<TensorSpec>,
+    tensors: Vec<Vec<f32>>,
+}
+
+/// What one round found; seconds, but for the ratio of the means.
+struct Round {
+    memcpy_s: f64,
+    plain_write_s: f64,
+    write_s: f64,
+    copy_s: f64,
+    /// In the call, and the excess of the step after it.
+    stall_s: f64,
+    quiet_step_s: f64,
+    busy_step_s: f64,
+    busy_mean_ratio: f64,
+    busy_steps: usize,
+}
+
+/// Measures.
+///
+/// # Errors
+/// The disk fails.
+pub fn checkpoint(options: &Options) -> Result<()> {
+    let state = State::new(options.elements);
+    let bytes = state.bytes();
+    let folder = tempfile::Builder::new().prefix("bench-checkpoint-").tempdir_in(&options.folder);
+    let folder = folder.map_err(Error::io("make a folder in", &options.folder))?;
+    let checkpoints = folder.path().join("checkpoints");
+    let new = || Writer::new(Arc::new(RealDisk), checkpoints.clone(), state.specs.clone(), Retention::last(1));
+    let mut writer = new()?;
+    let mut work = Work::new(options.step_ms);
+    let mut copy: Vec<Vec<f32>> = state.tensors.iter().map(|tensor| vec![1.0; tensor.len()]).collect();
+    let mut rounds = Vec::new();
+    for number in 0..=options.rounds as u64 {
+        rounds.push(round(number, &state, &mut copy, &mut writer, &mut work, folder.path())?);
+    }
+    drop(copy);
+    let first = rounds.remove(0);
+    drop(writer);
+    let path = checkpoints.join(format!("step-{:08}", 2 * options.rounds + 2));
+    let (mut loads, mut reads) = (Vec::new(), Vec::new());
+    for _ in 0..options.rounds {
+        reads.push(plain_read_s(&path)?);
+        let start = Instant::now();
+        let loaded = load(&path, &state.specs)?;
+        loads.push(start.elapsed().as_secs_f64());
+        assert!(loaded == state.tensors, "what was loaded is what was saved");
+    }
+    if options.keep {
+        let _ = folder.keep();
+    }
+    report(options, bytes, &first, &rounds, (median(&mut loads), median(&mut reads)), &path)
+}
+
+impl State {
+    fn new(elements: usize) -> Self {
+        let lengths = (0..elements.div_ceil(TENSOR_MAX)).map(|i| TENSOR_MAX.min(elements - i * TENSOR_MAX));
+        let named = |suffix: &'static str| {
+            let spec = move |(i, length)| TensorSpec { name: format!("parameter.{i:04}{suffix}"), shape: vec![length] };
+            lengths.clone().enumerate().map(spec)
+        };
+        let specs: Vec<TensorSpec> = ["", ".m", ".v"].into_iter().flat_map(named).collect();
+        let tensors = specs.par_iter().enumerate().map(|(index, spec)| {
+            let mut x = (index as u32).wrapping_mul(0x9E37_79B9) | 1;
+            let value = |_| {
+                x ^= x << 13;
+                x ^= x >> 17;
+                x ^= x << 5;
+                x as f32 * 1e-10
+            };
+            (0..spec.shape[0]).map(value).collect()
+        });
+        let tensors = tensors.collect();
+        Self { specs, tensors }
+    }
+
+    fn bytes(&self) -> usize {
+        size_of::<f32>() * self.tensors.iter().map(Vec::len).sum::<usize>()
+    }
+
+    fn offer(&self, writer: &mut Writer, step: u64) -> Result<f64> {
+        let start = Instant::now();
+        let offer = writer.offer(step, json!({ "step": step }), Vec::new(), |snapshot| {
+            for (index, values) in self.tensors.iter().enumerate() {
+                snapshot.tensor(index).copy_from_slice(values);
+            }
+        });
+        match offer {
+            Offer::Taken { .. } => Ok(start.elapsed().as_secs_f64()),
+            Offer::Busy => Err(Error::Usage("bench checkpoint: nothing is in flight, and the writer is busy".into())),
+        }
+    }
+}
+
+fn round(
+    number: u64,
+    state: &State,
+    copy: &mut [Vec<f32>],
+    writer: &mut Writer,
+    work: &mut Work,
+    folder: &Path,
+) -> Result<Round> {
+    let start = Instant::now();
+    for (from, to) in state.tensors.iter().zip(copy) {
+        to.copy_from_slice(from);
+    }
+    let memcpy_s = start.elapsed().as_secs_f64();
+    let plain_write_s = plain_write_s(folder, &state.tensors)?;
+    let mut quiet: Vec<f64> = (0..QUIET_STEPS).map(|_| work.step_s()).collect();
+    // Beside steps: the call, the step after it, and those until the checkpoint is there.
+    let copy_s = state.offer(writer, 2 * number + 1)?;
+    let mut busy = Vec::new();
+    let seconds = loop {
+        busy.push(work.step_s());
+        if let Some(seconds) = committed_s(writer.outcomes())? {
+            break seconds;
+        }
+    };
+    tracing::debug!(seconds, "beside steps");
+    let after = busy[0];
+    // The last one was beside it in part only.
+    if busy.len() > 1 {
+        busy.pop();
+    }
+    quiet.extend((0..QUIET_STEPS).map(|_| work.step_s()));
+    // By itself.
+    state.offer(writer, 2 * number + 2)?;
+    let write_s = committed_s(writer.flush())?.unwrap_or(f64::NAN);
+    let (busy_steps, busy_mean_ratio) = (busy.len(), mean(&busy) / mean(&quiet));
+    let (quiet_step_s, busy_step_s) = (median(&mut quiet), median(&mut busy));
+    let stall_s = copy_s + (after - quiet_step_s).max(0.0);
+    Ok(Round {
+        memcpy_s,
+        plain_write_s,
+        write_s,
+        copy_s,
+        stall_s,
+        quiet_step_s,
+        busy_step_s,
+        busy_mean_ratio,
+        busy_steps,
+    })
+}
+
+/// Seconds of the checkpoint that was committed, if one was.
+fn committed_s(outcomes: Vec<Outcome>) -> Result<Option<f64>> {
+    let mut found = None;
+    for outcome in outcomes {
+        match outcome {
+            Outcome::Committed { seconds, .. } => found = Some(seconds),
+            Outcome::Failed { error, .. } => return Err(error.into()),
+            Outcome::Written { .. } | Outcome::Retained { .. } => {}
+        }
+    }
+    Ok(found)
+}
+
+/// Opens, verifies and reads everything into new memory, as a resume does.
+fn load(path: &Path, specs: &[TensorSpec]) -> std::result::Result<Vec<Vec<f32>>, CheckpointError> {
+    let checkpoint = Checkpoint::open(path)?;
+    checkpoint.verify()?;
+    let tensor = |spec: &TensorSpec| {
+        let mut values = vec![0.0; spec.shape.iter().product()];
+        checkpoint.tensor(&spec.name, &spec.shape, &mut values).map(|()| values)
+    };
+    specs.par_iter().map(tensor).collect()
+}
+
+fn report(
+    options: &Options,
+    bytes: usize,
+    first: &Round,
+    rounds: &[Round],
+    (load_s, read_s): (f64, f64),
+    path: &Path,
+) -> Result<()> {
+    let of = |what: fn(&Round) -> f64| median(&mut rounds.iter().map(what).collect::<Vec<f64>>());
+    let stall_ratio = of(|round| round.stall_s / round.memcpy_s);
+    let write_ratio = of(|round| round.plain_write_s / round.write_s);
+    let step_ratio = of(|round| round.busy_step_s / round.quiet_step_s);
+    let step_mean_ratio = of(|round| round.busy_mean_ratio);
+    let gb_per_s = |seconds: f64| bytes as f64 / seconds / 1e9;
+    let line = if options.json {
+        json!({
+            "state_bytes": bytes, "rounds": options.rounds, "memcpy_s": of(|round| round.memcpy_s),
+            "copy_s": of(|round| round.copy_s), "stall_s": of(|round| round.stall_s), "stall_ratio": stall_ratio,
+            "first_stall_ratio": first.stall_s / first.memcpy_s, "plain_write_s": of(|round| round.plain_write_s),
+            "write_s": of(|round| round.write_s), "write_ratio": write_ratio, "step_s": of(|round| round.quiet_step_s),
+            "step_ratio": step_ratio, "step_mean_ratio": step_mean_ratio,
+            "steps_beside": of(|round| round.busy_steps as f64), "load_s": load_s, "read_s": read_s,
+            "load_ratio": load_s / read_s, "path": options.keep.then(|| path.display().to_string()),
+        })
+        .to_string()
+    } else {
+        format!(
+            "{:.2} GB of state, medians of {} rounds\n\
+             a snapshot stops training for {:.3} s, {stall_ratio:.2} x memcpy ({:.2} x the first time)\n\
+             beside a checkpoint a step takes {step_ratio:.3} x as long (mean {step_mean_ratio:.3}; {} steps each)\n\
+             written at {:.2} GB/s, {write_ratio:.2} of a plain file\n\
+             loaded in {load_s:.2} s ({:.2} GB/s), a plain read takes {read_s:.2} s{}",
+            bytes as f64 / 1e9,
+            options.rounds,
+            of(|round| round.stall_s),
+            first.stall_s / first.memcpy_s,
+            of(|round| round.busy_steps as f64),
+            gb_per_s(of(|round| round.write_s)),
+            gb_per_s(load_s),
+            if options.keep { format!("\nkept: {}", path.display()) } else { String::new() },
+        )
+    };
+    writeln!(std::io::stdout(), "{line}").map_err(Error::io("write", "standard output"))
+}
