@@ -10,11 +10,13 @@
 //! - [`layout`]: the names inside the folder of checkpoints, and which of them count.
 //! - [`writer`]: two host buffers, one thread, the commit, retention; for a process alone or for one rank of several.
 //! - [`reader`]: lists, opens, verifies and loads checkpoints.
+//! - [`damaged`]: the newest checkpoint that is whole, and what becomes of those that are not.
 //! - [`export`]: Hugging Face folders, written at once or not at all, and read back.
 //! - [`error`]: everything that can go wrong, with what to do about it.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that unwraps says where it stands"))]
 
+pub mod damaged;
 pub mod disk;
 pub mod error;
 pub mod export;

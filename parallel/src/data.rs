@@ -4,6 +4,7 @@
 //! - [`engine`]: the thread that moves gradients between ranks while the backward pass computes.
 //! - [`exchange`]: one rank's part in one step's sum, without sockets, threads or clocks.
 //! - [`nodes`]: which ranks are of one machine, and the way of a shard between machines.
+//! - [`owed`]: what several ranks left out, where one goes on alone.
 //! - [`rules`]: which codec a tensor's gradient travels in.
 //! - [`shard`]: who owns which part of a tensor, and what that costs on the wire.
 //! - [`stream`]: takes gradients out of the backward pass, fills buckets, and hands back the sum.
@@ -11,6 +12,7 @@
 pub mod engine;
 pub mod exchange;
 pub mod nodes;
+pub mod owed;
 pub mod plan;
 pub mod rules;
 pub mod shard;

@@ -15,6 +15,7 @@ mod processes;
 mod prometheus;
 mod ranks;
 mod recipes;
+mod resharding;
 mod resume;
 mod schedulers;
 mod secured;

@@ -1,4 +1,10 @@
 //! The state of a run: where it starts, how it is named, and its way into a checkpoint and back.
+//!
+//! - [`mesh`]: the ranks that wrote a checkpoint; [`residuals`]: what they left out of gradients, onto the same ranks or
+//!   others.
+
+pub mod mesh;
+pub mod residuals;
 
 use std::sync::Arc;
 
@@ -6,6 +12,7 @@ use checkpoint::reader::Checkpoint;
 use checkpoint::writer::{PieceSpec, Snapshot, TensorSpec};
 use compression::{Codec, Side};
 use parallel::data::exchange::Exchange;
+use parallel::data::owed::Owed;
 use parallel::data::rules::may_be_lossy;
 use parallel::data::shard::shard;
 use serde::{Deserialize, Serialize};
@@ -13,6 +20,9 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::model::{Config, init};
 use crate::recipe::raw::{self, Reader};
+
+use mesh::Mesh;
+use residuals::{owner_name, sender_name, sides};
 
 /// Everything that a step changes: together with the recipe it decides every later step.
 #[derive(Clone, Debug, PartialEq)]
@@ -60,9 +70,13 @@ pub struct Meta {
     pub model: Config,
     /// The token between documents.
     pub end_of_text: String,
-    /// How gradients travelled; `None` with one rank, and where an older version wrote it.
+    /// How gradients travelled; `None` where an older version wrote it, and with one rank, unless it keeps what several
+    /// had left out.
     #[serde(default)]
     pub compression: Option<Travelled>,
+    /// The ranks that wrote it; `None` where an older version did.
+    #[serde(default)]
+    pub mesh: Option<Mesh>,
 }
 
 /// How gradients travelled up to a checkpoint.
@@ -144,10 +158,18 @@ impl State {
         hasher.finalize()
     }
 
-    /// Copies everything into a snapshot whose tensors are those of [`specs`].
-    pub fn snapshot(&self, snapshot: &mut Snapshot<'_>) {
-        for (index, values) in self.tensors().enumerate() {
-            snapshot.tensor(index).copy_from_slice(values);
+    /// Copies everything into a snapshot whose tensors are those of [`specs`], and, where something was owed when this
+    /// process began, of [`owner_specs`].
+    pub fn snapshot(&self, snapshot: &mut Snapshot<'_>, config: &Config, owed: &Owed) {
+        let mut next = 0;
+        for values in self.tensors() {
+            snapshot.tensor(next).copy_from_slice(values);
+            next += 1;
+        }
+        let lossy = config.parameters().into_iter().enumerate().filter(|(_, parameter)| may_be_lossy(parameter));
+        for (index, _) in lossy.filter(|_| owed.has_place()) {
+            put(snapshot.tensor(next), owed.of(index));
+            next += 1;
         }
     }
 
@@ -178,14 +200,10 @@ impl State {
             snapshot.tensor(next).copy_from_slice(&values[shard(values.len(), share.index, share.of)]);
             next += 1;
         }
-        let rank = Side::Sender { rank: share.rank };
         let parameters = exchange.plan().parameters().iter().enumerate();
         for (index, _) in parameters.filter(|(_, parameter)| share.residuals && may_be_lossy(parameter)) {
-            for side in [rank, Side::Owner] {
-                match exchange.residual(index, side) {
-                    Some(values) => snapshot.tensor(next).copy_from_slice(values),
-                    None => snapshot.tensor(next).fill(0.0),
-                }
+            for side in sides(share.rank, share.ranks) {
+                put(snapshot.tensor(next), exchange.residual(index, side));
                 next += 1;
             }
         }
@@ -193,6 +211,14 @@ impl State {
 
     fn tensors(&self) -> impl Iterator<Item = &[f32]> {
         self.weights.iter().chain(&self.m).chain(&self.v).map(Vec::as_slice)
+    }
+}
+
+/// What was left out, or zeros for nothing.
+fn put(tensor: &mut [f32], values: Option<&[f32]>) {
+    match values {
+        Some(values) => tensor.copy_from_slice(values),
+        None => tensor.fill(0.0),
     }
 }
 
@@ -208,6 +234,13 @@ pub fn specs(config: &Config) -> Vec<TensorSpec> {
             .collect::<Vec<_>>()
     };
     [named(""), named(".m"), named(".v")].concat()
+}
+
+/// The tensors in which one rank alone keeps what several had left out (`NAME.owner`).
+#[must_use]
+pub fn owner_specs(config: &Config) -> Vec<TensorSpec> {
+    let lossy = config.parameters().into_iter().filter(may_be_lossy);
+    lossy.map(|parameter| TensorSpec { name: owner_name(&parameter.name), shape: parameter.shape }).collect()
 }
 
 /// Which part of a checkpoint a rank writes.
@@ -240,35 +273,18 @@ pub fn pieces(config: &Config, share: &Share) -> Vec<PieceSpec> {
         .collect();
     for parameter in config.parameters().into_iter().filter(|parameter| share.residuals && may_be_lossy(parameter)) {
         let (all, shape) = (elements(&parameter.shape), parameter.shape);
-        let sender = sender_name(&parameter.name, share.rank);
-        pieces.push(PieceSpec { tensor: sender, shape: shape.clone(), range: 0..all });
-        let range = shard(all, share.rank, share.ranks);
-        pieces.push(PieceSpec { tensor: format!("{}.owner", parameter.name), shape, range });
+        pieces.extend(sides(share.rank, share.ranks).map(|side| {
+            let (tensor, range) = match side {
+                Side::Sender { rank } => (sender_name(&parameter.name, rank), 0..all),
+                Side::Owner => (owner_name(&parameter.name), shard(all, share.rank, share.ranks)),
+            };
+            PieceSpec { tensor, shape: shape.clone(), range }
+        }));
     }
     pieces
 }
 
-/// Goes on with what this rank had left out.
-///
-/// # Errors
-/// The checkpoint has not got it: it is of another mesh or codec, or damaged.
-pub fn restore_residuals(checkpoint: &Checkpoint, exchange: &mut Exchange) -> Result<()> {
-    let (plan, group) = (exchange.plan().clone(), exchange.group());
-    for (index, parameter) in plan.parameters().iter().enumerate() {
-        if !may_be_lossy(parameter) {
-            continue;
-        }
-        let all: usize = parameter.shape.iter().product();
-        let own = shard(all, group.rank, group.ranks);
-        let (mut sender, mut owner) = (vec![0.0; all], vec![0.0; own.len()]);
-        checkpoint.tensor(&sender_name(&parameter.name, group.rank), &parameter.shape, &mut sender)?;
-        checkpoint.region(&format!("{}.owner", parameter.name), &parameter.shape, own, &mut owner)?;
-        exchange.restore(index, &sender, owner).expect("the shapes are the plan's");
-    }
-    Ok(())
-}
-
-/// What a checkpoint of several ranks says of how gradients travelled. Older versions did not say it; what they left out
+/// What a checkpoint says of how gradients travelled. Older versions did not say it; what they left out
 /// is there unless their recipe, which is in the checkpoint, let everything travel as it is.
 ///
 /// # Errors
@@ -285,10 +301,6 @@ pub fn held(checkpoint: &Checkpoint) -> Result<Held> {
     let several = keys.count("parallel.data").is_some_and(|ranks| ranks > 1);
     let residuals = several && keys.text("compression.codec").is_some_and(|codec| codec != Codec::Fp32.name());
     Ok(Held { residuals, chosen: None, sent: false })
-}
-
-fn sender_name(parameter: &str, rank: usize) -> String {
-    format!("{parameter}.sender.{rank:04}")
 }
 
 /// What a checkpoint says of its run.

@@ -144,6 +144,12 @@ impl Stepper {
         self.stream.engine()
     }
 
+    /// The way of the gradients.
+    #[must_use]
+    pub const fn stream(&self) -> &Arc<GradientStream> {
+        &self.stream
+    }
+
     /// How far this rank is.
     #[must_use]
     pub const fn progress(&self) -> &Arc<Progress> {
@@ -252,6 +258,7 @@ impl Stepper {
             state.good_step = step;
             state.updates += 1;
             self.apply(state, recipe, sum, learning_rate, clip_factor(grad_norm, recipe.train.clip_norm));
+            self.stream.owed().settle();
         }
         self.span(update, Label::new("update", step));
         self.span(start, Label::new("step", step));

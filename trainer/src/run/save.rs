@@ -2,11 +2,12 @@
 
 use std::time::Instant;
 
-use checkpoint::reader::{self, Checkpoint};
-use checkpoint::writer::{Offer, Outcome};
+use checkpoint::reader::Checkpoint;
+use checkpoint::writer::{Offer, Outcome, Snapshot};
+use compression::Codec;
 use serde_json::json;
 
-use super::folder::{Folder, Status, Summary};
+use super::folder::{Status, Summary};
 use super::{Run, mesh};
 use crate::data::Data;
 use crate::error::{Error, Result};
@@ -31,10 +32,12 @@ impl Run {
             model: self.config.clone(),
             end_of_text: self.data.tokenizer.end_of_text_name().to_owned(),
             compression: self.travelled(),
+            mesh: Some(self.mesh.clone()),
         };
         let attachments = state::attachments(self.data.tokenizer.json(), &self.recipe_toml);
         let start = Instant::now();
-        let (state, step, stepper) = (&self.state, self.state.step, &self.stepper);
+        let (state, step, stepper, config) = (&self.state, self.state.step, &self.stepper, &self.config);
+        let alone = |snapshot: &mut Snapshot<'_>| state.snapshot(snapshot, config, &stepper.stream().owed());
         let offer = match &mut self.group {
             // Ranks decide alike: one that is busy keeps all from taking it.
             Some(_) if self.busy => Offer::Busy,
@@ -44,10 +47,10 @@ impl Run {
                 let share = group.share;
                 self.writer.offer(step, json!(meta), attachments, |snapshot| match stepper.engine() {
                     Some(engine) => state.snapshot_share(snapshot, &share, &engine.exchange()),
-                    None => state.snapshot(snapshot),
+                    None => alone(snapshot),
                 })
             }
-            None => self.writer.offer(step, json!(meta), attachments, |snapshot| state.snapshot(snapshot)),
+            None => self.writer.offer(step, json!(meta), attachments, alone),
         };
         self.span("snapshot", start);
         match offer {
@@ -61,9 +64,15 @@ impl Run {
 
     /// What a checkpoint says of how gradients travelled.
     fn travelled(&self) -> Option<Travelled> {
-        let (codecs, group) = (self.codecs.as_ref()?, self.group.as_ref()?);
-        let (codec, chosen) = (codecs.codec(self.state.step), codecs.chosen());
-        Some(Travelled { codec, residuals: group.share.residuals, chosen })
+        let has_place = || self.stepper.stream().owed().has_place();
+        let residuals = self.group.as_ref().map_or_else(has_place, |group| group.share.residuals);
+        match &self.codecs {
+            Some(codecs) => {
+                Some(Travelled { codec: codecs.codec(self.state.step), residuals, chosen: codecs.chosen() })
+            }
+            // With one rank nothing travels, and what several had left out is in the first step that counts.
+            None => residuals.then_some(Travelled { codec: Codec::Fp32, residuals, chosen: None }),
+        }
     }
 
     /// The checkpoint that a run must not end without.
@@ -150,24 +159,4 @@ pub(super) fn same_text(name: &str, checkpoint: &Checkpoint, data: &Data) -> Res
         changed.join("\n  ")
     );
     Err(Error::Run { name: name.into(), what })
-}
-
-/// The newest checkpoint of the run, verified whole; `None` when it was killed before the first.
-///
-/// # Errors
-/// It is damaged.
-pub(super) fn newest_good(folder: &Folder) -> Result<Option<Checkpoint>> {
-    let Some((_, path)) = reader::list(&folder.checkpoints())?.pop() else { return Ok(None) };
-    let open = || {
-        let checkpoint = Checkpoint::open(&path)?;
-        checkpoint.verify()?;
-        Ok::<_, checkpoint::CheckpointError>(checkpoint)
-    };
-    open().map(Some).map_err(|error| Error::Run {
-        name: folder.name().into(),
-        what: format!(
-            "its newest checkpoint is damaged: {error}\nremove {} to resume from the one before it",
-            path.display()
-        ),
-    })
 }

@@ -6,6 +6,7 @@ use compression::{Region, Side};
 use super::*;
 use crate::data::Parameter;
 
+mod meshes;
 mod nodes;
 mod window;
 
