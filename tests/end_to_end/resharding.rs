@@ -179,3 +179,58 @@ fn auto_chooses_anew_for_other_ranks() {
     train(&place, "a", "link:1e15,step:100", 4, 18, &["--resume"]);
     assert_eq!(checkpoint(&place, "a", 18).state()["compression"]["chosen"]["codec"], "fp32");
 }
+
+#[test]
+fn folded_residuals_are_stored_once_as_the_fold_of_the_exact_ones_and_a_resume_goes_on_from_them() {
+    let place = Place::with(WIDE);
+    let keep = ["--set", "checkpoint.residuals=folded"];
+    for (run, more) in [("exact", &[][..]), ("folded", &keep)] {
+        train(&place, run, "", 3, 3, more);
+        // A second one, on the way.
+        train(&place, run, "", 3, 5, &[&["--resume"], more].concat());
+    }
+    train(&place, "whole", "", 3, 5, &keep);
+    same(&place, ["exact", "whole"]);
+    let [exact, kept] = ["exact", "whole"].map(|run| checkpoint(&place, run, 5));
+    let bits = |values: Vec<f32>| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    let mut elements = 0;
+    for parameter in lossy(&exact) {
+        let name = &parameter.name;
+        let sum = bits(read(&kept, &format!("{name}.folded"), &parameter));
+        assert!(sum.iter().any(|bits| *bits != 0), "{name}");
+        assert!(sum == bits(folded(&exact, &parameter, 0..3)), "{name}");
+        assert!(sum != bits(folded(&exact, &parameter, 0..2)), "the control: {name} without one rank");
+        assert!(["sender.0000", "owner"].iter().all(|side| !kept.has(&format!("{name}.{side}"))), "{name}");
+        elements += parameter.elements() as u64;
+    }
+    let bytes = |checkpoint: &Checkpoint| checkpoint.manifest().files.values().map(|file| file.bytes).sum::<u64>();
+    // One sum in place of three senders and the owners; headers have fewer names too.
+    let saved = bytes(&exact) - bytes(&kept);
+    assert!((12 * elements..12 * elements + (16 << 10)).contains(&saved), "{saved} of 12 x {elements}");
+
+    // The same ranks begin with the sum, and say so; a step that is skipped shows it.
+    let said = train(&place, "whole", "nan:0:6", 3, 6, &["--resume"]);
+    assert!(said.contains("from here on the bits are other ones"), "{said}");
+    let begun = checkpoint(&place, "whole", 6);
+    for parameter in lossy(&begun) {
+        let name = &parameter.name;
+        let sum = bits(read(&kept, &format!("{name}.folded"), &parameter));
+        assert!(bits(read(&begun, &format!("{name}.owner"), &parameter)) == sum, "{name}");
+        assert!(read(&begun, &format!("{name}.sender.0001"), &parameter).iter().all(|x| *x == 0.0), "{name}");
+    }
+    // So do others.
+    train(&place, "folded", "nan:0:6", 1, 6, &["--resume"]);
+    let begun = checkpoint(&place, "folded", 6);
+    let before = checkpoint(&place, "folded", 5);
+    for parameter in lossy(&begun) {
+        let [owed, sum] = [(&begun, "owner"), (&before, "folded")]
+            .map(|(checkpoint, kind)| bits(read(checkpoint, &format!("{}.{kind}", parameter.name), &parameter)));
+        assert!(owed == sum, "{}", parameter.name);
+    }
+    // A resume is bitwise from the exact ones and not from the sum.
+    let [whole, exact, folded] = ["whole", "exact", "folded"].map(|run| place.curve(run)[4][1].clone());
+    assert_eq!(exact, whole);
+    assert_ne!(folded, whole);
+    // They go on.
+    train(&place, "folded", "", 3, 9, &[&["--resume"], &keep[..]].concat());
+}

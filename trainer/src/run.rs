@@ -178,7 +178,7 @@ impl Run {
                 if self.recipe.parallel.verify_every > 0 {
                     self.compare()?;
                 }
-                self.checkpoint();
+                self.checkpoint()?;
             }
             let outcomes = self.writer.outcomes();
             self.note(outcomes, ", training goes on");

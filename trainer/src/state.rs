@@ -1,8 +1,9 @@
 //! The state of a run: where it starts, how it is named, and its way into a checkpoint and back.
 //!
 //! - [`mesh`]: the ranks that wrote a checkpoint; [`residuals`]: what they left out of gradients, onto the same ranks or
-//!   others.
+//!   others; [`folding`]: what all have left out, added up for a checkpoint.
 
+pub mod folding;
 pub mod mesh;
 pub mod residuals;
 
@@ -11,6 +12,7 @@ use std::sync::Arc;
 use checkpoint::reader::Checkpoint;
 use checkpoint::writer::{PieceSpec, Snapshot, TensorSpec};
 use compression::{Codec, Side};
+use parallel::data::Parameter;
 use parallel::data::exchange::Exchange;
 use parallel::data::owed::Owed;
 use parallel::data::rules::may_be_lossy;
@@ -22,7 +24,7 @@ use crate::model::{Config, init};
 use crate::recipe::raw::{self, Reader};
 
 use mesh::Mesh;
-use residuals::{owner_name, sender_name, sides};
+use residuals::{Kept, folded_name, owner_name, sender_name, sides};
 
 /// Everything that a step changes: together with the recipe it decides every later step.
 #[derive(Clone, Debug, PartialEq)]
@@ -86,6 +88,9 @@ pub struct Travelled {
     pub codec: Codec,
     /// Whether what was left out is in it, of every tensor of which something may be.
     pub residuals: bool,
+    /// Whether it is there added up, and no longer by rank.
+    #[serde(default)]
+    pub folded: bool,
     /// What `auto` chose.
     pub chosen: Option<Chosen>,
 }
@@ -104,6 +109,8 @@ pub struct Chosen {
 pub struct Held {
     /// Whether the checkpoint has what was left out.
     pub residuals: bool,
+    /// Whether it has only the sum of it.
+    pub folded: bool,
     /// What `auto` chose.
     pub chosen: Option<Chosen>,
     /// Whether its step sent everything and counted: all residuals are zero.
@@ -193,15 +200,20 @@ impl State {
     }
 
     /// Copies this rank's share of everything, and what it left out of gradients and sums, into a snapshot whose pieces
-    /// are those of [`pieces`].
-    pub fn snapshot_share(&self, snapshot: &mut Snapshot<'_>, share: &Share, exchange: &Exchange) {
+    /// are those of [`pieces`]. `folded` is its shard of everything, where that is kept.
+    pub fn snapshot_share(&self, snapshot: &mut Snapshot<'_>, share: &Share, exchange: &Exchange, folded: &[Vec<f32>]) {
         let mut next = 0;
         for values in self.tensors() {
             snapshot.tensor(next).copy_from_slice(&values[shard(values.len(), share.index, share.of)]);
             next += 1;
         }
+        for values in folded {
+            snapshot.tensor(next).copy_from_slice(values);
+            next += 1;
+        }
         let parameters = exchange.plan().parameters().iter().enumerate();
-        for (index, _) in parameters.filter(|(_, parameter)| share.residuals && may_be_lossy(parameter)) {
+        let exact = share.kept == Kept::Exact;
+        for (index, _) in parameters.filter(|(_, parameter)| exact && may_be_lossy(parameter)) {
             for side in sides(share.rank, share.ranks) {
                 put(snapshot.tensor(next), exchange.residual(index, side));
                 next += 1;
@@ -254,8 +266,8 @@ pub struct Share {
     pub index: usize,
     /// Ranks that share it.
     pub of: usize,
-    /// Whether it writes what was left out.
-    pub residuals: bool,
+    /// What it writes of what was left out.
+    pub kept: Kept,
 }
 
 /// The pieces that a rank of several writes: its share of [`specs`], and of every tensor that may travel in a lossy codec
@@ -271,12 +283,19 @@ pub fn pieces(config: &Config, share: &Share) -> Vec<PieceSpec> {
             PieceSpec { tensor: name, shape, range }
         })
         .collect();
-    for parameter in config.parameters().into_iter().filter(|parameter| share.residuals && may_be_lossy(parameter)) {
-        let (all, shape) = (elements(&parameter.shape), parameter.shape);
+    let lossy =
+        config.parameters().into_iter().filter(|parameter| share.kept != Kept::Nothing && may_be_lossy(parameter));
+    for Parameter { name, shape } in lossy {
+        let all = elements(&shape);
+        let own = shard(all, share.rank, share.ranks);
+        if share.kept == Kept::Folded {
+            pieces.push(PieceSpec { tensor: folded_name(&name), shape, range: own });
+            continue;
+        }
         pieces.extend(sides(share.rank, share.ranks).map(|side| {
             let (tensor, range) = match side {
-                Side::Sender { rank } => (sender_name(&parameter.name, rank), 0..all),
-                Side::Owner => (owner_name(&parameter.name), shard(all, share.rank, share.ranks)),
+                Side::Sender { rank } => (sender_name(&name, rank), 0..all),
+                Side::Owner => (owner_name(&name), own.clone()),
             };
             PieceSpec { tensor, shape: shape.clone(), range }
         }));
@@ -291,16 +310,16 @@ pub fn pieces(config: &Config, share: &Share) -> Vec<PieceSpec> {
 /// The checkpoint was not written by this trainer.
 pub fn held(checkpoint: &Checkpoint) -> Result<Held> {
     let meta = meta(checkpoint)?;
-    if let Some(Travelled { codec, residuals, chosen }) = meta.compression {
+    if let Some(Travelled { codec, residuals, folded, chosen }) = meta.compression {
         let sent = codec == Codec::Fp32 && meta.good_step == meta.step;
-        return Ok(Held { residuals, chosen, sent });
+        return Ok(Held { residuals, folded, chosen, sent });
     }
     let recipe = checkpoint.attachment("recipe.toml")?;
     let (raw, _) = raw::read(&String::from_utf8_lossy(&recipe), &[]);
     let keys = Reader(&raw);
     let several = keys.count("parallel.data").is_some_and(|ranks| ranks > 1);
     let residuals = several && keys.text("compression.codec").is_some_and(|codec| codec != Codec::Fp32.name());
-    Ok(Held { residuals, chosen: None, sent: false })
+    Ok(Held { residuals, folded: false, chosen: None, sent: false })
 }
 
 /// What a checkpoint says of its run.

@@ -143,6 +143,7 @@ pub const KEYS: &[Key] = &[
     key("checkpoint.every", Integer(0, MANY), DefaultInteger(100), Free, "steps between two checkpoints; 0 for none but the last"),
     key("checkpoint.keep_last", Integer(0, MANY), DefaultInteger(2), Free, "checkpoints to keep; 0 for all"),
     key("checkpoint.grace_s", Real(1.0, 86_400.0), DefaultReal(25.0), Free, "seconds that a signalled run has to write its checkpoint; Kubernetes kills after 30"),
+    key("checkpoint.residuals", Choice(&["exact", "folded"]), DefaultText("exact"), Free, "what ranks left out of gradients: `exact` stores 4 bytes a parameter for each sender and for the owners, and a resume is bitwise; `folded` stores 4 bytes a parameter once, for which ranks add it up over the network at every checkpoint, and a resume is not bitwise"),
     key("device.backend", Choice(BACKENDS), DefaultText("flex"), Local, "which backend of burn computes"),
     key("device.index", Integer(0, 1024), DefaultInteger(0), Local, "which device of that backend"),
     key("device.threads", Integer(0, 4096), DefaultInteger(0), Local, "threads that compute; 0 for all cores"),

@@ -236,6 +236,17 @@ pub struct Checkpoint {
     pub keep_last: usize,
     /// Seconds to write one after a signal.
     pub grace_s: f64,
+    /// How what ranks left out of gradients is stored.
+    pub residuals: Residuals,
+}
+
+/// How a checkpoint of several ranks keeps what they left out of gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Residuals {
+    /// Each sender's and each owner's.
+    Exact,
+    /// All of it added up.
+    Folded,
 }
 
 /// `[device]`.
@@ -363,6 +374,10 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
             every: keys.count("checkpoint.every")? as u64,
             keep_last: keys.count("checkpoint.keep_last")?,
             grace_s: keys.real("checkpoint.grace_s")?,
+            residuals: match keys.text("checkpoint.residuals")?.as_str() {
+                "folded" => Residuals::Folded,
+                _ => Residuals::Exact,
+            },
         },
         device: DeviceKeys {
             backend: keys.text("device.backend")?,

@@ -11,11 +11,15 @@ use super::folder::{Status, Summary};
 use super::{Run, mesh};
 use crate::data::Data;
 use crate::error::{Error, Result};
-use crate::state::{self, Meta, Travelled};
+use crate::state::residuals::Kept;
+use crate::state::{self, Meta, Travelled, folding};
 
 impl Run {
     /// Offers a snapshot; the writer does the rest while training goes on.
-    pub(super) fn checkpoint(&mut self) {
+    ///
+    /// # Errors
+    /// A rank is lost while all of them add up what they left out.
+    pub(super) fn checkpoint(&mut self) -> Result<()> {
         let meta = Meta {
             step: self.state.step,
             updates: self.state.updates,
@@ -42,11 +46,15 @@ impl Run {
             // Ranks decide alike: one that is busy keeps all from taking it.
             Some(_) if self.busy => Offer::Busy,
             Some(group) => {
+                let folded = match (group.share.kept, stepper.engine()) {
+                    (Kept::Folded, Some(engine)) => folding::fold(&group.all, &engine.exchange())?,
+                    _ => Vec::new(),
+                };
                 group.saving.insert(step);
                 group.writing.insert(step);
                 let share = group.share;
                 self.writer.offer(step, json!(meta), attachments, |snapshot| match stepper.engine() {
-                    Some(engine) => state.snapshot_share(snapshot, &share, &engine.exchange()),
+                    Some(engine) => state.snapshot_share(snapshot, &share, &engine.exchange(), &folded),
                     None => alone(snapshot),
                 })
             }
@@ -60,18 +68,20 @@ impl Run {
                 self.event("snapshot_skipped", step, json!({ "why": why }));
             }
         }
+        Ok(())
     }
 
     /// What a checkpoint says of how gradients travelled.
     fn travelled(&self) -> Option<Travelled> {
-        let has_place = || self.stepper.stream().owed().has_place();
-        let residuals = self.group.as_ref().map_or_else(has_place, |group| group.share.residuals);
+        let exact = || if self.stepper.stream().owed().has_place() { Kept::Exact } else { Kept::Nothing };
+        let kept = self.group.as_ref().map_or_else(exact, |group| group.share.kept);
+        let (residuals, folded) = (kept != Kept::Nothing, kept == Kept::Folded);
         match &self.codecs {
             Some(codecs) => {
-                Some(Travelled { codec: codecs.codec(self.state.step), residuals, chosen: codecs.chosen() })
+                Some(Travelled { codec: codecs.codec(self.state.step), residuals, folded, chosen: codecs.chosen() })
             }
             // With one rank nothing travels, and what several had left out is in the first step that counts.
-            None => residuals.then_some(Travelled { codec: Codec::Fp32, residuals, chosen: None }),
+            None => residuals.then_some(Travelled { codec: Codec::Fp32, residuals, folded, chosen: None }),
         }
     }
 
@@ -81,7 +91,7 @@ impl Run {
         if self.state.step > 0 && self.committed != Some(self.state.step) {
             // Everything is settled: nobody is busy.
             self.busy = false;
-            self.checkpoint();
+            self.checkpoint()?;
             self.finish_writing()?;
         }
         match self.failure.take() {

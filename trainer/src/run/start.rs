@@ -40,12 +40,12 @@ use crate::model::Config;
 use crate::prometheus::Port;
 use crate::recipe::Recipe;
 use crate::recipe::resolved::TokenizerSource;
-use crate::state::mesh::{Mesh, Recut};
+use crate::state::mesh::Mesh;
 use crate::state::{self, State};
 use crate::step::Stepper;
 use crate::weights::Weights;
 
-use newest::{Newest, SetAside};
+use newest::Newest;
 pub use rank::train_rank;
 use restart::Restart;
 
@@ -295,21 +295,6 @@ impl Books {
 }
 
 impl Books {
-    /// Writes down which checkpoints were damaged.
-    fn set_aside(&mut self, set_aside: &[SetAside]) {
-        for damaged in set_aside {
-            self.metrics.event("checkpoint_damaged", damaged.step, damaged.fields());
-        }
-    }
-
-    /// Says that the ranks are not those of the checkpoint, where that is so.
-    fn recut(&mut self, recut: Option<&Recut>, step: u64) {
-        if let Some(recut) = recut {
-            self.metrics.event("recut", step, recut.fields());
-            self.progress.say(&recut.to_string());
-        }
-    }
-
     /// Says where numbers are served for Prometheus.
     fn serves(&mut self, url: &str, step: u64) {
         self.metrics.event("prometheus", step, json!({ "url": url }));

@@ -6,6 +6,8 @@
 //! owner had left out, plus what the senders had, in the order of their ranks; each new owner has its shard of that,
 //! and senders start from zero.
 //!
+//! A checkpoint may also keep the sum alone, `NAME.folded`, each rank its shard: then even the same ranks start from that.
+//!
 //! Where the ranks do not all see one folder, whoever has what another rank needs sends it, one side of one tensor at a
 //! time. So no rank holds more than that beside its shards.
 
@@ -38,6 +40,23 @@ pub fn owner_name(parameter: &str) -> String {
     format!("{parameter}.owner")
 }
 
+/// The tensor in which what all sides left out lies added up, shard after shard.
+#[must_use]
+pub fn folded_name(parameter: &str) -> String {
+    format!("{parameter}.folded")
+}
+
+/// What a checkpoint keeps of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// Nothing: everything travels as it is, and was sent.
+    Nothing,
+    /// Every side.
+    Exact,
+    /// The sum.
+    Folded,
+}
+
 /// What one rank of so many stores: its side as a sender, where it sends to anybody, and as an owner.
 pub fn sides(rank: usize, ranks: usize) -> impl Iterator<Item = Side> {
     let sender = (ranks > 1).then_some(Side::Sender { rank });
@@ -52,6 +71,8 @@ pub struct Way<'a> {
     pub checkpoint: &'a Checkpoint,
     /// The ranks that wrote it.
     pub before: &'a Mesh,
+    /// Whether it keeps the sum alone.
+    pub folded: bool,
     /// The ranks that go on, and this one among them.
     pub after: &'a Mesh,
     /// This rank.
@@ -88,7 +109,7 @@ impl Way<'_> {
     pub fn restore(&self, plan: &Plan, mut take: impl FnMut(usize, Vec<f32>, Vec<f32>)) -> Result<()> {
         let lossy = || plan.parameters().iter().enumerate().filter(|(_, parameter)| may_be_lossy(parameter));
         let holdings = self.holdings(lossy().map(|(_, parameter)| parameter))?;
-        let same = self.before.cuts_like(self.after);
+        let same = self.before.cuts_like(self.after) && !self.folded;
         for (index, parameter) in lossy() {
             let all = parameter.elements();
             let own = shard(all, self.rank, self.after.data);
@@ -117,25 +138,32 @@ impl Way<'_> {
         if let Some(first) = kept.iter().find(|kept| self.twice && kept.side == Side::Sender { rank: 0 }).cloned() {
             kept.push(Residual { side: Side::Sender { rank: usize::MAX }, ..first });
         }
-        let whole = Region::whole(&[elements]).expect("one dimension does not overflow");
-        let folded = recut(&[elements], &kept, &[whole], |_| {});
-        folded.expect("every side has an element once").pop().expect("one owner")
+        added_up(elements, &kept)
     }
 
     /// Everything that the checkpoint's ranks stored of one tensor: owners first, as the fold has them.
     fn pieces<'p>(&self, parameter: &'p Parameter) -> Vec<Piece<'p>> {
         let ranks = self.before.data;
-        let of = |writer: usize| sides(writer, ranks).map(move |side| self.piece(parameter, writer, side));
+        let of = |writer: usize| self.sides(writer).map(move |side| self.piece(parameter, writer, side));
         let mut pieces: Vec<Piece<'p>> = (0..ranks).flat_map(of).collect();
         pieces.sort_by_key(|piece| piece.side);
         pieces
+    }
+
+    /// What a rank wrote.
+    fn sides(&self, writer: usize) -> impl Iterator<Item = Side> + use<> {
+        let folded = self.folded;
+        sides(writer, self.before.data).filter(move |side| !folded || *side == Side::Owner)
     }
 
     fn piece<'p>(&self, parameter: &'p Parameter, writer: usize, side: Side) -> Piece<'p> {
         let all = parameter.elements();
         let (tensor, held) = match side {
             Side::Sender { rank } => (sender_name(&parameter.name, rank), 0..all),
-            Side::Owner => (owner_name(&parameter.name), shard(all, writer, self.before.data)),
+            Side::Owner => {
+                let name = if self.folded { folded_name } else { owner_name };
+                (name(&parameter.name), shard(all, writer, self.before.data))
+            }
         };
         Piece { parameter, writer, side, tensor, held }
     }
@@ -158,7 +186,7 @@ impl Way<'_> {
         let missing = |writer: usize| {
             let pieces = lossy
                 .iter()
-                .flat_map(|parameter| sides(writer, writers).map(move |side| self.piece(parameter, writer, side)));
+                .flat_map(|parameter| self.sides(writer).map(move |side| self.piece(parameter, writer, side)));
             pieces.filter_map(|piece| Some((self.absent(&piece)?, piece.tensor))).collect::<Vec<_>>()
         };
         let here: Vec<u8> = (0..writers).map(|writer| u8::from(missing(writer).is_empty())).collect();
@@ -216,7 +244,7 @@ impl Way<'_> {
             return if own.is_empty() { Ok(None) } else { self.read(piece, own).map(Some) };
         };
         let holder = (0..holdings.has.len()).find(|&rank| holdings.has[rank][piece.writer]).expect("somebody has it");
-        let site = site(&piece.tensor);
+        let site = site("resume", &piece.tensor);
         if holder == self.rank {
             for &to in others.members().iter().filter(|&&to| lacks(to)) {
                 for part in parts(&wanted(to)) {
@@ -247,8 +275,15 @@ impl Way<'_> {
     }
 }
 
+/// What all sides left out of so many elements: the owner's, and the senders' in the order of their ranks.
+pub(super) fn added_up(elements: usize, kept: &[Residual]) -> Vec<f32> {
+    let whole = Region::whole(&[elements]).expect("one dimension does not overflow");
+    let sum = recut(&[elements], kept, &[whole], |_| {});
+    sum.expect("every side has an element once").pop().expect("one owner")
+}
+
 /// A residual of some elements, as a part of a shard that stands for itself.
-fn inside(shard: &Range<usize>, side: Side, range: &Range<usize>, values: Vec<f32>) -> Residual {
+pub(super) fn inside(shard: &Range<usize>, side: Side, range: &Range<usize>, values: Vec<f32>) -> Residual {
     let (flat_start, flat_end) = (range.start - shard.start, range.end - shard.start);
     Residual { side, region: Region { start: vec![0], end: vec![shard.len()], flat_start, flat_end }, values }
 }
@@ -259,8 +294,8 @@ fn parts(range: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
 }
 
 /// Where in the program the ranks are: the tensor's name, or what fits of it.
-fn site(tensor: &str) -> String {
-    let mut site = format!("resume/{tensor}");
+pub(super) fn site(what: &str, tensor: &str) -> String {
+    let mut site = format!("{what}/{tensor}");
     while site.len() > SITE_BYTES_MAX {
         site.pop();
     }

@@ -7,6 +7,7 @@ use checkpoint::disk::RealDisk;
 use checkpoint::reader::Checkpoint;
 use serde_json::{Value, json};
 
+use super::Books;
 use crate::error::{Error, Result};
 use crate::log::say;
 use crate::run::folder::Folder;
@@ -23,17 +24,24 @@ pub struct Newest {
 /// A damaged checkpoint that counts no more.
 #[derive(Debug)]
 pub struct SetAside {
-    /// Its step.
-    pub step: u64,
+    step: u64,
     error: String,
     kept_as: PathBuf,
 }
 
 impl SetAside {
     /// The fields of its event.
-    #[must_use]
-    pub fn fields(&self) -> Value {
+    fn fields(&self) -> Value {
         json!({ "error": self.error, "kept_as": self.kept_as })
+    }
+}
+
+impl Books {
+    /// Writes down which checkpoints were damaged.
+    pub(super) fn set_aside(&mut self, set_aside: &[SetAside]) {
+        for damaged in set_aside {
+            self.metrics.event("checkpoint_damaged", damaged.step, damaged.fields());
+        }
     }
 }
 

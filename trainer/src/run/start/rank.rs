@@ -9,7 +9,7 @@ use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
 use checkpoint::writer::{Member, Writer};
 use compression::{BLOCK, Codec, Workers};
-use parallel::collective::{CollectiveError, Collectives, Mailbox, Place};
+use parallel::collective::{CollectiveError, Collectives, Mailbox, Place, SubGroup};
 use parallel::control::{ControlError, beat};
 use parallel::data::engine::{Engine, Inbox};
 use parallel::data::exchange::{self, Exchange};
@@ -22,13 +22,13 @@ use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start, 
 use serde_json::json;
 
 use super::newest::{self, SetAside};
-use super::restart::Restart;
+use super::restart::{self, Restart};
 use super::{Begun, Books, Parts, Ready, begin_trace, make_runs, peek, prepare, retention, work};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::log::say;
 use crate::recipe::Recipe;
-use crate::recipe::resolved::{CodecChoice, Parallel};
+use crate::recipe::resolved::{CodecChoice, Parallel, Residuals};
 use crate::run::codec::Codecs;
 use crate::run::folder::Folder;
 use crate::run::group::Group;
@@ -37,6 +37,7 @@ use crate::run::signals::TRY_AGAIN;
 use crate::run::trace::Tracing;
 use crate::run::{Ended, Left, Request, Run};
 use crate::state::mesh::Mesh;
+use crate::state::residuals::Kept;
 use crate::state::{self, Held, Share};
 use crate::step::Stepper;
 
@@ -217,10 +218,10 @@ fn open_rank(
     started: Instant,
 ) -> std::result::Result<Run, (Box<Joined>, Error)> {
     match connect(&request, &mut joined, &ready, (met, folder)) {
-        Ok(Connected { begun, stepper, writer, books, share, mesh, transport, f32_bytes, codecs, tracing }) => {
+        Ok(Connected { begun, stepper, writer, books, share, mesh, transport, all, f32_bytes, codecs, tracing }) => {
             let Joined { control, ender, stop, .. } = joined;
             let (saving, committing, writing) = Default::default();
-            let group = Group { share, control, transport, ender, f32_bytes, saving, committing, writing };
+            let group = Group { share, control, transport, all, ender, f32_bytes, saving, committing, writing };
             let group = Some(group);
             let parts =
                 Parts { request, started, stop, ready, begun, stepper, writer, books, group, mesh, codecs, tracing };
@@ -239,6 +240,7 @@ struct Connected {
     share: Share,
     mesh: Mesh,
     transport: Arc<GrpcTransport>,
+    all: SubGroup,
     f32_bytes: Option<u64>,
     codecs: Option<Codecs>,
     tracing: Option<Tracing>,
@@ -264,10 +266,10 @@ fn connect(
     let held = newest.as_ref().map(state::held).transpose()?.unwrap_or_default();
     let one_machine = recipe.parallel.group == met.lead_of.len();
     let codec = if one_machine { CodecChoice::Fixed(Codec::Fp32) } else { recipe.compression.codec };
-    let share = share(met, rank, codec, held);
-    let mesh = mesh(recipe, &met.start);
+    let share = share(met, rank, codec, (recipe.checkpoint.residuals, held));
+    let mesh = restart::mesh(recipe, &met.start);
     // What was measured with other ranks says nothing of these.
-    let others = newest.as_ref().map(|newest| others_than(newest, &mesh)).transpose()?.unwrap_or(false);
+    let others = newest.as_ref().map(|newest| restart::is_of_others(newest, &mesh)).transpose()?.unwrap_or(false);
     // With one rank nothing travels, and nothing is encoded.
     let chosen = held.chosen.filter(|_| !request.choose_codec_anew && !others);
     let codecs = (share.ranks > 1).then(|| Codecs::new(recipe.compression, chosen));
@@ -302,7 +304,12 @@ fn connect(
     let stepper = Stepper::across(&ready.config, &ready.device, engine).traced(trace);
     request.tamper.prepare(&stepper);
     let mut books = match folder {
-        Some(folder) if rank == 0 => Some(open_books(request, folder, begun.state.step, joined.control.welcome())?),
+        Some(folder) if rank == 0 => Some(open_books(
+            request,
+            folder,
+            (begun.state.step, held.folded && held.has_unsent()),
+            joined.control.welcome(),
+        )?),
         _ => None,
     };
     match (&mut books, &recut) {
@@ -310,18 +317,7 @@ fn connect(
         (None, Some(recut)) => tracing::info!("{recut}"),
         (None, None) => {}
     }
-    Ok(Connected { begun, stepper, writer, books, share, mesh, transport, f32_bytes, codecs, tracing })
-}
-
-/// All ranks, as checkpoints name them.
-fn mesh(recipe: &Recipe, start: &Start) -> Mesh {
-    let hosts = start.peers.iter().map(|peer| peer.host.clone()).collect();
-    Mesh { data: recipe.parallel.data, group: recipe.parallel.group, hosts }
-}
-
-/// Whether a checkpoint is of other ranks than these.
-fn others_than(newest: &Checkpoint, mesh: &Mesh) -> Result<bool> {
-    Ok(!Mesh::of(newest, &state::meta(newest)?)?.cuts_like(mesh))
+    Ok(Connected { begun, stepper, writer, books, share, mesh, transport, all, f32_bytes, codecs, tracing })
 }
 
 /// How this rank's gradients are cut, and with whom they are summed.
@@ -351,13 +347,18 @@ fn workers(recipe: &Recipe) -> Result<Workers> {
 }
 
 /// Which part of a checkpoint this rank writes. `held` is what the checkpoint that it goes on from has.
-fn share(met: &Met, rank: usize, codec: CodecChoice, held: Held) -> Share {
+fn share(met: &Met, rank: usize, codec: CodecChoice, (residuals, held): (Residuals, Held)) -> Share {
     let ranks = met.lead_of.len();
     let mates: Vec<usize> = (0..ranks).filter(|&other| met.lead_of[other] == met.lead_of[rank]).collect();
     let index = mates.iter().position(|&mate| mate == rank).unwrap_or(0);
     // What a checkpoint kept is sent with the first step that counts; until then it has to be kept on.
-    let residuals = held.has_unsent() || (ranks > 1 && codec != CodecChoice::Fixed(Codec::Fp32));
-    Share { rank, ranks, index, of: mates.len(), residuals }
+    let kept = match held.has_unsent() || (ranks > 1 && codec != CodecChoice::Fixed(Codec::Fp32)) {
+        false => Kept::Nothing,
+        // One rank has no sum to take.
+        true if residuals == Residuals::Folded && ranks > 1 => Kept::Folded,
+        true => Kept::Exact,
+    };
+    Share { rank, ranks, index, of: mates.len(), kept }
 }
 
 /// Bytes that a rank would send a step if everything travelled as f32.
@@ -391,13 +392,18 @@ fn meet_peers(joined: &mut Joined, start: &Start, inbox: Sink, trace: Option<Arc
 }
 
 /// What rank 0 writes for people.
-fn open_books(request: &Request, folder: &RunFolder, step: u64, welcome: &Welcome) -> Result<Books> {
+fn open_books(request: &Request, folder: &RunFolder, (step, folded): (u64, bool), welcome: &Welcome) -> Result<Books> {
     let RunFolder { folder, changed, set_aside, .. } = folder;
     let resumed = request.resume && folder.file("run.json").exists();
     let mut books = Books::open(request, folder, resumed.then_some(step), changed)?;
     books.set_aside(set_aside);
     if welcome.restart > 0 {
         books.metrics.event("restart", step, json!({ "restart": welcome.restart }));
+    }
+    if resumed && folded {
+        books
+            .progress
+            .say("the checkpoint keeps what ranks had left out added up: from here on the bits are other ones");
     }
     if let Some(url) = &welcome.metrics_address {
         books.serves(url, step);
