@@ -374,9 +374,9 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
             every: keys.count("checkpoint.every")? as u64,
             keep_last: keys.count("checkpoint.keep_last")?,
             grace_s: keys.real("checkpoint.grace_s")?,
-            residuals: match keys.text("checkpoint.residuals")?.as_str() {
-                "folded" => Residuals::Folded,
-                _ => Residuals::Exact,
+            residuals: match keys.text("checkpoint.residuals")? == "folded" {
+                true => Residuals::Folded,
+                false => Residuals::Exact,
             },
         },
         device: DeviceKeys {

@@ -1,11 +1,13 @@
 //! Everything before the first step: whatever can be refused is refused here, then the run begins.
 //!
 //! - `newest`: the checkpoint to go on from.
-//! - `rank`: what is different for one rank of several; `restart`: what a checkpoint of other ranks had left out.
+//! - `rank`: what is different for one rank of several; `restart`: what a checkpoint of other ranks had left out;
+//!   `share`: its part of what all write and send.
 
 mod newest;
 pub mod rank;
 mod restart;
+mod share;
 
 use std::panic::AssertUnwindSafe;
 use std::path::Path;

@@ -13,8 +13,7 @@ use parallel::collective::{CollectiveError, Collectives, Mailbox, Place, SubGrou
 use parallel::control::{ControlError, beat};
 use parallel::data::engine::{Engine, Inbox};
 use parallel::data::exchange::{self, Exchange};
-use parallel::data::plan::{Parameter, Plan};
-use parallel::data::shard::payload_bytes_sent;
+use parallel::data::plan::Plan;
 use parallel::trace::Trace;
 use parallel::transport::grpc::{self, GrpcTransport};
 use parallel::transport::{Incoming, Sink};
@@ -23,12 +22,13 @@ use serde_json::json;
 
 use super::newest::{self, SetAside};
 use super::restart::{self, Restart};
+use super::share::{f32_bytes, share};
 use super::{Begun, Books, Parts, Ready, begin_trace, make_runs, peek, prepare, retention, work};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::log::say;
 use crate::recipe::Recipe;
-use crate::recipe::resolved::{CodecChoice, Parallel, Residuals};
+use crate::recipe::resolved::{CodecChoice, Parallel};
 use crate::run::codec::Codecs;
 use crate::run::folder::Folder;
 use crate::run::group::Group;
@@ -37,8 +37,7 @@ use crate::run::signals::TRY_AGAIN;
 use crate::run::trace::Tracing;
 use crate::run::{Ended, Left, Request, Run};
 use crate::state::mesh::Mesh;
-use crate::state::residuals::Kept;
-use crate::state::{self, Held, Share};
+use crate::state::{self, Share};
 use crate::step::Stepper;
 
 /// Trains as one rank of several.
@@ -344,28 +343,6 @@ fn workers(recipe: &Recipe) -> Result<Workers> {
         (threads, _) => threads,
     };
     Workers::new(threads).map_err(|error| Error::Usage(format!("compression.threads = {threads}: {error}")))
-}
-
-/// Which part of a checkpoint this rank writes. `held` is what the checkpoint that it goes on from has.
-fn share(met: &Met, rank: usize, codec: CodecChoice, (residuals, held): (Residuals, Held)) -> Share {
-    let ranks = met.lead_of.len();
-    let mates: Vec<usize> = (0..ranks).filter(|&other| met.lead_of[other] == met.lead_of[rank]).collect();
-    let index = mates.iter().position(|&mate| mate == rank).unwrap_or(0);
-    // What a checkpoint kept is sent with the first step that counts; until then it has to be kept on.
-    let kept = match held.has_unsent() || (ranks > 1 && codec != CodecChoice::Fixed(Codec::Fp32)) {
-        false => Kept::Nothing,
-        // One rank has no sum to take.
-        true if residuals == Residuals::Folded && ranks > 1 => Kept::Folded,
-        true => Kept::Exact,
-    };
-    Share { rank, ranks, index, of: mates.len(), kept }
-}
-
-/// Bytes that a rank would send a step if everything travelled as f32.
-fn f32_bytes(plan: &Plan, share: &Share) -> u64 {
-    let elements = |parameter: &Parameter| parameter.shape.iter().product();
-    let tensors: Vec<_> = plan.parameters().iter().map(|parameter| (elements(parameter), Codec::Fp32)).collect();
-    payload_bytes_sent(&tensors, share.rank, share.ranks) as u64
 }
 
 /// Connects with all other ranks.
