@@ -317,6 +317,20 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
+    /// Whether what is on the disk is at fault, so that another checkpoint may be whole; and not this build, this user, or
+    /// machines that are not here.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => !matches!(
+                source.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::OutOfMemory | io::ErrorKind::Interrupted
+            ),
+            Self::Version { .. } | Self::Absent { .. } => false,
+            _ => true,
+        }
+    }
+
     /// For `map_err`: keeps what was tried, and where.
     pub(crate) fn io(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_path_buf();

@@ -2,7 +2,8 @@
 //!
 //! `step-00000100` is a checkpoint. `step-00000100.replaced` is the one that was there before, set aside while a new one
 //! of the same step takes its name; it counts while there is no other of that step, so that there is no instant without
-//! one. A name that ends in `.partial` is being written or being removed and never counts.
+//! one. A name that ends in `.partial` is being written or being removed and never counts. `step-00000100.damaged` was found
+//! damaged by somebody who went on from an earlier one; nothing of ours counts it, or takes it away.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
@@ -11,6 +12,7 @@ use std::path::{Component, Path};
 pub const MANIFEST: &str = "manifest.json";
 
 const REPLACED: &str = ".replaced";
+const DAMAGED: &str = ".damaged";
 const RANK: &str = ".rank-";
 const PARTIAL: &str = ".partial";
 
@@ -24,6 +26,13 @@ pub fn committed(step: u64) -> String {
 #[must_use]
 pub fn replaced(step: u64) -> String {
     committed(step) + REPLACED
+}
+
+/// Where a damaged checkpoint is kept. Of one step there may be several, counted from 1.
+#[must_use]
+pub fn damaged(step: u64, number: u32) -> String {
+    let again = if number > 1 { format!("-{number}") } else { String::new() };
+    format!("{}{DAMAGED}{again}", committed(step))
 }
 
 /// Where `name` is written before it exists, or removed after it has ceased to.
@@ -100,6 +109,9 @@ mod tests {
             assert_eq!(replaced_step_of(&replaced(step)), Some(step));
             assert!(is_left_over(&partial(&committed(step))) && is_left_over(&partial(&replaced(step))));
             assert!(!is_left_over(&committed(step)) && !is_left_over(&replaced(step)));
+            for kept in [damaged(step, 1), damaged(step, 2)] {
+                assert!(!is_left_over(&kept) && checkpoints(&[kept]).is_empty());
+            }
             assert!(is_left_over(&given_up(step, 0)) && is_left_over(&given_up(step, 12_345)));
         }
         for other in

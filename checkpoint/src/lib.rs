@@ -11,12 +11,14 @@
 //! - [`writer`]: two host buffers, one thread, the commit, retention; for a process alone or for one rank of several.
 //! - [`reader`]: lists, opens, verifies and loads checkpoints.
 //! - [`inspect`]: what is in one, for people. [`compare`]: how two differ.
+//! - [`damaged`]: the newest checkpoint that is whole, and what becomes of those that are not.
 //! - [`export`]: Hugging Face folders, written at once or not at all, and read back.
 //! - [`error`]: everything that can go wrong, with what to do about it.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that unwraps says where it stands"))]
 
 pub mod compare;
+pub mod damaged;
 pub mod disk;
 pub mod error;
 pub mod export;

@@ -5,6 +5,7 @@
 //! - [`exchange`]: one rank's part in one step's sum, without sockets, threads or clocks.
 //! - [`norm`]: the gradient's norm, of which every rank knows a part.
 //! - [`nodes`]: which ranks are of one machine, and the way of a shard between machines.
+//! - [`owed`]: what several ranks left out, where one goes on alone.
 //! - [`rules`]: which codec a tensor's gradient travels in.
 //! - [`shard`]: who owns which part of a tensor, and what that costs on the wire.
 //! - [`stream`]: takes gradients out of the backward pass, fills buckets, and hands back the sum.
@@ -13,6 +14,7 @@ pub mod engine;
 pub mod exchange;
 pub mod nodes;
 pub mod norm;
+pub mod owed;
 pub mod plan;
 pub mod rules;
 pub mod shard;

@@ -1,7 +1,9 @@
 //! Ranks that are started one by one, as on several machines. Linux.
 //!
+//! - `apart`: machines with folders of their own, where ranks change or a checkpoint is damaged.
 //! - `strangers`: whoever should not join.
 
+mod apart;
 mod strangers;
 
 use std::net::TcpListener;
@@ -21,7 +23,7 @@ pub fn coordinator(place: &Place, more: &[&str]) -> (Job, String) {
     let mut job = Job::start(place, &[&args, more].concat());
     let mut address = None;
     job.wait("an address", |job| {
-        let (stderr, before) = (job.stderr(), "coordinating 2 ranks at ");
+        let (stderr, before) = (job.stderr(), " ranks at ");
         let said = stderr.split_once(before).and_then(|(_, rest)| rest.split_once(": "));
         address = said.map(|(address, _)| address.to_owned());
         address.is_some()
@@ -36,7 +38,7 @@ pub fn worker(place: &Place, address: &str, more: &[&str]) -> Job {
 
 /// A coordinator and a worker for each rank, to their ends.
 #[track_caller]
-fn gathered(place: &Place, more: &[&str], workers: [&[&str]; 2]) -> [Ran; 3] {
+pub fn gathered(place: &Place, more: &[&str], workers: [&[&str]; 2]) -> [Ran; 3] {
     let (job, address) = coordinator(place, more);
     let workers = workers.map(|more| worker(place, &address, more));
     let [one, two] = workers.map(Job::end);
@@ -52,7 +54,7 @@ fn workers_that_join_come_to_the_launchers_parameters() {
     assert_eq!(outcome(&place, "a"), undisturbed(2));
 }
 
-const APART: [&[&str]; 2] =
+pub const APART: [&[&str]; 2] =
     [&["--rank", "0", "--set", "metrics.runs_dir=runs/one"], &["--rank", "1", "--set", "metrics.runs_dir=runs/two"]];
 
 #[test]

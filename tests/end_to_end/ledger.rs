@@ -1,5 +1,9 @@
-//! Nothing is lost: over a whole run of two processes, what was applied and what is still remembered are together the
-//! sum of all gradients, exactly, tensor by tensor (DESIGN.md section 3, invariant 2).
+//! Nothing is lost: over a whole run, what was applied and what is still remembered are together the sum of all
+//! gradients, exactly, tensor by tensor (DESIGN.md section 3, invariant 2).
+//!
+//! - `chain`: over a run whose number of ranks changes.
+
+mod chain;
 
 use std::path::Path;
 
@@ -37,25 +41,27 @@ struct Tensor {
     codecs: [Codec; 2],
     feedback: bool,
     /// What each rank left out as a sender, over the whole tensor; and as an owner, shard after shard.
-    senders: [Vec<f32>; RANKS],
+    senders: Vec<Vec<f32>>,
     owners: Vec<f32>,
     /// Everything applied and remembered, less all gradients and what additions rounded.
     balance: Exact,
 }
 
 impl Tensor {
-    fn new(parameter: &Parameter, codec: Codec, feedback: bool) -> Self {
+    fn new(parameter: &Parameter, codec: Codec, feedback: bool, ranks: usize) -> Self {
         let zeros = vec![0.0; parameter.shape.iter().product()];
         let codecs = [Codec::Int8, codec].map(|codec| codec_of(parameter, codec));
-        Self { codecs, feedback, senders: [zeros.clone(), zeros.clone()], owners: zeros, balance: Exact::default() }
+        Self { codecs, feedback, senders: vec![zeros.clone(); ranks], owners: zeros, balance: Exact::default() }
     }
 
     /// Enters one step and returns the sum that all ranks must have.
-    fn step(&mut self, step: u64, gradients: &[Vec<f32>; RANKS]) -> Vec<f32> {
+    fn step(&mut self, step: u64, gradients: &[Vec<f32>]) -> Vec<f32> {
         let codec = self.codecs[usize::from(step > WARMUP)];
         let mut applied = vec![0.0; self.owners.len()];
-        for owner in 0..RANKS {
-            let owned = shard(self.owners.len(), owner, RANKS);
+        let ranks = gradients.len();
+        assert_eq!(ranks, self.senders.len());
+        for owner in 0..ranks {
+            let owned = shard(self.owners.len(), owner, ranks);
             let mut sum = vec![0.0f32; owned.len()];
             for (rank, gradient) in gradients.iter().enumerate() {
                 let gradient = &gradient[owned.clone()];
@@ -76,7 +82,9 @@ impl Tensor {
                     *sum += part;
                 }
             }
-            let (second, left) = (codec.second_stage(), &mut self.owners[owned.clone()]);
+            // One rank alone has nobody to send a sum to, and applies what it owes as it is.
+            let second = if ranks > 1 { codec.second_stage() } else { Codec::Fp32 };
+            let left = &mut self.owners[owned.clone()];
             applied[owned].copy_from_slice(&through(second, self.feedback, &sum, left, &mut self.balance));
         }
         applied.iter().for_each(|x| enter(&mut self.balance, *x));
@@ -94,6 +102,11 @@ impl Tensor {
                 assert_eq!(ours.iter().any(|x| *x != 0.0), self.feedback, "{name}");
             }
         }
+        self.enter_what_is_left();
+    }
+
+    /// Closes the ledger.
+    fn enter_what_is_left(&mut self) {
         let left = self.senders.iter().chain([&self.owners]).flatten();
         left.for_each(|x| enter(&mut self.balance, *x));
     }
@@ -127,7 +140,6 @@ fn bits(values: &[f32]) -> Vec<u32> {
 /// The gradients and the sums of one rank in one step, by parameter; `None` where the step was skipped.
 fn recorded(folder: &Path, rank: usize, step: u64, parameters: &[Parameter]) -> Option<Vec<[Vec<f32>; 2]>> {
     let skipped = folder.join(format!("rank-{rank}-step-{step}-skipped.bin")).exists();
-    assert_eq!(skipped, step == SKIPPED, "rank {rank}, step {step}");
     if skipped {
         return None;
     }
@@ -147,9 +159,11 @@ fn ledger(faults: &str, codec: Codec, feedback: bool) -> Vec<(String, bool, bool
     let checkpoint = train(&place, faults, codec);
     let model: Config = serde_json::from_value(checkpoint.state()["model"].clone()).expect("a model's shape");
     let parameters = model.parameters();
-    let mut tensors: Vec<Tensor> = parameters.iter().map(|parameter| Tensor::new(parameter, codec, feedback)).collect();
+    let new = |parameter: &Parameter| Tensor::new(parameter, codec, feedback, RANKS);
+    let mut tensors: Vec<Tensor> = parameters.iter().map(new).collect();
     for step in 1..=STEPS {
         let ranks = [0, 1].map(|rank| recorded(&place.path("record"), rank, step, &parameters));
+        assert!(ranks.iter().all(|rank| rank.is_none() == (step == SKIPPED)), "step {step}");
         let [Some(zero), Some(one)] = ranks else { continue };
         for (((tensor, parameter), [a, sum_a]), [b, sum_b]) in tensors.iter_mut().zip(&parameters).zip(zero).zip(one) {
             assert!(bits(&a) != bits(&b), "{}: ranks have other batches", parameter.name);

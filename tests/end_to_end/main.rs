@@ -16,6 +16,7 @@ mod processes;
 mod prometheus;
 mod ranks;
 mod recipes;
+mod resharding;
 mod resume;
 mod saving;
 mod schedulers;

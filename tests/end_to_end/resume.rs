@@ -1,11 +1,13 @@
 //! A resumed run is bitwise the uninterrupted one: the same losses to the last digit, the same parameters.
 
+use std::path::Path;
 use std::sync::OnceLock;
 
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::support::{Place, end, wait_until};
+use crate::dying::RANKS;
+use crate::support::{Place, RECIPE, end, text, wait_until};
 
 type Curve = Vec<[String; 4]>;
 
@@ -175,19 +177,88 @@ fn a_resume_before_there_is_anything_starts_from_the_beginning() {
 }
 
 #[test]
-fn a_damaged_newest_checkpoint_stops_the_resume_and_the_one_before_it_serves() {
+fn a_damaged_newest_checkpoint_stops_the_resume_and_an_earlier_one_serves_when_that_is_said() {
     let place = Place::new();
-    place.train("a", &["--set", "train.stop_at_step=20"]).ok();
-    let newest = place.path("runs/a/checkpoints/step-00000020");
-    let file = newest.join("rank-0000.safetensors");
-    let mut bytes = std::fs::read(&file).expect("readable");
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 1;
-    std::fs::write(&file, bytes).expect("writable");
-    place.train("a", &["--resume"]).failed(2, &["newest checkpoint is damaged", "rank-0000.safetensors", "remove"]);
-    std::fs::remove_dir_all(newest).expect("ours");
+    place.train("a", &["--set", "train.stop_at_step=24"]).ok();
+    let newest = place.path("runs/a/checkpoints/step-00000024");
+    let bytes = spoil(&newest.join("rank-0000.safetensors"));
+    let said = ["newest checkpoint is damaged", "rank-0000.safetensors", "--resume-from-earlier goes on from step"];
+    place.train("a", &["--resume"]).failed(2, &said);
+    assert!(newest.is_dir(), "nothing is taken away");
+    // The run comes to step 24 again, and retention to what is left.
+    let stop = ["--set", "train.stop_at_step=24"];
+    let ran = place.train("a", &[&["--resume-from-earlier"], &stop[..]].concat()).ok();
+    assert!(!ran.stderr.contains("going on after step 24") && ran.stderr.contains("kept as"), "{}", ran.stderr);
+    let kept = place.path("runs/a/checkpoints/step-00000024.damaged");
+    let as_it_was = || std::fs::read(kept.join("rank-0000.safetensors")).expect("it is kept") == bytes;
+    assert!(as_it_was());
+    let events = place.events("a");
+    let damaged = events.iter().find(|event| event["event"] == "checkpoint_damaged").expect("an event");
+    assert_eq!(damaged["step"], 24);
+    assert!(damaged["error"].to_string().contains("rank-0000.safetensors"), "{damaged}");
+    assert!(damaged["kept_as"].as_str().is_some_and(|path| path.ends_with("step-00000024.damaged")), "{damaged}");
+    // The new one of that step is whole, and a plain resume takes it.
     place.train("a", &["--resume"]).ok();
     same_as_uninterrupted(&place, "a");
+    assert!(as_it_was());
+    let names = place.names("runs/a/checkpoints");
+    assert_eq!((names.len(), &*names[0], &*names[2]), (3, "step-00000024.damaged", "step-00000060"), "{names:?}");
+}
+
+#[test]
+fn without_a_whole_checkpoint_all_are_named_and_stay() {
+    let place = Place::new();
+    place.train("a", &["--set", "train.stop_at_step=20"]).ok();
+    let names = place.names("runs/a/checkpoints");
+    for name in &names {
+        spoil(&place.path(&format!("runs/a/checkpoints/{name}/manifest.json")));
+    }
+    for how in ["--resume", "--resume-from-earlier"] {
+        place.train("a", &[how]).failed(2, &["none of its checkpoints is whole", &names[0], &names[1]]);
+    }
+    assert_eq!(place.names("runs/a/checkpoints"), names);
+}
+
+/// Flips a bit in the middle of a file, and returns what it holds then.
+pub fn spoil(file: &Path) -> Vec<u8> {
+    let mut bytes = std::fs::read(file).expect("readable");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(file, &bytes).expect("writable");
+    bytes
+}
+
+/// In the learning rate's warm-up and the codec's, right after a step that was skipped, and in the middle of a later epoch.
+#[test]
+fn in_the_middle_of_a_warm_up_and_of_an_epoch_and_after_a_skip() {
+    let short = text().join("held_out.txt");
+    let bytes = std::fs::metadata(&short).expect("a text").len();
+    let data = format!("data.train=['{}']", short.display());
+    let alone = ["--set", "train.seq_len=64"];
+    let ranks = ["--set", "train.seq_len=64", "--set", "train.micro_batch_size=2", "--set", "compression.codec=int4"];
+    for (recipe, more) in [(RECIPE, &alone[..]), (RANKS, &ranks)] {
+        let place = Place::with(recipe);
+        let sets = ["--set", &data, "--set", "eval.files=[]", "--set", "schedule.warmup_steps=20"];
+        let sets = [&sets[..], &["--set", "compression.warmup_steps=20"], more].concat();
+        let train = |run: &str, more: &[&str]| _ = place.train_with("nan:0:33", run, &[&sets[..], more].concat()).ok();
+        train("whole", &[]);
+        // A token is a byte at least.
+        let tokens = place.summary("whole")["tokens"].as_u64().expect("a number");
+        assert!(tokens > bytes, "more than an epoch: {tokens} tokens of at most {bytes}");
+        for stop in ["7", "33", "51"] {
+            let stop = format!("train.stop_at_step={stop}");
+            let resume = (place.lines("a") > 0).then_some("--resume");
+            train("a", &[&["--set", &stop], resume.as_slice()].concat());
+        }
+        train("a", &["--resume"]);
+        assert_eq!(place.curve("a")[32][1], "null", "the step was skipped");
+        assert_eq!(place.curve("a"), place.curve("whole"));
+        assert_eq!(place.summary("a")["parameter_hash"], place.summary("whole")["parameter_hash"]);
+        // The control: a warm-up that is not gone on with is another run.
+        train("b", &["--set", "train.stop_at_step=7"]);
+        train("b", &["--resume", "--set", "schedule.warmup_steps=7"]);
+        assert_ne!(place.summary("b")["parameter_hash"], place.summary("whole")["parameter_hash"]);
+    }
 }
 
 #[test]

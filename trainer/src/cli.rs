@@ -78,6 +78,10 @@ struct Train {
     /// Go on with the run of that name from its newest checkpoint
     #[arg(long)]
     resume: bool,
+    /// As --resume; where the newest checkpoint is damaged, from the newest one that is whole. What is damaged is kept under
+    /// another name
+    #[arg(long)]
+    resume_from_earlier: bool,
     /// Start again from the newest checkpoint, so many times, when a rank was lost
     #[arg(long, default_value_t = 0)]
     restarts: u32,
@@ -249,8 +253,20 @@ fn request(args: &Train, log: RunLog, tamper: Tamper) -> Result<run::Request> {
     let name = args.name.clone().unwrap_or(stem);
     let by_set = raw.origin("compression.codec") == Origin::Set;
     let choose_codec_anew = by_set && recipe.compression.codec == CodecChoice::Auto;
-    let (resume, trace_steps, registry) = (args.resume, args.trace.steps(), registry());
-    Ok(run::Request { raw, recipe, name, resume, trace_steps, choose_codec_anew, registry, log, tamper })
+    let (trace_steps, registry, resume_from_earlier) = (args.trace.steps(), registry(), args.resume_from_earlier);
+    let resume = args.resume || resume_from_earlier;
+    Ok(run::Request {
+        raw,
+        recipe,
+        name,
+        resume,
+        resume_from_earlier,
+        trace_steps,
+        choose_codec_anew,
+        registry,
+        log,
+        tamper,
+    })
 }
 
 fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
@@ -299,6 +315,7 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         recipe: joined.recipe.clone(),
         name: welcome.name.clone(),
         resume: welcome.resume,
+        resume_from_earlier: welcome.resume_from_earlier,
         trace_steps: args.trace.steps(),
         choose_codec_anew: welcome.choose_codec_anew,
         registry: registry(),

@@ -132,6 +132,9 @@ pub enum Error {
     /// The connections to the other ranks.
     #[error(transparent)]
     Transport(#[from] parallel::transport::grpc::TransportError),
+    /// The ranks could not bring each other what they need to start.
+    #[error(transparent)]
+    Collective(#[from] parallel::collective::CollectiveError),
     /// A run over several processes came to its end, and the coordinator said why.
     #[error("{0}")]
     Verdict(String, u8),

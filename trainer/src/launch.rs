@@ -279,6 +279,7 @@ fn coordinate(
         recipe: request.raw.to_toml(),
         name: request.name.clone(),
         resume: request.resume,
+        resume_from_earlier: request.resume_from_earlier,
         restart,
         choose_codec_anew: request.choose_codec_anew,
         metrics_address: port.as_ref().map(Port::url),

@@ -4,10 +4,12 @@
 //! - [`fault`]: what is wrong with a recipe, where, and how to mend it.
 //! - [`raw`]: the recipe as written, every value checked on its own against the table.
 //! - [`checks`]: faults between keys.
+//! - [`batch`]: what a resume with other ranks must keep.
 //! - [`resolved`]: the recipe as validated: typed, complete, and consistent with itself.
 //!
 //! Everything that is wrong is reported at once, before any device, file or network is touched.
 
+pub mod batch;
 pub mod checks;
 pub mod fault;
 pub mod keys;

@@ -44,6 +44,7 @@ use crate::log::RunLog;
 use crate::model::Config;
 use crate::recipe::{Raw, Recipe};
 use crate::state::State;
+use crate::state::mesh::Mesh;
 use crate::step::{Report, Stepper, Word};
 use crate::tamper::Tamper;
 
@@ -67,6 +68,8 @@ pub struct Request {
     pub name: String,
     /// Whether to go on with a run that exists.
     pub resume: bool,
+    /// Whether it may go on from an earlier checkpoint, where the newest is damaged.
+    pub resume_from_earlier: bool,
     /// Cargo's folder of unpacked sources.
     pub registry: PathBuf,
     /// Where log lines go once there is a folder.
@@ -118,6 +121,8 @@ struct Run {
     progress: Option<Progress>,
     /// The other ranks, if there are any.
     group: Option<Group>,
+    /// All ranks, as checkpoints name them.
+    mesh: Mesh,
     /// What gradients travel in; `None` with one rank.
     codecs: Option<Codecs>,
     tracing: Option<Tracing>,

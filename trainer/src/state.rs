@@ -1,11 +1,20 @@
 //! The state of a run: where it starts, how it is named, and its way into a checkpoint and back.
+//!
+//! - [`mesh`]: the ranks that wrote a checkpoint; [`residuals`]: what they left out of gradients, onto the same ranks or
+//!   others; [`folding`]: what all have left out, added up for a checkpoint.
+
+pub mod folding;
+pub mod mesh;
+pub mod residuals;
 
 use std::sync::Arc;
 
 use checkpoint::reader::{Checkpoint, Want};
 use checkpoint::writer::{PieceSpec, Snapshot, TensorSpec};
 use compression::{Codec, Side};
+use parallel::data::Parameter;
 use parallel::data::exchange::Exchange;
+use parallel::data::owed::Owed;
 use parallel::data::rules::may_be_lossy;
 use parallel::data::shard::shard;
 use serde::{Deserialize, Serialize};
@@ -13,6 +22,9 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::model::{Config, init};
 use crate::recipe::raw::{self, Reader};
+
+use mesh::Mesh;
+use residuals::{Kept, folded_name, owner_name, sender_name, sides};
 
 /// Everything that a step changes: together with the recipe it decides every later step.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,9 +75,13 @@ pub struct Meta {
     pub model: Config,
     /// The token between documents.
     pub end_of_text: String,
-    /// How gradients travelled; `None` with one rank, and where an older version wrote it.
+    /// How gradients travelled; `None` where an older version wrote it, and with one rank, unless it keeps what several
+    /// had left out.
     #[serde(default)]
     pub compression: Option<Travelled>,
+    /// The ranks that wrote it; `None` where an older version did.
+    #[serde(default)]
+    pub mesh: Option<Mesh>,
 }
 
 /// How gradients travelled up to a checkpoint.
@@ -75,6 +91,9 @@ pub struct Travelled {
     pub codec: Codec,
     /// Whether what was left out is in it, of every tensor of which something may be.
     pub residuals: bool,
+    /// Whether it is there added up, and no longer by rank.
+    #[serde(default)]
+    pub folded: bool,
     /// What `auto` chose.
     pub chosen: Option<Chosen>,
 }
@@ -93,6 +112,8 @@ pub struct Chosen {
 pub struct Held {
     /// Whether the checkpoint has what was left out.
     pub residuals: bool,
+    /// Whether it has only the sum of it.
+    pub folded: bool,
     /// What `auto` chose.
     pub chosen: Option<Chosen>,
     /// Whether its step sent everything and counted: all residuals are zero.
@@ -147,10 +168,18 @@ impl State {
         hasher.finalize()
     }
 
-    /// Copies everything into a snapshot whose tensors are those of [`specs`].
-    pub fn snapshot(&self, snapshot: &mut Snapshot<'_>) {
-        for (index, values) in self.tensors().enumerate() {
-            snapshot.tensor(index).copy_from_slice(values);
+    /// Copies everything into a snapshot whose tensors are those of [`specs`], and, where something was owed when this
+    /// process began, of [`owner_specs`].
+    pub fn snapshot(&self, snapshot: &mut Snapshot<'_>, config: &Config, owed: &Owed) {
+        let mut next = 0;
+        for values in self.tensors() {
+            snapshot.tensor(next).copy_from_slice(values);
+            next += 1;
+        }
+        let lossy = config.parameters().into_iter().enumerate().filter(|(_, parameter)| may_be_lossy(parameter));
+        for (index, _) in lossy.filter(|_| owed.has_place()) {
+            put(snapshot.tensor(next), owed.of(index));
+            next += 1;
         }
     }
 
@@ -174,21 +203,22 @@ impl State {
     }
 
     /// Copies this rank's share of everything, and what it left out of gradients and sums, into a snapshot whose pieces
-    /// are those of [`pieces`].
-    pub fn snapshot_share(&self, snapshot: &mut Snapshot<'_>, share: &Share, exchange: &Exchange) {
+    /// are those of [`pieces`]. `folded` is its shard of everything, where that is kept.
+    pub fn snapshot_share(&self, snapshot: &mut Snapshot<'_>, share: &Share, exchange: &Exchange, folded: &[Vec<f32>]) {
         let mut next = 0;
         for values in self.tensors() {
             snapshot.tensor(next).copy_from_slice(&values[shard(values.len(), share.index, share.of)]);
             next += 1;
         }
-        let rank = Side::Sender { rank: share.rank };
+        for values in folded {
+            snapshot.tensor(next).copy_from_slice(values);
+            next += 1;
+        }
         let parameters = exchange.plan().parameters().iter().enumerate();
-        for (index, _) in parameters.filter(|(_, parameter)| share.residuals && may_be_lossy(parameter)) {
-            for side in [rank, Side::Owner] {
-                match exchange.residual(index, side) {
-                    Some(values) => snapshot.tensor(next).copy_from_slice(values),
-                    None => snapshot.tensor(next).fill(0.0),
-                }
+        let exact = share.kept == Kept::Exact;
+        for (index, _) in parameters.filter(|(_, parameter)| exact && may_be_lossy(parameter)) {
+            for side in sides(share.rank, share.ranks) {
+                put(snapshot.tensor(next), exchange.residual(index, side));
                 next += 1;
             }
         }
@@ -196,6 +226,14 @@ impl State {
 
     fn tensors(&self) -> impl Iterator<Item = &[f32]> {
         self.weights.iter().chain(&self.m).chain(&self.v).map(Vec::as_slice)
+    }
+}
+
+/// What was left out, or zeros for nothing.
+fn put(tensor: &mut [f32], values: Option<&[f32]>) {
+    match values {
+        Some(values) => tensor.copy_from_slice(values),
+        None => tensor.fill(0.0),
     }
 }
 
@@ -213,6 +251,13 @@ pub fn specs(config: &Config) -> Vec<TensorSpec> {
     [named(""), named(".m"), named(".v")].concat()
 }
 
+/// The tensors in which one rank alone keeps what several had left out (`NAME.owner`).
+#[must_use]
+pub fn owner_specs(config: &Config) -> Vec<TensorSpec> {
+    let lossy = config.parameters().into_iter().filter(may_be_lossy);
+    lossy.map(|parameter| TensorSpec { name: owner_name(&parameter.name), shape: parameter.shape }).collect()
+}
+
 /// Which part of a checkpoint a rank writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share {
@@ -224,8 +269,8 @@ pub struct Share {
     pub index: usize,
     /// Ranks that share it.
     pub of: usize,
-    /// Whether it writes what was left out.
-    pub residuals: bool,
+    /// What it writes of what was left out.
+    pub kept: Kept,
 }
 
 /// The pieces that a rank of several writes: its share of [`specs`], and of every tensor that may travel in a lossy codec
@@ -241,57 +286,43 @@ pub fn pieces(config: &Config, share: &Share) -> Vec<PieceSpec> {
             PieceSpec { tensor: name, shape, range }
         })
         .collect();
-    for parameter in config.parameters().into_iter().filter(|parameter| share.residuals && may_be_lossy(parameter)) {
-        let (all, shape) = (elements(&parameter.shape), parameter.shape);
-        let sender = sender_name(&parameter.name, share.rank);
-        pieces.push(PieceSpec { tensor: sender, shape: shape.clone(), range: 0..all });
-        let range = shard(all, share.rank, share.ranks);
-        pieces.push(PieceSpec { tensor: format!("{}.owner", parameter.name), shape, range });
+    let lossy =
+        config.parameters().into_iter().filter(|parameter| share.kept != Kept::Nothing && may_be_lossy(parameter));
+    for Parameter { name, shape } in lossy {
+        let all = elements(&shape);
+        let own = shard(all, share.rank, share.ranks);
+        if share.kept == Kept::Folded {
+            pieces.push(PieceSpec { tensor: folded_name(&name), shape, range: own });
+            continue;
+        }
+        pieces.extend(sides(share.rank, share.ranks).map(|side| {
+            let (tensor, range) = match side {
+                Side::Sender { rank } => (sender_name(&name, rank), 0..all),
+                Side::Owner => (owner_name(&name), own.clone()),
+            };
+            PieceSpec { tensor, shape: shape.clone(), range }
+        }));
     }
     pieces
 }
 
-/// Goes on with what this rank had left out.
-///
-/// # Errors
-/// The checkpoint has not got it: it is of another mesh or codec, or damaged.
-pub fn restore_residuals(checkpoint: &Checkpoint, exchange: &mut Exchange) -> Result<()> {
-    let (plan, group) = (exchange.plan().clone(), exchange.group());
-    for (index, parameter) in plan.parameters().iter().enumerate() {
-        if !may_be_lossy(parameter) {
-            continue;
-        }
-        let all: usize = parameter.shape.iter().product();
-        let own = shard(all, group.rank, group.ranks);
-        let (mut sender, mut owner) = (vec![0.0; all], vec![0.0; own.len()]);
-        checkpoint.tensor(&sender_name(&parameter.name, group.rank), &parameter.shape, &mut sender)?;
-        checkpoint.region(&format!("{}.owner", parameter.name), &parameter.shape, own, &mut owner)?;
-        exchange.restore(index, &sender, owner).expect("the shapes are the plan's");
-    }
-    Ok(())
-}
-
-/// What a checkpoint of several ranks says of how gradients travelled. Older versions did not say it; what they left out
+/// What a checkpoint says of how gradients travelled. Older versions did not say it; what they left out
 /// is there unless their recipe, which is in the checkpoint, let everything travel as it is.
 ///
 /// # Errors
 /// The checkpoint was not written by this trainer.
 pub fn held(checkpoint: &Checkpoint) -> Result<Held> {
     let meta = meta(checkpoint)?;
-    if let Some(Travelled { codec, residuals, chosen }) = meta.compression {
+    if let Some(Travelled { codec, residuals, folded, chosen }) = meta.compression {
         let sent = codec == Codec::Fp32 && meta.good_step == meta.step;
-        return Ok(Held { residuals, chosen, sent });
+        return Ok(Held { residuals, folded, chosen, sent });
     }
     let recipe = checkpoint.attachment("recipe.toml")?;
     let (raw, _) = raw::read(&String::from_utf8_lossy(&recipe), &[]);
     let keys = Reader(&raw);
     let several = keys.count("parallel.data").is_some_and(|ranks| ranks > 1);
     let residuals = several && keys.text("compression.codec").is_some_and(|codec| codec != Codec::Fp32.name());
-    Ok(Held { residuals, chosen: None, sent: false })
-}
-
-fn sender_name(parameter: &str, rank: usize) -> String {
-    format!("{parameter}.sender.{rank:04}")
+    Ok(Held { residuals, folded: false, chosen: None, sent: false })
 }
 
 /// What a checkpoint says of its run.

@@ -153,6 +153,12 @@ impl Stepper {
         self.stream.engine()
     }
 
+    /// The way of the gradients.
+    #[must_use]
+    pub const fn stream(&self) -> &Arc<GradientStream> {
+        &self.stream
+    }
+
     /// How far this rank is.
     #[must_use]
     pub const fn progress(&self) -> &Arc<Progress> {
@@ -337,6 +343,8 @@ impl Stepper {
         state.skips = 0;
         state.good_step = step;
         state.updates += 1;
+        // What one rank alone owed was in its gradient.
+        self.stream.owed().settle();
         let rate = optimizer::learning_rate(&recipe.schedule, step, recipe.train.steps);
         let scale = clip_factor(voted.norm, recipe.train.clip_norm);
         let rule = |decay| AdamW::new(&recipe.optimizer, rate, state.updates, scale, decay);

@@ -36,6 +36,8 @@ pub struct Tamper {
     late: bool,
     /// A resume forgets what owners left out.
     pub forget_owner: bool,
+    /// A resume on other ranks counts twice what the first of them left out.
+    pub fold_twice: bool,
     /// What every rank believes to be the rate of its link.
     pub link_bytes_per_s: Option<f64>,
     /// What every rank believes that its steps take.
@@ -48,7 +50,7 @@ pub struct Tamper {
 
 impl Tamper {
     /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,fail:1:4,garbage:1:4,old:1:4,no-feedback,late,
-    /// forget-owner,link:1e6,step:0.5,record:DIR,hashes:DIR`. What it does not know it refuses.
+    /// forget-owner,fold-twice,link:1e6,step:0.5,record:DIR,hashes:DIR`. What it does not know it refuses.
     ///
     /// # Errors
     /// The first item that is none.
@@ -72,6 +74,7 @@ impl Tamper {
                 ("no-feedback", None) => tamper.no_feedback = true,
                 ("late", None) => tamper.late = true,
                 ("forget-owner", None) => tamper.forget_owner = true,
+                ("fold-twice", None) => tamper.fold_twice = true,
                 ("link", None) => tamper.link_bytes_per_s = Some(number()?),
                 ("step", None) => tamper.step_s = Some(number()?),
                 ("record", None) => tamper.record = Some(rest.into()),
@@ -141,13 +144,12 @@ impl Tamper {
     /// # Errors
     /// The file cannot be written.
     pub fn record(&self, stepper: &Stepper, rank: usize, step: u64, skipped: bool) -> Result<()> {
-        let (Some(folder), Some(engine)) = (&self.record, stepper.engine()) else { return Ok(()) };
+        let Some(folder) = &self.record else { return Ok(()) };
         let path = folder.join(format!("rank-{rank}-step-{step}{}.bin", if skipped { "-skipped" } else { "" }));
         let mut bytes = Vec::new();
         for index in 0..stepper.plan().parameters().len() {
             let own = stepper.own_gradient(index).unwrap_or_default();
-            let exchange = engine.exchange();
-            for value in own.iter().chain(exchange.sum(index)) {
+            for value in own.iter().chain(&stepper.stream().last_sum(index)) {
                 bytes.extend(value.to_le_bytes());
             }
         }

@@ -8,7 +8,7 @@ use crate::RealDisk;
 use crate::layout;
 use crate::writer::{Attachment, Member, Outcome, PieceSpec, Retention, TensorSpec, Writer};
 
-const KEEP_ALL: Retention = Retention { keep_last: 0 };
+const KEEP_ALL: Retention = Retention::last(0);
 
 struct Saved {
     _root: tempfile::TempDir,

@@ -36,6 +36,8 @@ pub struct Options {
     pub name: String,
     /// Whether to go on from a checkpoint.
     pub resume: bool,
+    /// Whether an earlier one will do, where the newest is damaged.
+    pub resume_from_earlier: bool,
     /// How often the run was started again after it had lost a peer.
     pub restart: u32,
     /// Whether a codec that the run chose before is to be chosen anew.
@@ -271,6 +273,7 @@ impl State {
                     recipe: self.options.recipe.clone(),
                     name: self.options.name.clone(),
                     resume: self.options.resume,
+                    resume_from_earlier: self.options.resume_from_earlier,
                     peer_timeout_s: self.options.peer_timeout.as_secs_f64(),
                     restart: self.options.restart,
                     host: self.options.host.clone(),

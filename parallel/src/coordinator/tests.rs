@@ -33,6 +33,7 @@ fn coordinator_with(ranks: usize, security: Security) -> Coordinator {
         recipe: "steps = 3".into(),
         name: "run".into(),
         resume: false,
+        resume_from_earlier: false,
         restart: 0,
         choose_codec_anew: false,
         metrics_address: None,

@@ -22,6 +22,7 @@ use thiserror::Error;
 use super::engine::{self, Engine, EngineError, Packed};
 use super::exchange::{Exchange, Verdict};
 use super::norm::SquaredNorm;
+use super::owed::Owed;
 use super::plan::Plan;
 use crate::note::Ballot;
 use crate::transport::Counted;
@@ -83,6 +84,8 @@ pub struct GradientStream {
     state: Mutex<State>,
     /// The way to the other ranks, if there are any.
     engine: Option<Engine>,
+    /// What several ranks left out before this one was alone. Taken after the state, where both are.
+    owed: Mutex<Owed>,
 }
 
 #[derive(Debug)]
@@ -190,7 +193,7 @@ impl GradientStream {
             complete: Vec::with_capacity(plan.buckets().len()),
             fault: None,
         };
-        Self { plan, state: Mutex::new(state), engine }
+        Self { plan, state: Mutex::new(state), engine, owed: Mutex::default() }
     }
 
     /// From the next step on, keeps a copy of this rank's own gradient, which the way to the other ranks uses up.
@@ -204,11 +207,32 @@ impl GradientStream {
     }
 
     /// This rank's own gradient of parameter `index` in the last finished step, micro-batches added; `None` unless it is
-    /// kept and there are other ranks.
+    /// kept.
     #[must_use]
     pub fn own(&self, index: usize) -> Option<Vec<f32>> {
         let slot = self.plan.slot(index);
         self.lock().own.as_ref().and_then(|own| own[slot.bucket].get(slot.range.clone())).map(<[f32]>::to_vec)
+    }
+
+    /// From the next step on, adds what several ranks had left out to this one's gradient, until it is settled.
+    pub fn owe(&self, owed: Owed) {
+        assert!(self.engine.is_none(), "with other ranks the exchange remembers");
+        *self.owed() = owed;
+    }
+
+    /// What is still to be added. Whoever takes a step says whether it counted.
+    pub fn owed(&self) -> MutexGuard<'_, Owed> {
+        self.owed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The sum of parameter `index` in the last finished step.
+    #[must_use]
+    pub fn last_sum(&self, index: usize) -> Vec<f32> {
+        let slot = self.plan.slot(index);
+        match &self.engine {
+            Some(engine) => engine.exchange().sum(index).to_vec(),
+            None => self.lock().buffers[slot.bucket][slot.range.clone()].to_vec(),
+        }
     }
 
     /// What is summed.
@@ -409,6 +433,11 @@ impl GradientStream {
             engine.vote(ballot);
         } else {
             (0..self.plan.buckets().len()).for_each(|bucket| state.fill(&self.plan, bucket));
+            let State { own, buffers, .. } = &mut *state;
+            if let Some(own) = own {
+                own.clone_from(buffers);
+            }
+            self.owed().add_to(&self.plan, buffers);
         }
         Ok(())
     }

@@ -178,6 +178,7 @@ impl World {
             recipe: String::new(),
             name: "run".into(),
             resume: false,
+            resume_from_earlier: false,
             restart: 0,
             choose_codec_anew: false,
             peer_timeout: PEER_TIMEOUT,

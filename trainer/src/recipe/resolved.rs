@@ -244,6 +244,17 @@ pub struct Checkpoint {
     pub write_bytes_per_s_max: u64,
     /// Seconds to write one after a signal.
     pub grace_s: f64,
+    /// How what ranks left out of gradients is stored.
+    pub residuals: Residuals,
+}
+
+/// How a checkpoint of several ranks keeps what they left out of gradients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Residuals {
+    /// Each sender's and each owner's.
+    Exact,
+    /// All of it added up.
+    Folded,
 }
 
 /// What a run does when a checkpoint is due and two are still being written.
@@ -391,6 +402,10 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
             when_busy: if keys.text("checkpoint.when_busy")? == "wait" { WhenBusy::Wait } else { WhenBusy::Skip },
             write_bytes_per_s_max: keys.count("checkpoint.write_bytes_per_s_max")? as u64,
             grace_s: keys.real("checkpoint.grace_s")?,
+            residuals: match keys.text("checkpoint.residuals")? == "folded" {
+                true => Residuals::Folded,
+                false => Residuals::Exact,
+            },
         },
         device: DeviceKeys {
             backend: keys.text("device.backend")?,

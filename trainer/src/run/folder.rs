@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::cache::replace;
 use crate::error::{Error, Result};
-use crate::recipe::{Raw, Tag, raw};
+use crate::recipe::{Raw, Tag, batch, raw};
 
 /// How a run stands, `run.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -89,7 +89,8 @@ impl Folder {
     /// `None` when there is no such folder: a run that was killed before it had one has done nothing yet.
     ///
     /// # Errors
-    /// A folder that is no run's, a process that still works on it, a fixed key that changed.
+    /// A folder that is no run's, a process that still works on it, a fixed key that changed, another number of sequences
+    /// a step.
     pub fn resume(runs: &Path, name: &str, recipe: &Raw) -> Result<Option<(Self, Vec<String>)>> {
         check_name(name)?;
         let path = runs.join(name);
@@ -111,7 +112,8 @@ impl Folder {
         // A run that was killed before it wrote its recipe has done nothing that could differ.
         let Some(text) = text else { return Ok(Some((folder, Vec::new()))) };
         let (old, _) = raw::read(&text, &[]);
-        let fixed = recipe.differences(&old, Tag::Fixed);
+        let mut fixed = recipe.differences(&old, Tag::Fixed);
+        fixed.extend(batch::fault(&old, recipe));
         if fixed.is_empty() {
             return Ok(Some((folder, recipe.differences(&old, Tag::Resumable))));
         }

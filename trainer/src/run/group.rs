@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use checkpoint::writer::{Outcome, Part};
+use parallel::collective::{CollectiveError, SubGroup};
 use parallel::control::{Control, ControlError};
 use parallel::coordinator::FromCoordinator as To;
 use parallel::data::StreamError;
@@ -31,6 +32,8 @@ pub struct Group {
     pub control: Control,
     /// The connections to the other ranks.
     pub transport: Arc<GrpcTransport>,
+    /// All ranks, for what they do together between two steps.
+    pub all: SubGroup,
     /// What happens when the run ends for everybody.
     pub ender: Ender,
     /// Bytes that this rank would send a step if everything travelled as f32; `None` with one rank.
@@ -65,6 +68,15 @@ impl Group {
                 }
                 other => StreamError::Engine(other).into(),
             },
+            Error::Collective(CollectiveError::Lost(ref loss)) => {
+                self.control.say(From::Lost(Lost { rank: loss.rank as u32, why: loss.to_string() }));
+                let ending = self.control.ending(within);
+                Error::Verdict(format!("{}\nhere: {error}", ending.verdict), ending.code)
+            }
+            Error::Collective(CollectiveError::Aborted(_)) => {
+                let ending = self.control.ending(within);
+                Error::Verdict(ending.verdict, ending.code)
+            }
             Error::Control(ControlError::Ended(ending)) => Error::Verdict(ending.verdict, ending.code),
             other => other,
         }

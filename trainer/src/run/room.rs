@@ -22,8 +22,7 @@ impl Run {
         if self.recipe.checkpoint.when_busy == WhenBusy::Wait {
             self.wait_for_room()?;
         }
-        self.checkpoint();
-        Ok(())
+        self.checkpoint()
     }
 
     /// Waits until this rank's writer can take a snapshot. All ranks do so at the same step, and one that can go on can still

@@ -2,19 +2,24 @@
 
 use std::time::Instant;
 
-use checkpoint::reader::{self, Checkpoint};
-use checkpoint::writer::{Offer, Outcome};
+use checkpoint::reader::Checkpoint;
+use checkpoint::writer::{Offer, Outcome, Snapshot};
+use compression::Codec;
 use serde_json::json;
 
-use super::folder::{Folder, Status, Summary};
+use super::folder::{Status, Summary};
 use super::{Run, mesh};
 use crate::data::Data;
 use crate::error::{Error, Result};
-use crate::state::{self, Meta, Travelled};
+use crate::state::residuals::Kept;
+use crate::state::{self, Meta, Travelled, folding};
 
 impl Run {
     /// Offers a snapshot; the writer does the rest while training goes on.
-    pub(super) fn checkpoint(&mut self) {
+    ///
+    /// # Errors
+    /// A rank is lost while all of them add up what they left out.
+    pub(super) fn checkpoint(&mut self) -> Result<()> {
         assert!(self.stepper.is_settled(), "the state is behind its step");
         let meta = Meta {
             step: self.state.step,
@@ -33,23 +38,29 @@ impl Run {
             model: self.config.clone(),
             end_of_text: self.data.tokenizer.end_of_text_name().to_owned(),
             compression: self.travelled(),
+            mesh: Some(self.mesh.clone()),
         };
         let attachments = state::attachments(self.data.tokenizer.json(), &self.recipe_toml);
         let start = Instant::now();
-        let (state, step, stepper) = (&self.state, self.state.step, &self.stepper);
+        let (state, step, stepper, config) = (&self.state, self.state.step, &self.stepper, &self.config);
+        let alone = |snapshot: &mut Snapshot<'_>| state.snapshot(snapshot, config, &stepper.stream().owed());
         let offer = match &mut self.group {
             // Ranks decide alike: one that is busy keeps all from taking it.
             Some(_) if self.busy => Offer::Busy,
             Some(group) => {
+                let folded = match (group.share.kept, stepper.engine()) {
+                    (Kept::Folded, Some(engine)) => folding::fold(&group.all, &engine.exchange())?,
+                    _ => Vec::new(),
+                };
                 group.saving.insert(step);
                 group.writing.insert(step);
                 let share = group.share;
                 self.writer.offer(step, json!(meta), attachments, |snapshot| match stepper.engine() {
-                    Some(engine) => state.snapshot_share(snapshot, &share, &engine.exchange()),
-                    None => state.snapshot(snapshot),
+                    Some(engine) => state.snapshot_share(snapshot, &share, &engine.exchange(), &folded),
+                    None => alone(snapshot),
                 })
             }
-            None => self.writer.offer(step, json!(meta), attachments, |snapshot| state.snapshot(snapshot)),
+            None => self.writer.offer(step, json!(meta), attachments, alone),
         };
         self.span("snapshot", start);
         match offer {
@@ -59,13 +70,21 @@ impl Run {
                 self.event("snapshot_skipped", step, json!({ "why": why }));
             }
         }
+        Ok(())
     }
 
     /// What a checkpoint says of how gradients travelled.
     fn travelled(&self) -> Option<Travelled> {
-        let (codecs, group) = (self.codecs.as_ref()?, self.group.as_ref()?);
-        let (codec, chosen) = (codecs.codec(self.state.step), codecs.chosen());
-        Some(Travelled { codec, residuals: group.share.residuals, chosen })
+        let exact = || if self.stepper.stream().owed().has_place() { Kept::Exact } else { Kept::Nothing };
+        let kept = self.group.as_ref().map_or_else(exact, |group| group.share.kept);
+        let (residuals, folded) = (kept != Kept::Nothing, kept == Kept::Folded);
+        match &self.codecs {
+            Some(codecs) => {
+                Some(Travelled { codec: codecs.codec(self.state.step), residuals, folded, chosen: codecs.chosen() })
+            }
+            // With one rank nothing travels, and what several had left out is in the first step that counts.
+            None => residuals.then_some(Travelled { codec: Codec::Fp32, residuals, folded, chosen: None }),
+        }
     }
 
     /// The checkpoint that a run must not end without.
@@ -76,7 +95,7 @@ impl Run {
         if self.state.step > 0 && self.committed != Some(self.state.step) {
             // Everything is settled: nobody is busy.
             self.busy = false;
-            self.checkpoint();
+            self.checkpoint()?;
             self.finish_writing()?;
         }
         match self.failure.take() {
@@ -156,24 +175,4 @@ pub(super) fn same_text(name: &str, checkpoint: &Checkpoint, data: &Data) -> Res
         changed.join("\n  ")
     );
     Err(Error::Run { name: name.into(), what })
-}
-
-/// The newest checkpoint of the run, verified whole; `None` when it was killed before the first.
-///
-/// # Errors
-/// It is damaged.
-pub(super) fn newest_good(folder: &Folder) -> Result<Option<Checkpoint>> {
-    let Some((_, path)) = reader::list(&folder.checkpoints())?.pop() else { return Ok(None) };
-    let open = || {
-        let checkpoint = Checkpoint::open(&path)?;
-        checkpoint.verify()?;
-        Ok::<_, checkpoint::CheckpointError>(checkpoint)
-    };
-    open().map(Some).map_err(|error| Error::Run {
-        name: folder.name().into(),
-        what: format!(
-            "its newest checkpoint is damaged: {error}\nremove {} to resume from the one before it",
-            path.display()
-        ),
-    })
 }

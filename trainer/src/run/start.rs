@@ -1,8 +1,13 @@
 //! Everything before the first step: whatever can be refused is refused here, then the run begins.
 //!
-//! - `rank`: what is different for one rank of several.
+//! - `newest`: the checkpoint to go on from.
+//! - `rank`: what is different for one rank of several; `restart`: what a checkpoint of other ranks had left out;
+//!   `share`: its part of what all write and send.
 
+mod newest;
 pub mod rank;
+mod restart;
+mod share;
 
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
@@ -24,7 +29,7 @@ use super::group::Group;
 use super::join::host;
 use super::metrics::Metrics;
 use super::progress::Progress as Bar;
-use super::save::{newest_good, same_text};
+use super::save::same_text;
 use super::signals::{Manner, Stop};
 use super::trace::Tracing;
 use super::{Left, Request, Run};
@@ -37,11 +42,14 @@ use crate::model::Config;
 use crate::prometheus::Port;
 use crate::recipe::Recipe;
 use crate::recipe::resolved::TokenizerSource;
+use crate::state::mesh::Mesh;
 use crate::state::{self, State};
 use crate::step::Stepper;
 use crate::weights::Weights;
 
+use newest::Newest;
 pub use rank::train_rank;
+use restart::Restart;
 
 /// Trains in this process alone.
 ///
@@ -64,9 +72,9 @@ pub fn train(request: Request) -> Result<Left> {
     }
     make_runs(&runs)?;
     let port = Port::open(request.recipe.metrics.prometheus_port)?;
-    let newest = match &existing {
-        Some((folder, _)) => newest_good(folder)?,
-        None => None,
+    let Newest { checkpoint: newest, set_aside } = match &existing {
+        Some((folder, _)) => newest::newest(folder, request.resume_from_earlier)?,
+        None => Newest::default(),
     };
     let ready = prepare(&request, newest.as_ref())?;
     let begun = ready.begin(&request, newest.as_ref())?;
@@ -75,19 +83,26 @@ pub fn train(request: Request) -> Result<Left> {
         Some(existing) => existing,
         None => (Folder::create(&runs, &request.name)?, Vec::new()),
     };
+    let mesh = Mesh { data: 1, group: 1, hosts: vec![host()] };
     let open = || {
         folder.keep_recipe(&request.raw)?;
         request.log.open(&folder.file("logs/rank-0.log"))?;
         let stepper = Stepper::new(&ready.config, &ready.device, request.recipe.parallel.bucket_bytes_max)?;
+        request.tamper.prepare(&stepper);
+        let restart = Restart { request: &request, mesh: &mesh, rank: 0, others: None };
+        let (owed, recut) = restart.owed(newest.as_ref(), stepper.plan())?;
+        let owes = owed.has_place();
+        stepper.stream().owe(owed);
         let tracing = begin_trace(&request, folder.path(), 0, stepper.plan(), begun.state.step)?;
         let stepper = stepper.traced(tracing.as_ref().map(Tracing::trace).cloned());
-        let writer = Writer::new(
-            Arc::new(RealDisk),
-            folder.checkpoints(),
-            state::specs(&ready.config),
-            retention(&request.recipe),
-        )?;
-        let books = Books::open(&request, &folder, resumed.then_some(begun.state.step), &changed)?;
+        let mut specs = state::specs(&ready.config);
+        if owes {
+            specs.extend(state::owner_specs(&ready.config));
+        }
+        let writer = Writer::new(Arc::new(RealDisk), folder.checkpoints(), specs, retention(&request.recipe))?;
+        let mut books = Books::open(&request, &folder, resumed.then_some(begun.state.step), &changed)?;
+        books.set_aside(&set_aside);
+        books.recut(recut.as_ref(), begun.state.step);
         Ok((stepper, writer, books, tracing))
     };
     let (stepper, writer, mut books, tracing) = match open() {
@@ -108,7 +123,7 @@ pub fn train(request: Request) -> Result<Left> {
         None => None,
     };
     let (books, group, codecs) = (Some(books), None, None);
-    let parts = Parts { request, started, stop, ready, begun, stepper, writer, books, group, codecs, tracing };
+    let parts = Parts { request, started, stop, ready, begun, stepper, writer, books, group, mesh, codecs, tracing };
     let mut run = parts.run();
     work(&mut run, Some(&folder))
 }
@@ -175,6 +190,7 @@ struct Parts {
     writer: Writer,
     books: Option<Books>,
     group: Option<Group>,
+    mesh: Mesh,
     codecs: Option<Codecs>,
     tracing: Option<Tracing>,
 }
@@ -245,7 +261,7 @@ fn peek(request: &Request) -> Result<Option<Checkpoint>> {
     if !request.resume {
         return Ok(None);
     }
-    Ok(reader::list(&checkpoints)?.pop().and_then(|(_, path)| Checkpoint::open(&path).ok()))
+    Ok(reader::list(&checkpoints)?.into_iter().rev().find_map(|(_, path)| Checkpoint::open(&path).ok()))
 }
 
 impl Ready {
@@ -291,7 +307,7 @@ impl Books {
 
 impl Parts {
     fn run(self) -> Run {
-        let Self { request, started, stop, ready, begun, stepper, writer, books, group, codecs, tracing } = self;
+        let Self { request, started, stop, ready, begun, stepper, writer, books, group, mesh, codecs, tracing } = self;
         let Ready { device, data, config, from: _ } = ready;
         let Begun { state, tokens, last_loss, committed } = begun;
         let (metrics, progress, wall_before_s) = match books {
@@ -312,6 +328,7 @@ impl Parts {
             metrics,
             progress,
             group,
+            mesh,
             codecs,
             tracing,
             tamper: request.tamper,

@@ -26,6 +26,7 @@ fn options(ranks: usize) -> Options {
         recipe: "steps = 3".into(),
         name: "run".into(),
         resume: true,
+        resume_from_earlier: false,
         restart: 0,
         choose_codec_anew: false,
         metrics_address: None,

@@ -7,6 +7,7 @@ use super::*;
 use crate::data::Parameter;
 
 mod ahead;
+mod meshes;
 mod nodes;
 mod window;
 

@@ -9,18 +9,20 @@ use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
 use checkpoint::writer::{Member, Writer};
 use compression::{BLOCK, Codec, Workers};
-use parallel::collective::{Mailbox, Place};
+use parallel::collective::{CollectiveError, Collectives, Mailbox, Place, SubGroup};
 use parallel::control::{ControlError, beat};
 use parallel::data::engine::{Engine, Inbox};
 use parallel::data::exchange::{self, Exchange};
-use parallel::data::plan::{Parameter, Plan};
-use parallel::data::shard::payload_bytes_sent;
+use parallel::data::plan::Plan;
 use parallel::trace::Trace;
 use parallel::transport::grpc::{self, GrpcTransport};
 use parallel::transport::{Incoming, Sink};
 use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start, Welcome};
 use serde_json::json;
 
+use super::newest::{self, SetAside};
+use super::restart::{self, Restart};
+use super::share::{f32_bytes, share};
 use super::{Begun, Books, Parts, Ready, begin_trace, make_runs, peek, prepare, retention, work};
 use crate::device;
 use crate::error::{Error, Result};
@@ -31,11 +33,11 @@ use crate::run::codec::Codecs;
 use crate::run::folder::Folder;
 use crate::run::group::Group;
 use crate::run::join::{Joined, Met, addresses, leave_with};
-use crate::run::save::newest_good;
 use crate::run::signals::TRY_AGAIN;
 use crate::run::trace::Tracing;
 use crate::run::{Ended, Left, Request, Run};
-use crate::state::{self, Held, Share};
+use crate::state::mesh::Mesh;
+use crate::state::{self, Share};
 use crate::step::Stepper;
 
 /// Trains as one rank of several.
@@ -123,6 +125,7 @@ struct RunFolder {
     /// What differs from the recipe that the run had.
     changed: Vec<String>,
     is_new: bool,
+    set_aside: Vec<SetAside>,
 }
 
 /// Opens the run's folder on the lead of it, and says which checkpoints are there and good.
@@ -139,23 +142,31 @@ fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<
         Some(existing) => existing,
         None => (Folder::create(runs, &request.name)?, Vec::new()),
     };
-    let held = || {
+    let mut set_aside = Vec::new();
+    let mut held = || {
         folder.keep_recipe(&request.raw)?;
         // A lead's writer puts the folder in order: what was set aside counts under its own name from then on.
         let member = Member { rank: 0, lead: true };
         drop(Writer::member(Arc::new(RealDisk), folder.checkpoints(), Vec::new(), member, retention(&request.recipe))?);
-        newest_good(&folder)?;
+        let newest = newest::newest(&folder, request.resume_from_earlier)?;
+        set_aside = newest.set_aside;
+        let verified = newest.checkpoint.map(|newest| newest.step());
         let open = |(step, path): (u64, std::path::PathBuf)| {
-            let id = Checkpoint::open(&path).ok()?.id().to_owned();
-            Some(HeldCheckpoint { step, id })
+            let checkpoint = Checkpoint::open(&path).ok()?;
+            // Which one all machines have is not known yet; whoever takes an earlier one wants it whole.
+            if request.resume_from_earlier && verified != Some(step) {
+                let fault = |error| tracing::warn!("a damaged checkpoint is passed over: {error}");
+                checkpoint.verify().map_err(fault).ok()?;
+            }
+            Some(HeldCheckpoint { step, id: checkpoint.id().to_owned() })
         };
         Ok(reader::list(&folder.checkpoints())?.into_iter().filter_map(open).collect())
     };
-    let held = held();
+    let held: Result<Vec<HeldCheckpoint>> = held();
     if held.is_err() && is_new {
         folder.abandon();
     }
-    *keep = Some(RunFolder { folder, changed, is_new });
+    *keep = Some(RunFolder { folder, changed, is_new, set_aside });
     held
 }
 
@@ -163,14 +174,17 @@ fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<
 fn fail(joined: Joined, folder: Option<RunFolder>, error: Error) -> Error {
     let lost = match &error {
         Error::Transport(error) => error.lost(),
+        Error::Collective(CollectiveError::Lost(loss)) => Some(loss.rank),
         _ => None,
     };
+    let within = Duration::from_secs_f64(joined.control.welcome().peer_timeout_s);
     let ended = match (&error, lost) {
         (Error::Control(ControlError::Ended(ending)), _) => Some(ending.clone()),
+        (Error::Collective(CollectiveError::Aborted(_)), _) => Some(joined.control.ending(within)),
         (_, Some(rank)) => {
             // The coordinator knows better who is to blame.
             joined.control.reporter().lost(rank, &error.to_string());
-            Some(joined.control.ending(Duration::from_secs_f64(joined.control.welcome().peer_timeout_s)))
+            Some(joined.control.ending(within))
         }
         _ => None,
     };
@@ -203,12 +217,14 @@ fn open_rank(
     started: Instant,
 ) -> std::result::Result<Run, (Box<Joined>, Error)> {
     match connect(&request, &mut joined, &ready, (met, folder)) {
-        Ok(Connected { begun, stepper, writer, books, share, transport, f32_bytes, codecs, tracing }) => {
+        Ok(Connected { begun, stepper, writer, books, share, mesh, transport, all, f32_bytes, codecs, tracing }) => {
             let Joined { control, ender, stop, .. } = joined;
             let (saving, committing, writing) = Default::default();
-            let group = Group { share, control, transport, ender, f32_bytes, saving, committing, writing };
+            let group = Group { share, control, transport, all, ender, f32_bytes, saving, committing, writing };
             let group = Some(group);
-            Ok(Parts { request, started, stop, ready, begun, stepper, writer, books, group, codecs, tracing }.run())
+            let parts =
+                Parts { request, started, stop, ready, begun, stepper, writer, books, group, mesh, codecs, tracing };
+            Ok(parts.run())
         }
         Err(error) => Err((Box::new(joined), error)),
     }
@@ -221,7 +237,9 @@ struct Connected {
     writer: Writer,
     books: Option<Books>,
     share: Share,
+    mesh: Mesh,
     transport: Arc<GrpcTransport>,
+    all: SubGroup,
     f32_bytes: Option<u64>,
     codecs: Option<Codecs>,
     tracing: Option<Tracing>,
@@ -239,17 +257,20 @@ fn connect(
     request.log.open(&path.join(format!("logs/rank-{rank}.log")))?;
     // From now on what is half-written there is this group's.
     joined.ender.tidy_checkpoints(checkpoints.clone());
-    let newest = match &met.start.from {
-        Some(held) => Some(Checkpoint::open(&checkpoints.join(checkpoint::layout::committed(held.step)))?),
-        None => None,
-    };
-    let begun = ready.begin(request, newest.as_ref())?;
+    let from = met.start.from.as_ref().map_or(0, |held| held.step);
+    let open = |_| Checkpoint::open(&checkpoints.join(checkpoint::layout::committed(from)));
+    let explain = |error| newest::explain(&request.name, from, error);
+    let newest = met.start.from.as_ref().map(open).transpose().map_err(|error| explain(error.into()))?;
+    let begun = ready.begin(request, newest.as_ref()).map_err(explain)?;
     let held = newest.as_ref().map(state::held).transpose()?.unwrap_or_default();
     let one_machine = recipe.parallel.group == met.lead_of.len();
     let codec = if one_machine { CodecChoice::Fixed(Codec::Fp32) } else { recipe.compression.codec };
-    let share = share(met, rank, codec, held);
+    let share = share(met, rank, codec, (recipe.checkpoint.residuals, held));
+    let mesh = restart::mesh(recipe, &met.start);
+    // What was measured with other ranks says nothing of these.
+    let others = newest.as_ref().map(|newest| restart::is_of_others(newest, &mesh)).transpose()?.unwrap_or(false);
     // With one rank nothing travels, and nothing is encoded.
-    let chosen = held.chosen.filter(|_| !request.choose_codec_anew);
+    let chosen = held.chosen.filter(|_| !request.choose_codec_anew && !others);
     let codecs = (share.ranks > 1).then(|| Codecs::new(recipe.compression, chosen));
     let codecs = if one_machine { codecs.map(Codecs::on_one_machine) } else { codecs };
     let codec = codecs.as_ref().map_or(Codec::Fp32, |codecs| codecs.codec(begun.state.step + 1));
@@ -259,14 +280,6 @@ fn connect(
     let mut exchange = Exchange::new(plan.clone(), group(recipe, rank, met), codec).with_workers(workers(recipe)?);
     if request.tamper.no_feedback {
         exchange = exchange.without_feedback();
-    }
-    if let Some(newest) = &newest {
-        if held.residuals {
-            state::restore_residuals(newest, &mut exchange)?;
-        }
-        if request.tamper.forget_owner {
-            exchange.forget_owner();
-        }
     }
     // The lead's writer puts the folder in order before any other rank can write: all wait for each other below.
     let member = Member { rank, lead: met.lead_of[rank] == rank };
@@ -280,15 +293,30 @@ fn connect(
     let mailbox = Mailbox::new(place, joined.progress.clone());
     joined.ender.wake(inbox.aborter(), mailbox.clone());
     let transport = Arc::new(meet_peers(joined, &met.start, mailbox.sink(inbox.sink()), trace.clone())?);
+    let apart = (0..share.ranks).any(|other| met.lead_of[other] != met.lead_of[0]);
+    let collectives = Collectives::new(mailbox, transport.clone());
+    let all = collectives.sub_group(&(0..share.ranks).collect::<Vec<_>>())?;
+    let restart = Restart { request, mesh: &mesh, rank, others: apart.then_some(&all) };
+    let recut = newest.as_ref().map(|newest| restart.give(newest, held, &mut exchange)).transpose()?.flatten();
     let engine = Engine::start(exchange, transport.clone(), inbox, joined.progress.clone())
         .map_err(Error::io("start a thread in", "this process"))?;
     let stepper = Stepper::across(&ready.config, &ready.device, engine).traced(trace);
     request.tamper.prepare(&stepper);
-    let books = match folder {
-        Some(folder) if rank == 0 => Some(open_books(request, folder, begun.state.step, joined.control.welcome())?),
+    let mut books = match folder {
+        Some(folder) if rank == 0 => Some(open_books(
+            request,
+            folder,
+            (begun.state.step, held.folded && held.has_unsent()),
+            joined.control.welcome(),
+        )?),
         _ => None,
     };
-    Ok(Connected { begun, stepper, writer, books, share, transport, f32_bytes, codecs, tracing })
+    match (&mut books, &recut) {
+        (Some(books), recut) => books.recut(recut.as_ref(), begun.state.step),
+        (None, Some(recut)) => tracing::info!("{recut}"),
+        (None, None) => {}
+    }
+    Ok(Connected { begun, stepper, writer, books, share, mesh, transport, all, f32_bytes, codecs, tracing })
 }
 
 /// How this rank's gradients are cut, and with whom they are summed.
@@ -317,23 +345,6 @@ fn workers(recipe: &Recipe) -> Result<Workers> {
     Workers::new(threads).map_err(|error| Error::Usage(format!("compression.threads = {threads}: {error}")))
 }
 
-/// Which part of a checkpoint this rank writes. `held` is what the checkpoint that it goes on from has.
-fn share(met: &Met, rank: usize, codec: CodecChoice, held: Held) -> Share {
-    let ranks = met.lead_of.len();
-    let mates: Vec<usize> = (0..ranks).filter(|&other| met.lead_of[other] == met.lead_of[rank]).collect();
-    let index = mates.iter().position(|&mate| mate == rank).unwrap_or(0);
-    // What a checkpoint kept is sent with the first step that counts; until then it has to be kept on.
-    let residuals = ranks > 1 && (codec != CodecChoice::Fixed(Codec::Fp32) || held.has_unsent());
-    Share { rank, ranks, index, of: mates.len(), residuals }
-}
-
-/// Bytes that a rank would send a step if everything travelled as f32.
-fn f32_bytes(plan: &Plan, share: &Share) -> u64 {
-    let elements = |parameter: &Parameter| parameter.shape.iter().product();
-    let tensors: Vec<_> = plan.parameters().iter().map(|parameter| (elements(parameter), Codec::Fp32)).collect();
-    payload_bytes_sent(&tensors, share.rank, share.ranks) as u64
-}
-
 /// Connects with all other ranks.
 fn meet_peers(joined: &mut Joined, start: &Start, inbox: Sink, trace: Option<Arc<Trace>>) -> Result<GrpcTransport> {
     let group = grpc::Group {
@@ -358,12 +369,18 @@ fn meet_peers(joined: &mut Joined, start: &Start, inbox: Sink, trace: Option<Arc
 }
 
 /// What rank 0 writes for people.
-fn open_books(request: &Request, folder: &RunFolder, step: u64, welcome: &Welcome) -> Result<Books> {
-    let RunFolder { folder, changed, .. } = folder;
+fn open_books(request: &Request, folder: &RunFolder, (step, folded): (u64, bool), welcome: &Welcome) -> Result<Books> {
+    let RunFolder { folder, changed, set_aside, .. } = folder;
     let resumed = request.resume && folder.file("run.json").exists();
     let mut books = Books::open(request, folder, resumed.then_some(step), changed)?;
+    books.set_aside(set_aside);
     if welcome.restart > 0 {
         books.metrics.event("restart", step, json!({ "restart": welcome.restart }));
+    }
+    if resumed && folded {
+        books
+            .progress
+            .say("the checkpoint keeps what ranks had left out added up: from here on the bits are other ones");
     }
     if let Some(url) = &welcome.metrics_address {
         books.serves(url, step);

@@ -109,7 +109,7 @@ fn what_is_sent_inside_and_across_is_the_formula_and_a_header_a_frame() {
 }
 
 /// As `booked` of one rank a node: what all decoded, less all gradients, and every rounding.
-fn booked_of_nodes(exact: &mut Exact, sides: &mut [Exchange], number: u64) {
+pub(super) fn booked_of_nodes(exact: &mut Exact, sides: &mut [Exchange], number: u64) {
     let before: Vec<_> = sides.iter().map(|side| [0, 1, 2].map(|tensor| residuals(side, tensor))).collect();
     step(sides, number, |rank, tensor| gradient(rank, number, tensor), |n| n / 2);
     for (tensor, parameter) in plan().parameters().iter().enumerate() {

@@ -1,0 +1,101 @@
+//! The ranks that wrote a checkpoint, and those that go on from it.
+
+use std::fmt;
+
+use checkpoint::reader::Checkpoint;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::Meta;
+use crate::error::{Error, Result};
+use crate::recipe::raw::{self, Reader};
+
+/// As many as `parallel.data` may be.
+const RANKS_MAX: usize = 1024;
+
+/// The ranks of a run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mesh {
+    /// Data-parallel ranks.
+    pub data: usize,
+    /// Ranks of a machine, which add their gradients before these are compressed.
+    pub group: usize,
+    /// The host of each rank, in rank order: who is to be asked when what a rank wrote is not here. Empty where an older
+    /// version wrote the checkpoint.
+    #[serde(default)]
+    pub hosts: Vec<String>,
+}
+
+impl fmt::Display for Mesh {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.data, self.group) {
+            (1, _) => write!(f, "1 rank"),
+            (data, 1) => write!(f, "{data} ranks"),
+            (data, group) => write!(f, "{data} ranks, {group} a machine"),
+        }
+    }
+}
+
+impl Mesh {
+    /// The ranks that wrote a checkpoint. Older versions did not write it down, but for their recipe.
+    ///
+    /// # Errors
+    /// It makes no sense, or the recipe in the checkpoint is damaged.
+    pub fn of(checkpoint: &Checkpoint, meta: &Meta) -> Result<Self> {
+        if let Some(mesh) = &meta.mesh {
+            let sound = (1..=RANKS_MAX).contains(&mesh.data) && (1..=mesh.data).contains(&mesh.group);
+            let what = || format!("expected 1 to {RANKS_MAX} ranks and a group of them, found {mesh}");
+            let path = checkpoint.path().join("manifest.json").display().to_string();
+            return if sound { Ok(mesh.clone()) } else { Err(Error::Text { path, what: what() }) };
+        }
+        let recipe = checkpoint.attachment("recipe.toml")?;
+        let (raw, _) = raw::read(&String::from_utf8_lossy(&recipe), &[]);
+        let count = |key| Reader(&raw).count(key).unwrap_or(1);
+        Ok(Self { data: count("parallel.data"), group: count("parallel.group"), hosts: Vec::new() })
+    }
+
+    /// Whether both leave the same out of the same places, so that nothing has to be cut anew.
+    #[must_use]
+    pub fn cuts_like(&self, other: &Self) -> bool {
+        (self.data, self.group) == (other.data, other.group)
+    }
+
+    /// The host of a rank, for people.
+    #[must_use]
+    pub fn host_of(&self, rank: usize) -> &str {
+        self.hosts.get(rank).map_or("a machine that the checkpoint does not name", String::as_str)
+    }
+}
+
+/// A start on other ranks than the checkpoint's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recut {
+    /// The ranks that wrote it.
+    pub before: Mesh,
+    /// The ranks that go on.
+    pub after: Mesh,
+    /// Whether there was something that had been left out.
+    pub folded: bool,
+}
+
+impl Recut {
+    /// The fields of its event.
+    #[must_use]
+    pub fn fields(&self) -> Value {
+        let of = |mesh: &Mesh| json!({ "data": mesh.data, "group": mesh.group });
+        let residuals = if self.folded { "folded" } else { "none" };
+        json!({ "before": of(&self.before), "after": of(&self.after), "residuals": residuals })
+    }
+}
+
+impl fmt::Display for Recut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { before, after, folded } = self;
+        let left = match (folded, after.data) {
+            (false, _) => "nothing was left out of its gradients",
+            (true, 1) => "what had been left out of gradients is added to the next one that counts",
+            (true, _) => "what had been left out of gradients was added up, and each rank goes on with its share",
+        };
+        write!(f, "the checkpoint is of {before}, this is {after}: {left}")
+    }
+}
