@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use checkpoint::reader::Checkpoint;
+use checkpoint::reader::{Checkpoint, Want};
 use checkpoint::writer::{Offer, Outcome, Retention, TensorSpec, Writer};
 use checkpoint::{CheckpointError, RealDisk};
 use clap::Args;
@@ -212,15 +212,15 @@ fn committed_s(outcomes: Vec<Outcome>) -> Result<Option<f64>> {
     Ok(found)
 }
 
-/// Opens, verifies and reads everything into new memory, as a resume does.
+/// Opens, reads and hashes everything into new memory, in one pass, as a resume does.
 fn load(path: &Path, specs: &[TensorSpec]) -> std::result::Result<Vec<Vec<f32>>, CheckpointError> {
     let checkpoint = Checkpoint::open(path)?;
-    checkpoint.verify()?;
-    let tensor = |spec: &TensorSpec| {
-        let mut values = vec![0.0; spec.shape.iter().product()];
-        checkpoint.tensor(&spec.name, &spec.shape, &mut values).map(|()| values)
-    };
-    specs.par_iter().map(tensor).collect()
+    let mut values: Vec<Vec<f32>> = specs.iter().map(|spec| vec![0.0; spec.shape.iter().product()]).collect();
+    let mut wants: Vec<_> =
+        specs.iter().zip(&mut values).map(|(spec, values)| Want::all(&spec.name, &spec.shape, values)).collect();
+    checkpoint.load(&mut wants)?;
+    drop(wants);
+    Ok(values)
 }
 
 fn report(
