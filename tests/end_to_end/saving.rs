@@ -73,7 +73,14 @@ fn the_last_so_many_every_so_many_and_the_best_stay_over_a_resume() {
     let place = Place::new();
     let keep = |best: &str, more: &[&str]| {
         let best = format!("checkpoint.keep_best={best}");
-        let sets = ["checkpoint.every=10", "checkpoint.keep_last=1", "checkpoint.keep_every=30", &best];
+        // None is left out for a disk that is busy.
+        let sets = [
+            "checkpoint.every=10",
+            "checkpoint.keep_last=1",
+            "checkpoint.keep_every=30",
+            "checkpoint.when_busy=wait",
+            &best,
+        ];
         let run = if best.ends_with('0') { "plain" } else { "best" };
         let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
         place.train(run, &[&sets[..], more].concat()).ok();

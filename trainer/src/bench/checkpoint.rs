@@ -2,8 +2,9 @@
 //! plain files of the same bytes in the same run.
 //!
 //! A round does everything once, one after the other, so that whatever else the machine does meets all of it alike: a copy
-//! of the state by one thread into memory that is there, a plain file, a checkpoint by itself, steps without a checkpoint
-//! and steps beside one. What counts is the median over the rounds, of ratios within a round.
+//! of the state by one thread into memory that is there, a plain file, a checkpoint by itself, steps without a checkpoint,
+//! steps beside one, and steps beside a thread that writes a plain file. What counts is the median over the rounds, of ratios
+//! within a round. Steps with nothing beside them before and after show what the machine itself does to the ratios.
 //!
 //! - `work`: the step, and the plain file.
 
@@ -71,6 +72,10 @@ struct Round {
     busy_step_s: f64,
     busy_mean_ratio: f64,
     busy_steps: usize,
+    /// Steps beside a plain file, over those beside nothing.
+    plain_step_ratio: f64,
+    /// Steps beside nothing after all of this, over those before.
+    drift_ratio: f64,
 }
 
 /// Measures.
@@ -163,29 +168,31 @@ fn round(
     }
     let memcpy_s = start.elapsed().as_secs_f64();
     let plain_write_s = plain_write_s(folder, &state.tensors)?;
-    let mut quiet: Vec<f64> = (0..QUIET_STEPS).map(|_| work.step_s()).collect();
+    let mut before: Vec<f64> = (0..QUIET_STEPS).map(|_| work.step_s()).collect();
+    let mut beside_plain = std::thread::scope(|scope| {
+        let writing = scope.spawn(|| work::plain_write_s(folder, &state.tensors));
+        let steps = steps_until(work, || writing.is_finished());
+        writing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(|_| steps)
+    })?;
     // Beside steps: the call, the step after it, and those until the checkpoint is there.
     let copy_s = state.offer(writer, 2 * number + 1)?;
-    let mut busy = Vec::new();
-    let seconds = loop {
-        busy.push(work.step_s());
-        if let Some(seconds) = committed_s(writer.outcomes())? {
-            break seconds;
-        }
-    };
-    tracing::debug!(seconds, "beside steps");
-    let after = busy[0];
-    // The last one was beside it in part only.
-    if busy.len() > 1 {
-        busy.pop();
-    }
-    quiet.extend((0..QUIET_STEPS).map(|_| work.step_s()));
+    let mut outcome = Ok(None);
+    let mut busy = steps_until(work, || {
+        outcome = committed_s(writer.outcomes());
+        !matches!(outcome, Ok(None))
+    });
+    outcome?;
+    let excess = busy[0];
+    let mut after: Vec<f64> = (0..QUIET_STEPS).map(|_| work.step_s()).collect();
     // By itself.
     state.offer(writer, 2 * number + 2)?;
     let write_s = committed_s(writer.flush())?.unwrap_or(f64::NAN);
+    let mut quiet = [&before[..], &after].concat();
     let (busy_steps, busy_mean_ratio) = (busy.len(), mean(&busy) / mean(&quiet));
     let (quiet_step_s, busy_step_s) = (median(&mut quiet), median(&mut busy));
-    let stall_s = copy_s + (after - quiet_step_s).max(0.0);
+    let stall_s = copy_s + (excess - quiet_step_s).max(0.0);
+    let plain_step_ratio = median(&mut beside_plain) / quiet_step_s;
+    let drift_ratio = median(&mut after) / median(&mut before);
     Ok(Round {
         memcpy_s,
         plain_write_s,
@@ -196,7 +203,21 @@ fn round(
         busy_step_s,
         busy_mean_ratio,
         busy_steps,
+        plain_step_ratio,
+        drift_ratio,
     })
+}
+
+/// Takes steps until something is over, one at least; the last of several was beside it in part only, and is left out.
+fn steps_until(work: &mut Work, mut over: impl FnMut() -> bool) -> Vec<f64> {
+    let mut steps = vec![work.step_s()];
+    while !over() {
+        steps.push(work.step_s());
+    }
+    if steps.len() > 1 {
+        steps.pop();
+    }
+    steps
 }
 
 /// Seconds of the checkpoint that was committed, if one was.
@@ -244,6 +265,7 @@ fn report(
             "first_stall_ratio": first.stall_s / first.memcpy_s, "plain_write_s": of(|round| round.plain_write_s),
             "write_s": of(|round| round.write_s), "write_ratio": write_ratio, "step_s": of(|round| round.quiet_step_s),
             "step_ratio": step_ratio, "step_mean_ratio": step_mean_ratio,
+            "plain_step_ratio": of(|round| round.plain_step_ratio), "drift_ratio": of(|round| round.drift_ratio),
             "steps_beside": of(|round| round.busy_steps as f64), "load_s": load_s, "read_s": read_s,
             "load_ratio": load_s / read_s, "path": options.keep.then(|| path.display().to_string()),
         })
@@ -252,7 +274,8 @@ fn report(
         format!(
             "{:.2} GB of state, medians of {} rounds\n\
              a snapshot stops training for {:.3} s, {stall_ratio:.2} x memcpy ({:.2} x the first time)\n\
-             beside a checkpoint a step takes {step_ratio:.3} x as long (mean {step_mean_ratio:.3}; {} steps each)\n\
+             beside a checkpoint a step takes {step_ratio:.3} x as long (mean {step_mean_ratio:.3}; {} steps each), beside a \
+             plain file {:.3} x, beside nothing {:.3} x\n\
              written at {:.2} GB/s, {write_ratio:.2} of a plain file\n\
              loaded in {load_s:.2} s ({:.2} GB/s), a plain read takes {read_s:.2} s{}",
             bytes as f64 / 1e9,
@@ -260,6 +283,8 @@ fn report(
             of(|round| round.stall_s),
             first.stall_s / first.memcpy_s,
             of(|round| round.busy_steps as f64),
+            of(|round| round.plain_step_ratio),
+            of(|round| round.drift_ratio),
             gb_per_s(of(|round| round.write_s)),
             gb_per_s(load_s),
             if options.keep { format!("\nkept: {}", path.display()) } else { String::new() },
