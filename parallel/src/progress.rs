@@ -96,6 +96,12 @@ impl Progress {
         self.step.load(Ordering::Relaxed)
     }
 
+    /// Whether it does nothing but wait for other ranks.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        self.stage.load(Ordering::Relaxed) == Stage::Waiting as u8
+    }
+
     /// What it waits for, as far as that is known. A rank that says so waits, whatever its stage.
     pub fn waits_for(&self, what: Option<String>) {
         *self.waits_for.lock().unwrap_or_else(PoisonError::into_inner) = what;

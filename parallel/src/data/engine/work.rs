@@ -401,7 +401,9 @@ impl Work {
 
     /// Writes down what this rank waits for, for the heartbeat.
     pub(super) fn look(&self) {
-        if self.waits() && self.fault.is_none() {
+        // Sums that are still on their way may have nobody waiting for them: the next forward pass may be far from needing them.
+        let waits = self.own.is_some() || self.gathering || self.bursting || self.voted && self.progress.is_waiting();
+        if waits && self.fault.is_none() {
             self.progress.waits_for(self.missing());
         }
     }
