@@ -44,9 +44,8 @@ pub(super) unsafe fn encode<S: Simd>(
             S::prefetch(r.wrapping_add(AHEAD));
             let (held_low, released_low) = split::<S>(format, S::load(r));
             let (held_high, released_high) = split::<S>(format, S::load(r.add(HALF)));
-            // Adding zero turns -0.0 into 0.0, which has one encoding only.
-            let low = S::add(S::add(S::load(y), released_low), S::zero());
-            let high = S::add(S::add(S::load(y.add(HALF)), released_high), S::zero());
+            let low = add_released::<S>(format, S::load(y), released_low);
+            let high = add_released::<S>(format, S::load(y.add(HALF)), released_high);
             let largest = S::largest(low, high);
             if largest >= TOO_LARGE.to_bits() {
                 found = Found::NonFinite;
@@ -113,6 +112,17 @@ unsafe fn split<S: Simd>(format: Format, residual: S::Floats) -> (S::Floats, S::
         }
         let held = S::times(residual, format.hold());
         (held, S::subtract(residual, held))
+    }
+}
+
+/// Gradient and what is released of the residual, without -0.0, which would be another encoding of nothing.
+#[inline(always)]
+unsafe fn add_released<S: Simd>(format: Format, gradient: S::Floats, released: S::Floats) -> S::Floats {
+    // SAFETY: the caller's.
+    unsafe {
+        let sum = S::add(gradient, released);
+        // A difference is never -0.0 (of equal numbers it is 0.0), and a sum only if both its parts are. A residual may be.
+        if format.hold() == 0.0 { S::add(sum, S::zero()) } else { sum }
     }
 }
 
