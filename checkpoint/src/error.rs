@@ -322,10 +322,12 @@ impl CheckpointError {
     #[must_use]
     pub fn is_damage(&self) -> bool {
         match self {
-            Self::Io { source, .. } => !matches!(
-                source.kind(),
-                io::ErrorKind::PermissionDenied | io::ErrorKind::OutOfMemory | io::ErrorKind::Interrupted
-            ),
+            // A disk that is only out of reach, or a process that is out of something, says nothing of the bytes.
+            Self::Io { source, .. } => {
+                use io::ErrorKind::{InvalidData, IsADirectory, NotADirectory, NotFound, UnexpectedEof};
+                let kinds = [InvalidData, IsADirectory, NotADirectory, NotFound, UnexpectedEof];
+                kinds.contains(&source.kind()) || source.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
+            }
             Self::Version { .. } | Self::Absent { .. } => false,
             _ => true,
         }

@@ -11,7 +11,7 @@
 //! 24  crc32c   u32      of bytes 0..24 and of the payload
 //! 28  payload  a ballot: the loss (f64), seconds of computing (f64), a BLAKE3 hash (32 bytes) and the number of a codec
 //!              (u8), zeros where they do not count, and what the sender's own sums add to the squared norm (20 digits of
-//!              u32, see `data::norm`; zeros unless finite); values: f64 each; filler: 256 KiB, with which the rate of a link is measured
+//!              u32, see `data::norm`; zeros where that is not finite); values: f64 each; filler: 256 KiB, with which the rate of a link is measured
 //! ```
 //!
 //! All little-endian.

@@ -134,6 +134,8 @@ struct Run {
     started: Instant,
     wall_before_s: f64,
     last_loss: Option<f64>,
+    /// Buckets that zstd packs, as of the last step whose gradients have arrived.
+    zstd_buckets: usize,
     /// Bytes at the sockets as of the last line of metrics.
     counted: Counted,
     /// Seconds of the snapshots since the last line of metrics.
@@ -198,7 +200,8 @@ impl Run {
             progress.finish();
         }
         // Whoever was asked to stop may be behind.
-        self.stepper.settle(&mut self.state)?;
+        let packed = self.stepper.settle(&mut self.state)?;
+        self.note_zstd(packed.as_ref());
         self.compare()?;
         self.last_checkpoint()?;
         if let Some(tracing) = &mut self.tracing {
@@ -318,7 +321,7 @@ impl Run {
         self.tokens += report.tokens;
         (self.stopping, self.busy) = (report.stop, report.busy);
         self.learn_codec(&report);
-        self.note_zstd(&report);
+        self.note_zstd(report.packed.as_ref());
         let finite = |x: f64| x.is_finite().then_some(x);
         self.last_loss = finite(report.loss).or(self.last_loss);
         if report.skipped {
@@ -368,7 +371,7 @@ impl Run {
             wire_bytes_sent: report.wire.sent - before.sent,
             wire_bytes_received: report.wire.received - before.received,
             codec: self.codecs.as_ref().map(|codecs| codecs.codec(self.state.step)),
-            zstd_buckets: report.packed.buckets,
+            zstd_buckets: self.zstd_buckets,
             checkpoint_stall_s: 0.0,
             memory_bytes,
         };

@@ -1,5 +1,6 @@
 //! One training step, from tokens to new weights.
 //!
+//! - `report`: what a step did.
 //! - `update`: what happens to the parameters when all ranks have voted, at the end of the step or in the next one.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,7 +16,6 @@ use parallel::note::Ballot;
 use parallel::progress::{Progress, Stage};
 use parallel::tap::Emit;
 use parallel::trace::{Label, Trace, Track};
-use parallel::transport::Counted;
 
 use crate::error::{Error, Result};
 use crate::model::{Config, Hook, Leaf, Llama, Values};
@@ -23,7 +23,8 @@ use crate::optimizer::{self, AdamW};
 use crate::recipe::Recipe;
 use crate::state::State;
 
-use self::update::{Behind, Due, Ended, Spent, Updater};
+use self::report::loss;
+use self::update::{Behind, Due, Ended, Updater};
 
 /// Tokens and the tokens that follow them, `[batch, seq]` each, row-major.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,54 +48,6 @@ pub struct Word {
     pub parameters: Option<[u8; 32]>,
     /// The codec that all ranks are to use from the next step on; only rank 0 says it.
     pub codec: Option<Codec>,
-}
-
-/// What a step did. Everything but seconds and bytes is the same on every rank.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Report {
-    /// The step.
-    pub step: u64,
-    /// The mean cross entropy of the tokens of all ranks in nats, before the update.
-    pub loss: f64,
-    /// The global norm of the gradient before clipping.
-    pub grad_norm: f64,
-    /// Of this step.
-    pub learning_rate: f64,
-    /// Whether the update was left out because something was not finite.
-    pub skipped: bool,
-    /// Tokens that all ranks predicted.
-    pub tokens: u64,
-    /// Whether any rank was asked to stop.
-    pub stop: bool,
-    /// Whether any rank cannot take a snapshot.
-    pub busy: bool,
-    /// Seconds of the forward passes.
-    pub forward_s: f64,
-    /// Seconds of the backward passes.
-    pub backward_s: f64,
-    /// The rank whose forward and backward passes took longest, and their seconds.
-    pub slowest_rank: usize,
-    /// See `slowest_rank`.
-    pub slowest_compute_s: f64,
-    /// Seconds of encoding, on another thread, of the gradients whose way ended in this step.
-    pub encode_s: f64,
-    /// Seconds that this rank did nothing but wait: after its last backward pass for the votes, and for sums that it
-    /// needed, of this step or of the one before.
-    pub wait_s: f64,
-    /// The part of the way of the gradients in which the model computed, of those whose way ended in this step; `None` where
-    /// none did.
-    pub overlap: Option<f64>,
-    /// Bytes at the sockets so far. Some of a step's bytes leave after it, and some of the next one's come before it.
-    pub wire: Counted,
-    /// Seconds in which the gradients whose way ended in this step could travel while the model computed: of their backward
-    /// pass, and of the forward pass after it; 0 where none ended.
-    pub window_s: f64,
-    /// What zstd served, on this rank.
-    pub packed: Packed,
-    /// What rank 0 said that all ranks are to use from the next step on.
-    pub codec_chosen: Option<Codec>,
-    /// Seconds of the whole step.
-    pub step_s: f64,
 }
 
 /// Runs steps on one device.
@@ -247,7 +200,7 @@ impl Stepper {
 
         let behind = self.behind(state, Stage::Forward);
         let model = self.model(&state.weights, behind.as_ref());
-        let mut before = None;
+        let (mut before, mut first_forward_s) = (None, 0.0);
         for (index, batch) in batches.iter().enumerate() {
             let forward = Instant::now();
             let [inputs, targets] = batch.tensors(&self.device);
@@ -262,6 +215,10 @@ impl Stepper {
             }
             self.stream.begin_micro_batch(index);
             forward_s += forward.elapsed().as_secs_f64();
+            // What comes after it hides nothing: the sums of the step before are here.
+            if index == 0 {
+                first_forward_s = forward_s;
+            }
             self.span(forward, Label { micro_batch: Some(index), ..Label::new("forward", step) });
             self.progress.enter(Stage::Backward);
             let backward = Instant::now();
@@ -286,21 +243,21 @@ impl Stepper {
         report.tokens = tokens as u64;
         (report.forward_s, report.backward_s) = (forward_s, backward_s);
         report.wire = self.stream.counted();
-        *self.due() = Some(Due { rules, step, backward_end });
+        *self.due() = Some(Due { rules, step, backward_end, vote_wait_s: voted.wait_s });
         if let Some(ended) = before {
-            report.note(ended, forward_s);
+            report.note(ended, first_forward_s);
         }
         self.span(start, Label::new("step", step));
         report.step_s = start.elapsed().as_secs_f64();
         Ok(report)
     }
 
-    /// Brings `state` up to its step, whose sums it waits for.
+    /// Brings `state` up to its step, whose sums it waits for. Returns what zstd served meanwhile, if it was behind.
     ///
     /// # Errors
     /// A rank is lost, or the run was aborted.
-    pub fn settle(&self, state: &mut State) -> Result<()> {
-        self.bring_up(state).map(drop)
+    pub fn settle(&self, state: &mut State) -> Result<Option<Packed>> {
+        Ok(self.bring_up(state)?.map(|ended| ended.complete.packed))
     }
 
     fn bring_up(&self, state: &mut State) -> Result<Option<Ended>> {
@@ -326,9 +283,11 @@ impl Stepper {
         let mut spent = behind.give_back(state)?;
         let start = Instant::now();
         let complete = self.stream.settle()?;
-        spent.wait_s += start.elapsed().as_secs_f64();
+        if self.engine().is_some() {
+            spent.wait_s += start.elapsed().as_secs_f64();
+        }
         let due = self.due().take().expect("whoever is behind has something due");
-        Ok(Some(Ended { complete, spent, backward_end: due.backward_end }))
+        Ok(Some(Ended { complete, spent, due }))
     }
 
     /// Counts the step, and says what happens to each parameter; nothing when it is skipped.
@@ -377,62 +336,6 @@ impl Stepper {
             Leaf { values, hook: self.hooks[index].clone() }
         })
     }
-}
-
-impl Report {
-    /// What the votes say of a step that `state` counts.
-    fn of(voted: &Voted, state: &State, recipe: &Recipe) -> Self {
-        let ballots = &voted.ballots;
-        let slowest =
-            (0..ballots.len()).max_by(|&a, &b| ballots[a].compute_s.total_cmp(&ballots[b].compute_s)).unwrap_or(0);
-        let skipped = state.good_step != state.step;
-        Self {
-            step: state.step,
-            loss: loss(voted),
-            grad_norm: if skipped { f64::NAN } else { voted.norm },
-            learning_rate: optimizer::learning_rate(&recipe.schedule, state.step, recipe.train.steps),
-            skipped,
-            tokens: 0,
-            stop: ballots.iter().any(|ballot| ballot.stop),
-            busy: ballots.iter().any(|ballot| ballot.busy),
-            forward_s: 0.0,
-            backward_s: 0.0,
-            slowest_rank: slowest,
-            slowest_compute_s: ballots[slowest].compute_s,
-            encode_s: 0.0,
-            wait_s: voted.wait_s,
-            overlap: None,
-            wire: Counted::default(),
-            window_s: 0.0,
-            packed: Packed::default(),
-            codec_chosen: ballots[0].codec,
-            step_s: 0.0,
-        }
-    }
-
-    /// The way of some gradients has ended in this step, after `forward_s` seconds of a forward pass in which they could
-    /// travel.
-    fn note(&mut self, ended: Ended, forward_s: f64) {
-        let Ended { complete, spent: Spent { wait_s, .. }, backward_end } = ended;
-        self.encode_s += complete.timing.encode_s;
-        self.wait_s += wait_s;
-        if let Some((first, last)) = complete.timing.span {
-            self.overlap = overlap(self.wait_s, last.saturating_duration_since(first).as_secs_f64());
-            self.window_s = backward_end.saturating_duration_since(first).as_secs_f64() + forward_s;
-        }
-        self.packed.buckets = complete.packed.buckets;
-        self.packed.changes.extend(complete.packed.changes);
-    }
-}
-
-/// The mean cross entropy of all ranks.
-fn loss(voted: &Voted) -> f64 {
-    voted.ballots.iter().fold(0.0, |sum, ballot| sum + ballot.loss)
-}
-
-/// The part of `way_s` in which nobody waited; `None` when that took no time.
-fn overlap(wait_s: f64, way_s: f64) -> Option<f64> {
-    (way_s > 0.0).then(|| (1.0 - wait_s / way_s).max(0.0))
 }
 
 /// Compares the ranks' hashes of the parameters after step `step`, where they were sent.
@@ -499,7 +402,10 @@ fn clip_factor(norm: f64, limit: Option<f64>) -> f32 {
     }
 }
 
+mod report;
 mod update;
+
+pub use report::Report;
 
 #[cfg(test)]
 mod ahead_tests;

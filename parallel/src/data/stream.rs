@@ -10,6 +10,8 @@
 //! just before it needs it, and `settle` for all that is left. The next step begins after that. `finish` is `vote` and
 //! `settle` at once.
 
+mod outcome;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -19,13 +21,16 @@ use compression::BLOCK;
 use rayon::prelude::*;
 use thiserror::Error;
 
-use super::engine::{self, Engine, EngineError, Packed};
-use super::exchange::{Exchange, Verdict};
+use super::engine::{self, Engine, EngineError};
+use super::exchange::Verdict;
 use super::norm::SquaredNorm;
 use super::owed::Owed;
 use super::plan::Plan;
 use crate::note::Ballot;
 use crate::transport::Counted;
+
+use outcome::Lies;
+pub use outcome::{Complete, Finished, Sum, Timing, Voted};
 
 /// A gradient on its way into a bucket, opaque to everything above: where it lies is its own business.
 pub enum Gradient<'a> {
@@ -108,62 +113,6 @@ struct State {
     complete: Vec<usize>,
     /// The first fault of the step. `add` runs inside the backward pass, from which nothing can be returned.
     fault: Option<StreamError>,
-}
-
-/// The summed gradient of one step, by parameter. It is to be dropped before the next step begins.
-#[derive(Debug)]
-pub struct Sum<'a> {
-    plan: &'a Plan,
-    lies: Lies<'a>,
-}
-
-/// Where a sum lies.
-#[derive(Debug)]
-enum Lies<'a> {
-    Buckets(MutexGuard<'a, State>),
-    Exchange(MutexGuard<'a, Exchange>),
-}
-
-/// What all ranks say of a step. Everything but the seconds is the same on every rank.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Voted {
-    /// What every rank does.
-    pub verdict: Verdict,
-    /// Of every rank, in rank order.
-    pub ballots: Vec<Ballot>,
-    /// The sum's norm; NaN if something in it was not finite. It means nothing when the verdict is to skip.
-    pub norm: f64,
-    /// Seconds that this rank waited for the votes.
-    pub wait_s: f64,
-}
-
-/// What is known of a step when the whole sum is here.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Complete {
-    /// When what happened.
-    pub timing: Timing,
-    /// What zstd served, on this rank.
-    pub packed: Packed,
-}
-
-/// A step's votes and its whole sum.
-#[derive(Debug)]
-pub struct Finished<'a> {
-    /// The sum, the same bits on every rank. It means nothing when the verdict is to skip.
-    pub sum: Sum<'a>,
-    /// What all ranks said.
-    pub voted: Voted,
-    /// What the sum took.
-    pub complete: Complete,
-}
-
-/// What the way of a step's gradients took. With one rank there is no way.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Timing {
-    /// Seconds of encoding.
-    pub encode_s: f64,
-    /// When the first encoding began, and when the whole sum was here.
-    pub span: Option<(Instant, Instant)>,
 }
 
 impl GradientStream {
@@ -448,13 +397,6 @@ impl GradientStream {
     }
 }
 
-impl From<engine::Settled> for Complete {
-    fn from(settled: engine::Settled) -> Self {
-        let engine::Settled { encode_s, first_encode, last_decode, packed } = settled;
-        Self { timing: Timing { encode_s, span: first_encode.map(|first| (first, last_decode)) }, packed }
-    }
-}
-
 impl State {
     /// What gave no gradient in this step has zeros.
     fn fill(&mut self, plan: &Plan, bucket: usize) {
@@ -517,93 +459,5 @@ fn add_to(sum: &mut [f32], values: &[f32], is_first: bool) -> Result<(), usize> 
     Ok(())
 }
 
-impl Sum<'_> {
-    /// The summed gradient of parameter `index`, row-major.
-    #[must_use]
-    pub fn parameter(&self, index: usize) -> &[f32] {
-        match &self.lies {
-            Lies::Buckets(state) => {
-                let slot = self.plan.slot(index);
-                &state.buffers[slot.bucket][slot.range.clone()]
-            }
-            Lies::Exchange(exchange) => exchange.sum(index),
-        }
-    }
-
-    /// All parameters in logical order.
-    pub fn parameters(&self) -> impl Iterator<Item = &[f32]> {
-        (0..self.plan.parameters().len()).map(|index| self.parameter(index))
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::data::plan::Parameter;
-
-    fn ballot() -> Ballot {
-        Ballot { finite: true, stop: false, busy: false, loss: 0.0, compute_s: 0.0, parameters: None, codec: None }
-    }
-
-    fn stream(bucket_bytes_max: usize) -> GradientStream {
-        let parameter = |name: &str, n| Parameter { name: name.into(), shape: vec![n] };
-        let plan = Plan::new(vec![parameter("a", 3), parameter("b", 2), parameter("c", 1)], bucket_bytes_max);
-        GradientStream::new(Arc::new(plan.expect("small")))
-    }
-
-    #[test]
-    fn micro_batches_add_and_only_the_last_completes_a_bucket() {
-        let stream = stream(12);
-        stream.begin(7, 2);
-        for micro_batch in 0..2 {
-            stream.begin_micro_batch(micro_batch);
-            assert_eq!(stream.complete(), [] as [usize; 0]);
-            stream.add(2, Gradient::Host(&[1.0]));
-            stream.add(1, Gradient::Host(&[2.0, 3.0]));
-            assert_eq!(stream.complete(), if micro_batch == 1 { vec![0] } else { vec![] });
-            stream.add(0, Gradient::Host(&[4.0, 5.0, 6.0]));
-        }
-        assert_eq!(stream.complete(), [0, 1]);
-        let sum = stream.finish(ballot()).expect("no fault").sum;
-        let found: Vec<Vec<f32>> = sum.parameters().map(<[f32]>::to_vec).collect();
-        assert_eq!(found, [vec![8.0, 10.0, 12.0], vec![4.0, 6.0], vec![2.0]]);
-    }
-
-    #[test]
-    fn a_parameter_without_a_gradient_has_zeros_and_no_trace_of_the_step_before() {
-        let stream = stream(1 << 20);
-        for step in 0..2 {
-            stream.begin(step, 1);
-            if step == 0 {
-                stream.add(1, Gradient::Host(&[2.0, 3.0]));
-            }
-            let sum = stream.finish(ballot()).expect("no fault").sum;
-            assert_eq!(sum.parameter(1), if step == 0 { [2.0, 3.0] } else { [0.0, 0.0] });
-        }
-    }
-
-    #[test]
-    fn a_wrong_size_and_a_second_gradient_are_named_and_the_next_step_is_clean() {
-        let stream = stream(1 << 20);
-        stream.begin(3, 1);
-        stream.add(1, Gradient::Host(&[2.0]));
-        let fault = stream.finish(ballot()).map(|_| ()).expect_err("one element of two");
-        assert_eq!(fault, StreamError::Size { step: 3, parameter: "b".into(), expected: 2, found: 1 });
-        stream.begin(4, 1);
-        stream.add(2, Gradient::Host(&[2.0]));
-        stream.add(2, Gradient::Host(&[2.0]));
-        let fault = stream.finish(ballot()).map(|_| ()).expect_err("twice");
-        assert_eq!(fault, StreamError::Twice { step: 4, parameter: "c".into(), micro_batch: 0 });
-        stream.begin(5, 1);
-        assert!(stream.finish(ballot()).is_ok());
-    }
-
-    #[test]
-    fn a_device_tensor_adds_like_a_host_slice() {
-        let stream = stream(1 << 20);
-        stream.begin(0, 1);
-        let tensor = Tensor::<1>::from_floats([2.0, 3.0], &burn::tensor::Device::flex());
-        stream.add(1, Gradient::Device(Box::new(tensor)));
-        assert_eq!(stream.finish(ballot()).expect("no fault").sum.parameter(1), [2.0, 3.0]);
-    }
-}
+mod tests;

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use compression::Codec;
 use compression::cost::{int8_at_least, may_be_chosen};
+use parallel::data::engine::Packed;
 use parallel::data::engine::packing::Change;
 use parallel::progress::Stage;
 use parallel::wire::control::CodecChoice as Message;
@@ -211,8 +212,10 @@ impl Run {
     }
 
     /// Says which buckets zstd packs from now on, or no longer, and why.
-    pub(super) fn note_zstd(&mut self, report: &Report) {
-        for Change { bucket, decision } in &report.packed.changes {
+    pub(super) fn note_zstd(&mut self, packed: Option<&Packed>) {
+        let Some(packed) = packed else { return };
+        self.zstd_buckets = packed.buckets;
+        for Change { bucket, decision } in &packed.changes {
             let fields = json!({ "bucket": bucket, "packs": decision.packs, "reason": decision.reason });
             self.event("zstd", self.state.step, fields);
         }

@@ -45,7 +45,7 @@ pub struct Line {
     pub slowest_compute_s: f64,
     /// Encoding of the gradients whose way ended in this step; 0 with one rank, which encodes nothing.
     pub encode_s: f64,
-    /// Waiting for votes, and for sums of the step before; 0 with one rank.
+    /// Waiting for votes, and for sums, as a rule of the step before; 0 with one rank.
     pub wait_s: f64,
     /// What no computing hid: the same as `wait_s`.
     pub exposed_s: f64,

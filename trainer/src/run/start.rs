@@ -339,6 +339,7 @@ impl Parts {
             wall_before_s,
             last_loss,
             stall_s: 0.0,
+            zstd_buckets: 0,
             counted: Default::default(),
             committed,
             failure: None,

@@ -149,7 +149,7 @@ fn passed(anchors: bool) -> Passed {
 fn overlap(Passed { complete_s, over_s }: &Passed, bucket_s: f64) -> (f64, f64) {
     let last_s = complete_s.iter().fold(0.0f64, |free, complete| free.max(*complete) + bucket_s);
     let exposed_s = (last_s - over_s).max(0.0);
-    (super::overlap(exposed_s, last_s - complete_s[0]).expect("several ranks"), exposed_s)
+    (report::overlap(exposed_s, last_s - complete_s[0]).expect("several ranks"), exposed_s)
 }
 
 #[test]

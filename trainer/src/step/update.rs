@@ -14,6 +14,8 @@ use crate::optimizer::{self, AdamW};
 
 /// A wait that is shorter is none, for the trace.
 const WAIT_S_MIN: f64 = 1e-4;
+/// Elements that are updated at a time.
+const PIECE: usize = 1 << 18;
 
 /// A step that all have voted about, and whose parameters are not brought up to it yet.
 #[derive(Clone, Debug)]
@@ -23,6 +25,8 @@ pub(super) struct Due {
     pub(super) step: u64,
     /// When its last backward pass returned.
     pub(super) backward_end: Instant,
+    /// Seconds that it waited for votes after that.
+    pub(super) vote_wait_s: f64,
 }
 
 /// What waits for the sums.
@@ -49,7 +53,7 @@ pub(super) struct Spent {
 pub(super) struct Ended {
     pub(super) complete: Complete,
     pub(super) spent: Spent,
-    pub(super) backward_end: Instant,
+    pub(super) due: Due,
 }
 
 /// One parameter and its moments.
@@ -111,25 +115,42 @@ impl Behind {
 
     fn bring_up(&self, index: usize, part: &mut Part) {
         let Some(rules) = self.due.rules.as_ref().filter(|_| !part.done && lock(&self.fault).is_none()) else { return };
-        let Updater { stream, progress, stage, trace } = &self.updater;
-        let Part { weights, m, v, .. } = part;
-        let start = Instant::now();
-        progress.enter(Stage::Waiting);
-        let found = stream.with_sum(index, |gradients| {
-            let (wait_s, update) = (start.elapsed().as_secs_f64(), Instant::now());
-            if let Some(trace) = trace.as_ref().filter(|_| wait_s > WAIT_S_MIN) {
-                trace.span(Track::Compute, start, Label::new("wait", self.due.step));
-            }
-            rules[index].update(&mut optimizer::Range { weights, gradients, m, v });
-            let mut spent = lock(&self.spent);
-            spent.wait_s += wait_s;
-            spent.update_s += update.elapsed().as_secs_f64();
-        });
-        progress.enter(*stage);
-        match found {
+        match self.wait(index).and_then(|()| self.update(index, &rules[index], part)) {
             Ok(()) => part.done = true,
             Err(fault) => *lock(&self.fault) = Some(fault),
         }
+    }
+
+    /// Waits for the sum; with one rank there is nothing to wait for.
+    fn wait(&self, index: usize) -> Result<(), StreamError> {
+        let Updater { stream, progress, stage, trace } = &self.updater;
+        let Some(engine) = stream.engine() else { return Ok(()) };
+        let start = Instant::now();
+        progress.enter(Stage::Waiting);
+        let found = engine.wait_for(index);
+        progress.enter(*stage);
+        let wait_s = start.elapsed().as_secs_f64();
+        lock(&self.spent).wait_s += wait_s;
+        if let Some(trace) = trace.as_ref().filter(|_| wait_s > WAIT_S_MIN) {
+            trace.span(Track::Compute, start, Label::new("wait", self.due.step));
+        }
+        Ok(found?)
+    }
+
+    /// Piece by piece: while a sum is read the engine's thread, which moves those that follow, may want them too.
+    fn update(&self, index: usize, rule: &AdamW, part: &mut Part) -> Result<(), StreamError> {
+        let start = Instant::now();
+        let Part { weights, m, v, .. } = part;
+        let pieces = weights.chunks_mut(PIECE).zip(m.chunks_mut(PIECE)).zip(v.chunks_mut(PIECE)).enumerate();
+        for (piece, ((weights, m), v)) in pieces {
+            let from = piece * PIECE;
+            self.updater.stream.with_sum(index, |sum| {
+                let gradients = &sum[from..from + weights.len()];
+                rule.update(&mut optimizer::Range { weights, gradients, m, v });
+            })?;
+        }
+        lock(&self.spent).update_s += start.elapsed().as_secs_f64();
+        Ok(())
     }
 }
 

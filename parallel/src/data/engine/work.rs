@@ -421,7 +421,11 @@ impl Work {
         if let Some((rank, index)) = exchange.first_missing() {
             let plan = exchange.plan();
             let (bucket, name) = (plan.slot(index).bucket, &plan.parameters()[index].name);
-            return Some(format!("rank {rank}'s part of bucket {bucket}, parameter {name}"));
+            // The training thread may be at the next step already.
+            return Some(match self.voted {
+                true => format!("rank {rank}'s sums of step {}, bucket {bucket}, parameter {name}", self.step),
+                false => format!("rank {rank}'s part of bucket {bucket}, parameter {name}"),
+            });
         }
         let late = self.ballots.iter().position(Option::is_none)?;
         Some(format!("rank {late}'s vote"))

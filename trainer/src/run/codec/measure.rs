@@ -38,10 +38,10 @@ impl Calibration {
         Self { link_bytes_per_s, speeds, steps_s: Vec::new(), windows_s: Vec::new() }
     }
 
-    /// A step that counts took so long without waiting, and gradients could hide in so much of it.
-    pub(super) fn step(&mut self, busy_s: f64, window_s: f64) {
+    /// A step that counts took so long without waiting; and gradients whose way ended in it, if some did, could hide in so much.
+    pub(super) fn step(&mut self, busy_s: f64, window_s: Option<f64>) {
         self.steps_s.push(busy_s);
-        self.windows_s.push(window_s);
+        self.windows_s.extend(window_s);
     }
 
     pub(super) const fn is_complete(&self) -> bool {
@@ -123,7 +123,7 @@ mod tests {
             Calibration { link_bytes_per_s: 1.0, speeds: Vec::new(), steps_s: Vec::new(), windows_s: Vec::new() };
         for step_s in [9.0, 1.0, 2.0, 1.5, 1.2] {
             assert!(!calibration.is_complete());
-            calibration.step(step_s, step_s / 2.0);
+            calibration.step(step_s, Some(step_s / 2.0));
         }
         assert!(calibration.is_complete());
         let facts = calibration.facts(&Plan::new(Vec::new(), 1).expect("empty"), 1);
