@@ -52,7 +52,11 @@ def tributary(args, rate, runs, codec):
     sent = hosts(args, rate, f"{over}exec {args.tributary} train {args.recipe} --name {name} {sets}", runs)
     with open(os.path.join(runs, "alone-0" if alone else "both", "metrics.jsonl")) as file:
         lines = [json.loads(line) for line in file]
-    return statistics.median(line["step_s"] for line in lines[WARMUP:]), sent, lines[-1]
+    # The last step waits for all of its sums at once, which no other does.
+    steady = lines[WARMUP:-1]
+    names = ["wire_bytes_sent", "overlap", "encode_s", "exposed_s"]
+    medians = {name: statistics.median(line[name] for line in steady) for name in names if steady[0].get(name) is not None}
+    return statistics.median(line["step_s"] for line in lines[WARMUP:]), sent, medians
 
 
 def torch(args, rate, out, hook):
