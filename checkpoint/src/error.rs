@@ -226,6 +226,14 @@ pub enum CheckpointError {
         /// What its reader said.
         source: SafeTensorError,
     },
+    /// A packed file has the right hash and is not what it should be.
+    #[error("{}: not a packed safetensors file: {why}; resume from another checkpoint", path.display())]
+    Packed {
+        /// The file.
+        path: PathBuf,
+        /// What does not fit.
+        why: String,
+    },
     /// Something could not be written as JSON.
     #[error("{}: could not be written as JSON: {source}", path.display())]
     Json {

@@ -53,6 +53,12 @@ pub fn shard(rank: usize) -> String {
     format!("rank-{rank:04}.safetensors")
 }
 
+/// The file of one rank's tensors where it is packed: zstd frames and nothing else, as the ending tells other tools.
+#[must_use]
+pub fn packed_shard(rank: usize) -> String {
+    shard(rank) + ".zst"
+}
+
 /// The step of a committed folder's name.
 #[must_use]
 pub fn step_of(name: &str) -> Option<u64> {

@@ -6,6 +6,7 @@
 //!
 //! - [`disk`]: the one seam to the file system, real and simulated.
 //! - [`safetensors_file`]: our streaming writer of safetensors files, hashing as it writes.
+//! - `packed`: the same files as zstd frames of shuffled bytes.
 //! - [`manifest`]: what a checkpoint holds, where each piece lies, and the hash of every file.
 //! - [`layout`]: the names inside the folder of checkpoints, and which of them count.
 //! - [`writer`]: two host buffers, one thread, the commit, retention; for a process alone or for one rank of several.
@@ -26,6 +27,7 @@ pub mod inspect;
 pub mod layout;
 pub mod manifest;
 mod mapped;
+mod packed;
 pub mod reader;
 pub mod safetensors_file;
 pub mod writer;

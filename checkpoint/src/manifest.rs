@@ -18,8 +18,12 @@ use crate::{layout, safetensors_file};
 /// What [`Manifest::format`] says.
 pub const FORMAT: &str = "tributary-checkpoint";
 
-/// The version that this build reads and writes.
+/// The version of a checkpoint none of whose files is packed.
 pub const VERSION: u64 = 1;
+
+/// The version of a checkpoint with a packed file, and the newest that this build reads. Builds from before there were
+/// packed files refuse it by its number.
+pub const PACKED_VERSION: u64 = 2;
 
 /// The one type of tensors in checkpoints.
 pub const DTYPE: &str = "F32";
@@ -33,7 +37,7 @@ const HASH_DIGITS: usize = 64;
 pub struct Manifest {
     /// [`FORMAT`].
     pub format: String,
-    /// [`VERSION`].
+    /// [`VERSION`], or [`PACKED_VERSION`] if some file is packed.
     pub version: u64,
     /// Optimiser steps done.
     pub step: u64,
@@ -79,6 +83,17 @@ pub struct FileEntry {
     pub bytes: u64,
     /// Its BLAKE3 hash in lower-case hex.
     pub blake3: String,
+    /// Of a packed file, the size of the safetensors file that it stands for; left out of the text of all others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unpacked_bytes: Option<u64>,
+}
+
+impl FileEntry {
+    /// What the file would be if it were not packed.
+    #[must_use]
+    pub fn plain_bytes(&self) -> u64 {
+        self.unpacked_bytes.unwrap_or(self.bytes)
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -119,11 +134,11 @@ impl Manifest {
         // The version first: a newer one may have another shape altogether.
         let version = envelope.body.get("version").and_then(Value::as_u64);
         match version {
-            Some(VERSION) => {}
-            Some(found) if found > VERSION => {
-                return Err(CheckpointError::Version { path: path.to_path_buf(), found, supported: VERSION });
+            Some(VERSION | PACKED_VERSION) => {}
+            Some(found) if found > PACKED_VERSION => {
+                return Err(CheckpointError::Version { path: path.to_path_buf(), found, supported: PACKED_VERSION });
             }
-            _ => return Err(fault(format!("expected version {VERSION}, found {version:?}"))),
+            _ => return Err(fault(format!("expected version {VERSION} or {PACKED_VERSION}, found {version:?}"))),
         }
         let manifest: Self = serde_json::from_value(envelope.body).map_err(|why| fault(why.to_string()))?;
         manifest.check(path)?;
@@ -148,10 +163,21 @@ impl Manifest {
         self.files.iter().filter(|(name, _)| !shards.contains(name)).collect()
     }
 
+    /// The version of a checkpoint of these files.
+    #[must_use]
+    pub fn version_of(files: &BTreeMap<String, FileEntry>) -> u64 {
+        if files.values().any(|file| file.unpacked_bytes.is_some()) { PACKED_VERSION } else { VERSION }
+    }
+
     /// Checks that names stay inside the folder and that the pieces of every tensor fit together.
     fn check(&self, path: &Path) -> Result<(), CheckpointError> {
         for (name, file) in &self.files {
             check_file(name, file, path)?;
+        }
+        let expected = Self::version_of(&self.files);
+        if self.version != expected {
+            let why = format!("version {} does not go with its files, which make it version {expected}", self.version);
+            return Err(CheckpointError::ManifestText { path: path.to_path_buf(), why });
         }
         safetensors_file::check_names(self.tensors.keys().map(String::as_str))?;
         for (name, tensor) in &self.tensors {

@@ -8,11 +8,13 @@
 //! - `audit`: everything that is damaged.
 //! - `load`: many ranges at once.
 //! - `once`: reads and hashes a file in one go.
+//! - `packed`: a packed file.
 //! - `stored`: one file.
 
 mod audit;
 mod load;
 mod once;
+mod packed;
 mod stored;
 
 use std::collections::BTreeMap;
@@ -29,11 +31,11 @@ use crate::disk::{self, Disk, RealDisk};
 use crate::error::CheckpointError;
 use crate::layout;
 use crate::manifest::{FileEntry, Manifest, TensorEntry};
-use crate::mapped::Mapped;
 
 pub use audit::{Audit, Damage, audit};
 pub use load::Want;
-use stored::{Header, Stored, check_file, check_hash, check_size};
+use once::Place;
+use stored::{Content, Header, Stored, check_file, check_hash, check_size};
 
 /// The committed checkpoints in `folder` with the folder of each, by step ascending. What is being written or removed
 /// is not among them. A folder that does not exist has none.
@@ -62,7 +64,7 @@ pub struct Checkpoint {
 #[derive(Debug)]
 struct Checked {
     header: Header,
-    mapped: Mapped,
+    content: Content,
 }
 
 impl Checkpoint {
@@ -157,7 +159,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// No such tensor, another shape than `shape`, an `out` of another length, elements that no piece holds, or a file
-    /// that is not as the manifest says. `out` is as it was then.
+    /// that is not as the manifest says. `out` is as it was then, or NaN where a packed file is forged.
     pub fn tensor(&self, name: &str, shape: &[usize], out: &mut [f32]) -> Result<(), CheckpointError> {
         let entry = self.tensor_entry(name, shape)?;
         let (expected, found) = (entry.elements(), out.len());
@@ -233,14 +235,23 @@ impl Checkpoint {
             let start = shard.header.piece(name, entry, piece)?;
             shards.push((shard, start as usize, piece));
         }
-        let out = bytemuck::cast_slice_mut(out);
+        let out: &mut [u8] = bytemuck::cast_slice_mut(out);
         let bytes_of = |range: Range<usize>| range.start * size_of::<f32>()..range.end * size_of::<f32>();
         for (shard, piece_start, piece) in shards {
             let held = piece.range();
             let (start, end) = (held.start.max(range.start), held.end.min(range.end));
             let to = bytes_of(start - range.start..end - range.start);
-            let bytes = &shard.mapped.bytes()[piece_start..];
-            out[to].copy_from_slice(&bytes[bytes_of(start - held.start..end - held.start)]);
+            let from = bytes_of(start - held.start..end - held.start);
+            match &shard.content {
+                Content::Mapped(mapped) => out[to].copy_from_slice(&mapped.bytes()[piece_start..][from]),
+                Content::Packed(packed) => {
+                    let place = ((piece_start + from.start) as u64, Place::Wanted(&mut out[to]));
+                    if let Err(fault) = packed.fill(vec![place]) {
+                        bytemuck::cast_slice_mut(out).fill(f32::NAN);
+                        return Err(fault);
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -282,13 +293,12 @@ impl Checkpoint {
         // Not under the lock: while it hashes, a thread of the pool may be given another tensor to load and would wait
         // for itself. Two that come here at once both hash the file.
         let stored = Stored::open(&self.path, name, self.entry(name)?)?;
-        let header = stored.check_tensors(|_| Ok(Vec::new()))?;
-        Ok(self.keep(name, (stored.map()?, header)))
+        Ok(self.keep(name, stored.check_tensors(|_| Ok(Vec::new()))?))
     }
 
     /// Keeps a file whose hash was found right.
-    fn keep(&self, name: &str, (mapped, header): (Mapped, Header)) -> Arc<Checked> {
-        let shard = Arc::new(Checked { header, mapped });
+    fn keep(&self, name: &str, checked: Checked) -> Arc<Checked> {
+        let shard = Arc::new(checked);
         self.shards().insert(name.to_owned(), Arc::clone(&shard));
         shard
     }
@@ -304,6 +314,8 @@ impl Checkpoint {
 
 #[cfg(test)]
 mod load_tests;
+#[cfg(test)]
+mod packed_tests;
 #[cfg(test)]
 mod piece_tests;
 #[cfg(test)]

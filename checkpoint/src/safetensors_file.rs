@@ -115,9 +115,7 @@ pub fn write(
     dtype: Dtype,
     metadata: &[(&str, &str)],
 ) -> Result<Written, CheckpointError> {
-    check_names(entries.iter().map(|entry| entry.name))?;
-    let mut sorted: Vec<&Entry<'_>> = entries.iter().collect();
-    sorted.sort_unstable_by_key(|entry| entry.name);
+    let sorted = sorted(entries)?;
     let header = header(path, &sorted, dtype, metadata)?;
     let mut file = HashedFile::create(disk, path)?;
     file.write(&(header.len() as u64).to_le_bytes())?;
@@ -169,8 +167,16 @@ enum HeaderEntry<'a> {
     Tensor { dtype: &'static str, shape: &'a [usize], data_offsets: [usize; 2] },
 }
 
+/// The entries in name order, if a file can hold them.
+pub(crate) fn sorted<'a>(entries: &'a [Entry<'a>]) -> Result<Vec<&'a Entry<'a>>, CheckpointError> {
+    check_names(entries.iter().map(|entry| entry.name))?;
+    let mut sorted: Vec<&Entry<'_>> = entries.iter().collect();
+    sorted.sort_unstable_by_key(|entry| entry.name);
+    Ok(sorted)
+}
+
 /// The JSON header, with spaces to a multiple of 8 so that the tensors behind it are aligned.
-fn header(
+pub(crate) fn header(
     path: &Path,
     sorted: &[&Entry<'_>],
     dtype: Dtype,
@@ -219,24 +225,24 @@ fn encode<'a>(chunk: &'a [f32], dtype: Dtype, scratch: &'a mut Vec<u8>) -> Resul
 }
 
 /// A file that is hashed while it is written. The hash runs on the calling thread alone: the other cores are training.
-struct HashedFile<'a> {
+pub(crate) struct HashedFile<'a> {
     path: &'a Path,
     file: Box<dyn DiskFile>,
     hasher: blake3::Hasher,
 }
 
 impl<'a> HashedFile<'a> {
-    fn create(disk: &dyn Disk, path: &'a Path) -> Result<Self, CheckpointError> {
+    pub fn create(disk: &dyn Disk, path: &'a Path) -> Result<Self, CheckpointError> {
         let file = disk.create(path).map_err(CheckpointError::io("make the file", path))?;
         Ok(Self { path, file, hasher: blake3::Hasher::new() })
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
         self.hasher.update(bytes);
         self.file.write_all(bytes).map_err(CheckpointError::io("write the file", self.path))
     }
 
-    fn finish(mut self) -> Result<Written, CheckpointError> {
+    pub fn finish(mut self) -> Result<Written, CheckpointError> {
         self.file.sync().map_err(CheckpointError::io("sync the file", self.path))?;
         Ok(Written { bytes: self.hasher.count(), blake3: self.hasher.finalize().to_hex().to_string() })
     }

@@ -16,7 +16,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -97,7 +97,9 @@ impl Writer {
         disk::ensure_folder(&*disk, &folder)?;
         let limit = Arc::new(Limit::default());
         let disk = Arc::new(Paced::new(disk, Arc::clone(&limit), Arc::new(SystemClock::default())));
-        let target = Target { disk, folder, pieces, ranges, role, retention, abandoned: AtomicBool::new(false) };
+        let packed = AtomicBool::new(false);
+        let target =
+            Target { disk, folder, pieces, ranges, role, retention, packed, abandoned: AtomicBool::new(false) };
         let target = Arc::new(target);
         if role.leads() {
             folder::sweep(&target)?;
@@ -118,6 +120,11 @@ impl Writer {
     /// From now on files take no more bytes a second than this; 0 is no limit. It holds for what is being written, too.
     pub fn limit(&self, bytes_per_s_max: u64) {
         self.limit.set(bytes_per_s_max);
+    }
+
+    /// From the next file on, whether it is packed: zstd frames of shuffled bytes, smaller, and more work for the thread.
+    pub fn pack(&self, packed: bool) {
+        self.target.packed.store(packed, Ordering::SeqCst);
     }
 
     /// Bytes that the thread has written so far, for whoever wonders whether it gets on.

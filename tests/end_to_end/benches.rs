@@ -72,6 +72,12 @@ fn bench_checkpoint_measures_every_field_and_leaves_what_was_asked_for() {
     let path = line(&["--keep"])["path"].as_str().expect("a path").to_owned();
     let checkpoint = checkpoint::Checkpoint::open(&place.path(&path)).expect("a checkpoint");
     assert!(checkpoint.verify().expect("whole") > 240_000);
+    assert!(found["zstd_ratio"].is_null());
+    let packed = line(&["--zstd", "--keep"]);
+    let ratio = packed["zstd_ratio"].as_f64().expect("a number");
+    assert!(ratio > 0.5 && ratio < 0.99, "exponents are alike: {packed}");
+    let path = place.path(packed["path"].as_str().expect("a path"));
+    assert_eq!(checkpoint::Checkpoint::open(&path).expect("a checkpoint").manifest().version, 2);
     place.run(&["bench", "checkpoint", "--elements", "0"]).failed(2, &["expected a whole number from 1"]);
     place.run(&["bench", "checkpoint", "--elements", "9", "--folder", "none"]).failed(1, &["make a folder in", "none"]);
 }

@@ -144,7 +144,8 @@ fn every_kind_of_damage_is_an_error_with_a_name_and_nothing_is_loaded() {
     check(&|at| fs::remove_file(at.join("manifest.json")).expect("ours"), "could not read the manifest");
     check(&|at| fs::write(at.join("manifest.json"), "{}").expect("writable"), "the manifest is damaged");
     check(&|at| forge(at, |body| body["format"] = json!("torch")), "expected a manifest of format");
-    check(&|at| forge(at, |body| body["version"] = json!(2)), "the manifest has version 2, this build reads version 1");
+    check(&|at| forge(at, |body| body["version"] = json!(3)), "the manifest has version 3, this build reads version 2");
+    check(&|at| forge(at, |body| body["version"] = json!(2)), "version 2 does not go with its files");
     check(&|at| forge(at, |body| body["step"] = json!(15)), "named for step 16, its manifest says step 15");
     let climbs = |at: &Path| {
         forge(at, |body| {

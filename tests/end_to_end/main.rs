@@ -12,6 +12,7 @@ mod fuzzing;
 mod joining;
 mod ledger;
 mod nodes;
+mod packed;
 mod processes;
 mod prometheus;
 mod ranks;

@@ -8,7 +8,7 @@ fn manifest() -> Manifest {
     let region = Region::whole(&[2, 3]).unwrap();
     let piece = Piece { file: "rank-0000.safetensors".into(), key: "w".into(), region };
     let tensor = TensorEntry { dtype: DTYPE.into(), shape: vec![2, 3], pieces: vec![piece] };
-    let file = FileEntry { bytes: 96, blake3: "ab".repeat(32) };
+    let file = FileEntry { bytes: 96, blake3: "ab".repeat(32), unpacked_bytes: None };
     Manifest {
         format: FORMAT.into(),
         version: VERSION,
@@ -71,8 +71,11 @@ fn check(pointer: &str, value: Value, words: &[&str]) {
 
 #[test]
 fn another_version_or_format_is_named() {
-    check("/version", json!(2), &["version 2", "reads version 1", "update"]);
-    check("/version", json!(0), &["expected version 1"]);
+    check("/version", json!(3), &["version 3", "reads version 2", "update"]);
+    check("/version", json!(2), &["version 2 does not go with its files, which make it version 1"]);
+    let packed = json!({ "bytes": 96, "blake3": "ab".repeat(32), "unpacked_bytes": 120 });
+    check("/files/rank-0000.safetensors", packed, &["version 1 does not go with its files, which make it version 2"]);
+    check("/version", json!(0), &["expected version 1 or 2"]);
     check("/version", json!("1"), &["expected version 1"]);
     check("/format", json!("torch"), &["tributary-checkpoint", "torch"]);
     check("/tensors", json!([]), &["expected a map"]);

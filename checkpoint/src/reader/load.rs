@@ -44,7 +44,8 @@ struct Part<'a> {
 impl Checkpoint {
     /// Reads these ranges to where they are wanted, on all cores. Each file that holds some of them is read once, whole,
     /// and hashed where its bytes land; files that hold none are not touched. So what is handed over is what was hashed,
-    /// whatever happens to the files meanwhile. [`region`](Checkpoint::region) hashes these files no more.
+    /// whatever happens to the files meanwhile. A packed file is hashed, and then the frames that hold wanted elements are read
+    /// again: what changes in between is noticed by their own checksums. [`region`](Checkpoint::region) hashes these files no more.
     ///
     /// # Errors
     /// Those of [`region`](Checkpoint::region). All that is wanted is NaN then.
@@ -76,8 +77,8 @@ impl Checkpoint {
             // Once, unless several want the same bytes.
             while !parts.is_empty() {
                 let mut rest = Vec::new();
-                let header = stored.check_tensors(|header| place(header, parts, &mut rest))?;
-                self.keep(name, (stored.map()?, header));
+                let checked = stored.check_tensors(|header| place(header, parts, &mut rest))?;
+                self.keep(name, checked);
                 parts = rest;
             }
         }

@@ -66,7 +66,10 @@ fn headers_that_no_writer_makes_are_refused_by_name() {
         fs::write(&file, bytes).unwrap();
         let mut manifest = good.clone();
         let blake3 = blake3::hash(bytes).to_hex().to_string();
-        manifest.files.insert("rank-0000.safetensors".into(), FileEntry { bytes: bytes.len() as u64, blake3 });
+        manifest.files.insert(
+            "rank-0000.safetensors".into(),
+            FileEntry { bytes: bytes.len() as u64, blake3, unpacked_bytes: None },
+        );
         fs::write(&text, manifest.render(&text).unwrap()).unwrap();
         let checkpoint = Checkpoint::open(&path).unwrap();
         let mut one = [0.0];

@@ -8,13 +8,15 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype as StoredType, SafeTensorError};
 
+use super::Checked;
 use super::once::{self, Place};
+use super::packed::Packed;
 use crate::error::CheckpointError;
 use crate::manifest::{DTYPE, FileEntry, Piece, TensorEntry};
 use crate::mapped::Mapped;
 
 /// The longest header that is read; the `safetensors` crate has the same bound.
-const HEADER_BYTES_MAX: u64 = 100_000_000;
+pub(super) const HEADER_BYTES_MAX: u64 = 100_000_000;
 
 /// A piece of the tensor of that name.
 pub(super) type Held<'a> = (&'a str, &'a TensorEntry, &'a Piece);
@@ -24,6 +26,15 @@ pub(super) struct Stored<'a> {
     file: File,
     path: PathBuf,
     entry: &'a FileEntry,
+}
+
+/// Where the tensors of a file are.
+#[derive(Debug)]
+pub enum Content {
+    /// In the file as they are.
+    Mapped(Mapped),
+    /// In its frames.
+    Packed(Packed),
 }
 
 /// The header of a safetensors file.
@@ -55,25 +66,28 @@ impl<'a> Stored<'a> {
     }
 
     /// [`check`](Self::check) of a safetensors file. `places` says from its header what is wanted; where that cannot be,
-    /// and the file is damaged, then the damage is the news.
+    /// and the file is damaged, then the damage is the news. A packed file is hashed before anything of it is looked at.
     pub fn check_tensors<'b>(
         &self,
         places: impl FnOnce(&Header) -> Result<Vec<(u64, Place<'b>)>, CheckpointError>,
-    ) -> Result<Header, CheckpointError> {
+    ) -> Result<Checked, CheckpointError> {
+        if let Some(unpacked) = self.entry.unpacked_bytes {
+            self.check(Vec::new())?;
+            let (packed, header) = Packed::open(&self.file, &self.path, self.entry, unpacked)?;
+            packed.fill(places(&header)?)?;
+            return Ok(Checked { header, content: Content::Packed(packed) });
+        }
         let found = self.header().and_then(|header| places(&header).map(|places| (header, places)));
         match found {
             Ok((header, places)) => {
                 let mut places: Vec<(u64, Place<'_>)> = places;
                 places.push((0, Place::Read(&header.bytes)));
                 self.check(places)?;
-                Ok(header)
+                let content = Content::Mapped(Mapped::of(&self.file, &self.path)?);
+                Ok(Checked { header, content })
             }
             Err(fault) => self.check(Vec::new()).and(Err(fault)),
         }
-    }
-
-    pub fn map(&self) -> Result<Mapped, CheckpointError> {
-        Mapped::of(&self.file, &self.path)
     }
 
     /// Reads the header. Nothing in it may be believed before the whole file is checked, with these very bytes.
@@ -93,24 +107,18 @@ impl<'a> Stored<'a> {
         }
         let mut bytes = vec![0; bytes as usize];
         read(&mut bytes)?;
-        // This also checks that the tensors lie end to end, and that each has the bytes of its shape.
-        let metadata: Metadata = serde_json::from_slice(&bytes[length.len()..])
-            .map_err(|source| fault(SafeTensorError::InvalidHeaderDeserialization(source)))?;
-        if (bytes.len() + metadata.data_len()) as u64 != self.entry.bytes {
-            return Err(fault(SafeTensorError::MetadataIncompleteBuffer));
-        }
-        Ok(Header { bytes, metadata, path: self.path.clone() })
+        Header::parse(bytes, &self.path, self.entry.bytes)
     }
 }
 
 /// Checks a file that holds these pieces: its size and hash, and that the pieces are in it as the manifest says. Returns
-/// its mapping and header, if it holds any.
+/// it as it was found, if it holds any. Every frame of a packed file is unpacked once.
 pub(super) fn check_file(
     folder: &Path,
     name: &str,
     entry: &FileEntry,
     held: &[Held<'_>],
-) -> Result<Option<(Mapped, Header)>, CheckpointError> {
+) -> Result<Option<Checked>, CheckpointError> {
     let stored = Stored::open(folder, name, entry)?;
     if held.is_empty() {
         return stored.check(Vec::new()).map(|()| None);
@@ -119,11 +127,26 @@ pub(super) fn check_file(
         held.iter().try_for_each(|&(tensor, entry, piece)| header.piece(tensor, entry, piece).map(|_| ()))?;
         Ok(Vec::new())
     };
-    let header = stored.check_tensors(pieces)?;
-    Ok(Some((stored.map()?, header)))
+    let checked = stored.check_tensors(pieces)?;
+    if let Content::Packed(packed) = &checked.content {
+        packed.check()?;
+    }
+    Ok(Some(checked))
 }
 
 impl Header {
+    /// `bytes`: everything up to the first tensor, of a safetensors file of `file_bytes`.
+    pub fn parse(bytes: Vec<u8>, path: &Path, file_bytes: u64) -> Result<Self, CheckpointError> {
+        let fault = |source| CheckpointError::Safetensors { path: path.to_path_buf(), source };
+        // This also checks that the tensors lie end to end, and that each has the bytes of its shape.
+        let metadata: Metadata = serde_json::from_slice(&bytes[size_of::<u64>()..])
+            .map_err(|source| fault(SafeTensorError::InvalidHeaderDeserialization(source)))?;
+        if (bytes.len() + metadata.data_len()) as u64 != file_bytes {
+            return Err(fault(SafeTensorError::MetadataIncompleteBuffer));
+        }
+        Ok(Self { bytes, metadata, path: path.to_path_buf() })
+    }
+
     /// Where in the file the piece begins, which has the type and shape that it must have there.
     pub fn piece(&self, tensor: &str, entry: &TensorEntry, piece: &Piece) -> Result<u64, CheckpointError> {
         let missing = || {

@@ -20,9 +20,10 @@ pub(super) fn base() -> SimulatedDisk {
     disk.after_crash()
 }
 
-/// Saves `step` through `disk`, and says whether it was reported as committed.
-fn save(disk: Arc<dyn Disk>, step: u64, seed: f32) -> bool {
+/// Saves `step` through `disk`, packed or not, and says whether it was reported as committed.
+fn save(disk: Arc<dyn Disk>, step: u64, seed: f32, packs: bool) -> bool {
     let Ok(mut writer) = writer(disk, Path::new(FOLDER), 1) else { return false };
+    writer.pack(packs);
     offer(&mut writer, step, seed);
     matches!(writer.flush()[..], [Outcome::Committed { .. }])
 }
@@ -66,7 +67,7 @@ pub(super) fn check(disk: &SimulatedDisk, allowed: &[(u64, f32)], newest: Option
 
 /// Stops at each operation of a save of `step`, `skipped` being the one sync that does nothing, and looks at what a loss
 /// of power and what a kill [leave](remains). The first fault found, if any; otherwise how many operations there are.
-fn crash_everywhere(step: u64, skipped: Option<usize>) -> Result<usize, String> {
+fn crash_everywhere(step: u64, skipped: Option<usize>, packs: bool) -> Result<usize, String> {
     let allowed = [(1, 1.0), (step, 2.0)];
     for crash in 0.. {
         let disk = base();
@@ -76,10 +77,10 @@ fn crash_everywhere(step: u64, skipped: Option<usize>) -> Result<usize, String> 
             Call::Sync | Call::SyncDir if Some(syncs.fetch_add(1, Ordering::SeqCst)) == skipped => Fate::Skip,
             _ => Fate::Pass,
         });
-        let newest = save(hooked, step, 2.0).then_some((step, 2.0));
+        let newest = save(hooked, step, 2.0, packs).then_some((step, 2.0));
         for left in remains(&disk, crash) {
             check(&left, &allowed, newest).map_err(|fault| format!("operation {crash}: {fault}"))?;
-            assert!(save(Arc::new(left.clone()), 3, 3.0), "the next run saves");
+            assert!(save(Arc::new(left.clone()), 3, 3.0, packs), "the next run saves");
             assert_eq!(left.list(Path::new(FOLDER)).unwrap(), ["step-00000003"], "and puts the folder in order");
         }
         if disk.operations() <= crash {
@@ -91,13 +92,19 @@ fn crash_everywhere(step: u64, skipped: Option<usize>) -> Result<usize, String> 
 
 #[test]
 fn a_crash_at_any_operation_leaves_whole_checkpoints_only() {
-    let operations = crash_everywhere(2, None).unwrap();
-    assert!(operations > 20, "a save has more operations than {operations}");
+    for packs in [false, true] {
+        let operations = crash_everywhere(2, None, packs).unwrap();
+        assert!(operations > 20, "a save has more operations than {operations}");
+    }
 }
 
 /// The control of the test above: each sync is there for a reason, and leaving out any one of them is found.
 #[test]
 fn a_crash_after_any_left_out_sync_is_noticed() {
+    [false, true].into_iter().for_each(left_out_syncs_are_noticed);
+}
+
+fn left_out_syncs_are_noticed(packs: bool) {
     let syncs = Arc::new(AtomicUsize::new(0));
     let theirs = Arc::clone(&syncs);
     let counting = Hooked::new(&base(), move |call| {
@@ -106,28 +113,31 @@ fn a_crash_after_any_left_out_sync_is_noticed() {
         }
         Fate::Pass
     });
-    assert!(save(counting, 2, 2.0));
+    assert!(save(counting, 2, 2.0, packs));
     let syncs = syncs.load(Ordering::SeqCst);
     assert_eq!(syncs, 6, "shard, attachment, manifest, their folder, the commit, the removal");
     for skipped in 0..syncs {
-        let found = crash_everywhere(2, Some(skipped));
+        let found = crash_everywhere(2, Some(skipped), packs);
         assert!(found.is_err(), "sync {skipped} can be left out unnoticed");
     }
 }
 
 #[test]
 fn a_crash_while_a_step_is_replaced_leaves_one_or_the_other() {
-    let operations = crash_everywhere(1, None).unwrap();
-    assert!(operations > 20, "a save has more operations than {operations}");
+    for packs in [false, true] {
+        let operations = crash_everywhere(1, None, packs).unwrap();
+        assert!(operations > 20, "a save has more operations than {operations}");
+    }
 }
 
 #[test]
 fn a_failure_at_any_operation_leaves_the_older_one_and_the_next_save_works() {
-    for kind in kinds() {
+    for (kind, packs) in kinds().into_iter().flat_map(|kind| [(kind, false), (kind, true)]) {
         let mut failed = 0;
         for index in 0.. {
             let disk = base();
             let mut writer = writer(Arc::new(disk.clone()), Path::new(FOLDER), 1).unwrap();
+            writer.pack(packs);
             let start = disk.operations();
             disk.fail_at(start + index, kind);
             offer(&mut writer, 2, 2.0);
@@ -158,12 +168,16 @@ fn a_failure_at_any_operation_leaves_the_older_one_and_the_next_save_works() {
 
 #[test]
 fn a_short_write_at_any_operation_costs_nothing() {
-    let mut short = 0;
+    [false, true].into_iter().for_each(short_writes_cost_nothing);
+}
+
+fn short_writes_cost_nothing(packs: bool) {
+    let (mut short, before) = (0, operations_of_a_save(packs));
     for index in 0.. {
         let disk = base();
         let mut writer = writer(Arc::new(disk.clone()), Path::new(FOLDER), 1).unwrap();
+        writer.pack(packs);
         let start = disk.operations();
-        let before = operations_of_a_save();
         disk.short_at(start + index);
         offer(&mut writer, 2, 2.0);
         assert!(matches!(writer.flush()[..], [Outcome::Committed { step: 2, .. }]), "operation {index}");
@@ -177,14 +191,12 @@ fn a_short_write_at_any_operation_costs_nothing() {
     assert!(short >= 5, "header, values, attachment and manifest are written, found {short} writes");
 }
 
-fn operations_of_a_save() -> usize {
-    static COUNT: std::sync::OnceLock<usize> = std::sync::OnceLock::new();
-    *COUNT.get_or_init(|| {
-        let disk = base();
-        let mut writer = writer(Arc::new(disk.clone()), Path::new(FOLDER), 1).unwrap();
-        let start = disk.operations();
-        offer(&mut writer, 2, 2.0);
-        writer.flush();
-        disk.operations() - start
-    })
+fn operations_of_a_save(packs: bool) -> usize {
+    let disk = base();
+    let mut writer = writer(Arc::new(disk.clone()), Path::new(FOLDER), 1).unwrap();
+    writer.pack(packs);
+    let start = disk.operations();
+    offer(&mut writer, 2, 2.0);
+    writer.flush();
+    disk.operations() - start
 }

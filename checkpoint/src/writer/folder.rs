@@ -182,8 +182,7 @@ fn give_up_in(disk: &dyn Disk, folder: &Path, step: u64, who: usize) {
 /// [`give_up`] for a rank whose run goes on. Other ranks may be further, and may have begun the same step anew: a folder in
 /// which they have files and this rank has none is theirs.
 pub(super) fn take_back(target: &Target, step: u64) {
-    let own = layout::shard(target.role.rank());
-    let theirs = |names: Vec<String>| !names.is_empty() && !names.contains(&own);
+    let theirs = |names: Vec<String>| !names.is_empty() && !names.iter().any(|name| target.is_own(name));
     if !target.disk.list(&target.partial(step)).is_ok_and(theirs) {
         give_up(target, step);
     }

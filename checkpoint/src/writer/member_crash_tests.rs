@@ -8,9 +8,10 @@ use super::member_tests::{offer, part, try_members};
 use super::*;
 use crate::disk::hooked::{Call, Fate, Hooked};
 
-/// Saves `step` by two ranks, and says whether it was reported as committed.
-fn save(disk: &Arc<dyn Disk>, step: u64, seed: f32) -> bool {
+/// Saves `step` by two ranks, packed or not, and says whether it was reported as committed.
+fn save(disk: &Arc<dyn Disk>, step: u64, seed: f32, packs: bool) -> bool {
     let Ok(mut writers) = try_members(disk, Path::new(FOLDER), 2, 1) else { return false };
+    writers.iter().for_each(|writer| writer.pack(packs));
     try_save(&mut writers, step, seed)
 }
 
@@ -40,7 +41,7 @@ fn try_commit(writers: &mut [Writer], step: u64, seed: f32) -> bool {
 
 /// As for a writer alone: stops at each operation of a save of `step`, `skipped` being the one sync that does nothing.
 /// The first fault found, if any; otherwise how many operations there are.
-fn crash_everywhere(step: u64, skipped: Option<usize>) -> Result<usize, String> {
+fn crash_everywhere(step: u64, skipped: Option<usize>, packs: bool) -> Result<usize, String> {
     let allowed = [(1, 1.0), (step, 2.0)];
     for crash in 0.. {
         let disk = base();
@@ -50,11 +51,11 @@ fn crash_everywhere(step: u64, skipped: Option<usize>) -> Result<usize, String> 
             Call::Sync | Call::SyncDir if Some(syncs.fetch_add(1, Ordering::SeqCst)) == skipped => Fate::Skip,
             _ => Fate::Pass,
         });
-        let newest = save(&hooked, step, 2.0).then_some((step, 2.0));
+        let newest = save(&hooked, step, 2.0, packs).then_some((step, 2.0));
         for left in remains(&disk, crash) {
             check(&left, &allowed, newest).map_err(|fault| format!("operation {crash}: {fault}"))?;
             let again: Arc<dyn Disk> = Arc::new(left.clone());
-            assert!(save(&again, 3, 3.0), "the next run saves");
+            assert!(save(&again, 3, 3.0, packs), "the next run saves");
             assert_eq!(left.list(Path::new(FOLDER)).unwrap(), ["step-00000003"], "and puts the folder in order");
         }
         if disk.operations() <= crash {
@@ -66,13 +67,15 @@ fn crash_everywhere(step: u64, skipped: Option<usize>) -> Result<usize, String> 
 
 #[test]
 fn a_crash_at_any_operation_of_two_ranks_leaves_whole_checkpoints_only() {
-    let operations = crash_everywhere(2, None).unwrap();
-    assert!(operations > 30, "a save by two has more operations than {operations}");
+    for packs in [false, true] {
+        let operations = crash_everywhere(2, None, packs).unwrap();
+        assert!(operations > 30, "a save by two has more operations than {operations}");
+    }
 }
 
 #[test]
 fn a_crash_while_two_ranks_replace_a_step_leaves_one_or_the_other() {
-    let operations = crash_everywhere(1, None).unwrap();
+    let operations = crash_everywhere(1, None, false).unwrap();
     assert!(operations > 30, "a save by two has more operations than {operations}");
 }
 
@@ -88,12 +91,12 @@ fn a_crash_after_any_left_out_sync_of_two_ranks_is_noticed() {
         }
         Fate::Pass
     });
-    assert!(save(&counting, 2, 2.0));
+    assert!(save(&counting, 2, 2.0, false));
     let syncs = syncs.load(Ordering::SeqCst);
     assert_eq!(syncs, 9, "two shards, each with its name, attachment, manifest, their folder, the commit, the removal");
     let ranks_names = [1, 3];
     for skipped in 0..syncs {
-        let found = crash_everywhere(2, Some(skipped));
+        let found = crash_everywhere(2, Some(skipped), false);
         assert_eq!(found.is_ok(), ranks_names.contains(&skipped), "sync {skipped}: {found:?}");
     }
 }
@@ -121,7 +124,7 @@ fn fail_everywhere(kind: std::io::ErrorKind) {
         assert!(try_save(&mut writers, 2, 4.0), "operation {index}");
         check(&disk.after_crash(), &[(1, 1.0), (2, 4.0)], Some((2, 4.0))).unwrap();
         drop(writers);
-        assert!(save(&shared, 3, 3.0));
+        assert!(save(&shared, 3, 3.0, false));
         assert_eq!(disk.list(Path::new(FOLDER)).unwrap(), ["step-00000003"]);
     }
     assert!(failed > 20, "a save by two has more operations than {failed}");

@@ -109,6 +109,36 @@ pub(super) fn simulated() -> (SimulatedDisk, Arc<dyn Disk>) {
 }
 
 #[test]
+fn packed_parts_and_plain_ones_make_one_checkpoint() {
+    for (packing, version) in [(0b000, 1), (0b001, 2), (0b110, 2), (0b111, 2)] {
+        let (disk, shared) = simulated();
+        let mut writers = members(&shared, Path::new(FOLDER), 3, 0);
+        for (rank, writer) in writers.iter().enumerate() {
+            writer.pack(packing >> rank & 1 == 1);
+        }
+        let parts = parts(&mut writers, 7, 0.5);
+        // They travel as JSON, and builds that pack nothing say what they ever said.
+        let text = serde_json::to_string(&parts).unwrap();
+        assert_eq!(text.contains("unpacked_bytes"), packing != 0);
+        let outcome = commit(&mut writers[0], 7, "id", serde_json::from_str(&text).unwrap());
+        let Outcome::Committed { path, .. } = outcome else { panic!("{outcome:?}") };
+        settle(&mut writers, 7, true);
+        let (_root, folder) = dumped(&disk);
+        let checkpoint = Checkpoint::open(&folder.join(path.file_name().unwrap())).unwrap();
+        check_content(&checkpoint, 7, 0.5).unwrap();
+        assert_eq!(checkpoint.manifest().version, version);
+        // One that is given up is taken back, whatever its name.
+        parts_are_taken_back(&mut writers, &disk);
+    }
+}
+
+fn parts_are_taken_back(writers: &mut [Writer], disk: &SimulatedDisk) {
+    parts(writers, 8, 1.0);
+    settle(writers, 8, false);
+    assert_eq!(names(disk), ["step-00000007"]);
+}
+
+#[test]
 fn parts_of_several_ranks_in_any_order_come_back_whole() {
     for ranks in 1..=4 {
         let (disk, shared) = simulated();

@@ -38,6 +38,8 @@ pub enum Outcome {
         path: PathBuf,
         /// Bytes of all its files.
         bytes: u64,
+        /// Bytes that they would have if none were packed.
+        unpacked_bytes: u64,
         /// Seconds from the start of the writing to the commit; of a lead, from the start of the commit.
         seconds: f64,
         /// Older checkpoints that retention removed thereafter; of a lead none, which retains when the step is settled.

@@ -50,6 +50,9 @@ pub struct Part {
     pub bytes: u64,
     /// The file's BLAKE3 hash in lower-case hex.
     pub blake3: String,
+    /// Of a packed file, the size of the safetensors file that it stands for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unpacked_bytes: Option<u64>,
     /// The pieces in the file, each under its tensor's name; those without elements are not in it.
     pub pieces: Vec<PieceSpec>,
 }
@@ -108,8 +111,8 @@ pub(super) fn buffer_ranges(pieces: &[PieceSpec], folder: &Path) -> Result<Vec<R
 /// files' content. `path` is the manifest to be, for messages.
 pub(super) fn assemble(parts: &[Part], path: &Path) -> Result<(Tensors, Files), CheckpointError> {
     let (mut tensors, mut files) = (Tensors::new(), Files::new());
-    for Part { file, bytes, blake3, pieces } in parts {
-        let entry = FileEntry { bytes: *bytes, blake3: blake3.clone() };
+    for Part { file, bytes, blake3, unpacked_bytes, pieces } in parts {
+        let entry = FileEntry { bytes: *bytes, blake3: blake3.clone(), unpacked_bytes: *unpacked_bytes };
         manifest::check_file(file, &entry, path)?;
         if files.insert(file.clone(), entry).is_some() {
             let (path, name) = (path.to_path_buf(), file.clone());
@@ -149,7 +152,7 @@ mod tests {
     }
 
     fn part(rank: usize, pieces: Vec<PieceSpec>) -> Part {
-        Part { file: layout::shard(rank), bytes: 8, blake3: "ab".repeat(32), pieces }
+        Part { file: layout::shard(rank), bytes: 8, blake3: "ab".repeat(32), unpacked_bytes: None, pieces }
     }
 
     fn path() -> &'static Path {

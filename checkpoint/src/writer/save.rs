@@ -1,6 +1,7 @@
 //! What the writer's thread does with a snapshot: one rank's part, and the commit of all parts.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use serde_json::Value;
@@ -11,7 +12,8 @@ use super::{Attachment, Outcome, Part, folder};
 use crate::disk;
 use crate::error::CheckpointError;
 use crate::layout;
-use crate::manifest::{FORMAT, FileEntry, Manifest, VERSION};
+use crate::manifest::{FORMAT, FileEntry, Manifest};
+use crate::packed;
 use crate::safetensors_file::{self, Dtype, Entry, Written};
 
 /// What a checkpoint holds besides tensors.
@@ -30,6 +32,17 @@ pub(super) struct Commit<'a> {
     pub extras: &'a Extras,
 }
 
+/// What a commit has put in place.
+#[derive(Debug)]
+pub(super) struct Saved {
+    /// Its folder.
+    pub path: PathBuf,
+    /// Bytes of all its files.
+    pub bytes: u64,
+    /// Bytes that they would have if none were packed.
+    pub unpacked_bytes: u64,
+}
+
 /// A writer alone: writes the one part, commits it, and then removes what retention gives up.
 pub(super) fn save(target: &Target, step: u64, values: &[f32], extras: &Extras) -> Outcome {
     let started = Instant::now();
@@ -37,9 +50,9 @@ pub(super) fn save(target: &Target, step: u64, values: &[f32], extras: &Extras) 
         .and_then(|()| write(target, step, values))
         .and_then(|part| commit(target, &Commit { step, id: "", parts: &[part], extras }));
     match saved {
-        Ok((path, bytes)) => {
+        Ok(Saved { path, bytes, unpacked_bytes }) => {
             let seconds = started.elapsed().as_secs_f64();
-            Outcome::Committed { step, path, bytes, seconds, removed: folder::retain(target, step) }
+            Outcome::Committed { step, path, bytes, unpacked_bytes, seconds, removed: folder::retain(target, step) }
         }
         Err(error) => {
             folder::give_up(target, step);
@@ -52,7 +65,8 @@ pub(super) fn save(target: &Target, step: u64, values: &[f32], extras: &Extras) 
 /// name is durable with the commit.
 pub(super) fn write(target: &Target, step: u64, values: &[f32]) -> Result<Part, CheckpointError> {
     let disk = &*target.disk;
-    let (partial, file) = (target.partial(step), layout::shard(target.role.rank()));
+    let (packs, rank) = (target.packed.load(Ordering::SeqCst), target.role.rank());
+    let (partial, file) = (target.partial(step), if packs { layout::packed_shard } else { layout::shard }(rank));
     disk::create_dir(disk, &partial)?;
     let path = partial.join(&file);
     disk::clear_file(disk, &path)?;
@@ -61,8 +75,13 @@ pub(super) fn write(target: &Target, step: u64, values: &[f32]) -> Result<Part, 
     let entries: Vec<Entry<'_>> = (stored().zip(&shapes))
         .map(|((piece, range), shape)| Entry { name: &piece.tensor, shape, values: &values[range.clone()] })
         .collect();
-    let Written { bytes, blake3 } = safetensors_file::write(disk, &path, &entries, Dtype::F32, &[])?;
-    Ok(Part { file, bytes, blake3, pieces: target.pieces.clone() })
+    let (Written { bytes, blake3 }, unpacked_bytes) = if packs {
+        let (written, unpacked_bytes) = packed::write(disk, &path, &entries)?;
+        (written, Some(unpacked_bytes))
+    } else {
+        (safetensors_file::write(disk, &path, &entries, Dtype::F32, &[])?, None)
+    };
+    Ok(Part { file, bytes, blake3, unpacked_bytes, pieces: target.pieces.clone() })
 }
 
 /// [`write`] for a rank of several, which also makes the file's name durable: the lead may be another machine, and over a
@@ -74,14 +93,13 @@ pub(super) fn write_member(target: &Target, step: u64, values: &[f32]) -> Result
 }
 
 /// Makes a checkpoint of the parts that lie in the step's folder: the attachments, then the manifest, then the rename.
-/// Returns its folder and the bytes of all its files.
-pub(super) fn commit(target: &Target, order: &Commit<'_>) -> Result<(PathBuf, u64), CheckpointError> {
+pub(super) fn commit(target: &Target, order: &Commit<'_>) -> Result<Saved, CheckpointError> {
     let disk = &*target.disk;
     let &Commit { step, id, parts, extras } = order;
     let partial = target.partial(step);
     let path = partial.join(layout::MANIFEST);
-    let own = layout::shard(target.role.rank());
-    if !parts.iter().any(|part| part.file == own) {
+    if !parts.iter().any(|part| target.is_own(&part.file)) {
+        let own = layout::shard(target.role.rank());
         let why = format!("the part of the rank that commits, {own}, is not among the {} parts", parts.len());
         return Err(CheckpointError::Commit { path: target.folder.clone(), step, why });
     }
@@ -92,15 +110,19 @@ pub(super) fn commit(target: &Target, order: &Commit<'_>) -> Result<(PathBuf, u6
         let file = partial.join(name);
         disk::clear_file(disk, &file)?;
         let Written { bytes, blake3 } = safetensors_file::write_bytes(disk, &file, bytes)?;
-        files.insert(name.clone(), FileEntry { bytes, blake3 });
+        files.insert(name.clone(), FileEntry { bytes, blake3, unpacked_bytes: None });
     }
-    let mut bytes: u64 = files.values().map(|file| file.bytes).sum();
-    let (format, id, state) = (FORMAT.into(), id.to_owned(), extras.state.clone());
-    let manifest = Manifest { format, version: VERSION, step, id, tensors, files, state };
+    let bytes: u64 = files.values().map(|file| file.bytes).sum();
+    // The parts are what other processes said.
+    let unpacked_bytes = files.values().map(FileEntry::plain_bytes).fold(0, u64::saturating_add);
+    let (format, version) = (FORMAT.into(), Manifest::version_of(&files));
+    let (id, state) = (id.to_owned(), extras.state.clone());
+    let manifest = Manifest { format, version, step, id, tensors, files, state };
     disk::clear_file(disk, &path)?;
-    bytes += safetensors_file::write_bytes(disk, &path, &manifest.render(&path)?)?.bytes;
+    let own = safetensors_file::write_bytes(disk, &path, &manifest.render(&path)?)?.bytes;
     disk::sync_dir(disk, &partial)?;
-    Ok((folder::put_in_place(target, &manifest)?, bytes))
+    let path = folder::put_in_place(target, &manifest)?;
+    Ok(Saved { path, bytes: bytes + own, unpacked_bytes: unpacked_bytes.saturating_add(own) })
 }
 
 /// Looks that every rank's file is there as it was reported.

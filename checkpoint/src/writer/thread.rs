@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Instant;
 
-use super::save::{self, Commit, Extras};
+use super::save::{self, Commit, Extras, Saved};
 use super::{Member, Outcome, Part, PieceSpec, Retention, folder, snapshot};
 use crate::disk::Disk;
 use crate::error::CheckpointError;
@@ -25,6 +25,8 @@ pub(super) struct Target {
     pub ranges: Vec<Range<usize>>,
     pub role: Role,
     pub retention: Retention,
+    /// Whether this rank's file is packed.
+    pub packed: AtomicBool,
     /// While it is set, jobs that the thread has not begun fail at once.
     pub abandoned: AtomicBool,
 }
@@ -66,6 +68,11 @@ impl Target {
     /// The folder in which a step is put together.
     pub fn partial(&self, step: u64) -> PathBuf {
         self.folder.join(layout::partial(&layout::committed(step)))
+    }
+
+    /// Whether this is the name of this rank's own file, packed or not.
+    pub fn is_own(&self, file: &str) -> bool {
+        [layout::shard(self.role.rank()), layout::packed_shard(self.role.rank())].iter().any(|own| own == file)
     }
 }
 
@@ -152,9 +159,9 @@ fn perform(target: &Target, job: &Job) -> Option<Outcome> {
         }
         &Job::Commit { step, ref id, ref parts, ref extras } => {
             let committed = save::commit(target, &Commit { step, id, parts, extras });
-            Some(committed.map_or_else(failed(step), |(path, bytes)| {
+            Some(committed.map_or_else(failed(step), |Saved { path, bytes, unpacked_bytes }| {
                 let removed = Vec::new();
-                Outcome::Committed { step, path, bytes, seconds: seconds(), removed }
+                Outcome::Committed { step, path, bytes, unpacked_bytes, seconds: seconds(), removed }
             }))
         }
         &Job::Retain { step } => {

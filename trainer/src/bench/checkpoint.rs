@@ -46,6 +46,9 @@ pub struct Options {
     /// On which disk: a folder in this one is made, and removed
     #[arg(long, default_value = ".")]
     folder: PathBuf,
+    /// Pack it: zstd frames of shuffled bytes, as `checkpoint.zstd = "on"` does
+    #[arg(long)]
+    zstd: bool,
     /// Leave the last checkpoint there, for others to read
     #[arg(long)]
     keep: bool,
@@ -65,6 +68,8 @@ struct Round {
     memcpy_s: f64,
     plain_write_s: f64,
     write_s: f64,
+    /// Bytes of all files, over what they were if none were packed.
+    stored_ratio: f64,
     copy_s: f64,
     /// In the call, and the excess of the step after it.
     stall_s: f64,
@@ -90,6 +95,7 @@ pub fn checkpoint(options: &Options) -> Result<()> {
     let checkpoints = folder.path().join("checkpoints");
     let new = || Writer::new(Arc::new(RealDisk), checkpoints.clone(), state.specs.clone(), Retention::last(1));
     let mut writer = new()?;
+    writer.pack(options.zstd);
     let mut work = Work::new(options.step_ms);
     let mut copy: Vec<Vec<f32>> = state.tensors.iter().map(|tensor| vec![1.0; tensor.len()]).collect();
     let mut rounds = Vec::new();
@@ -178,7 +184,7 @@ fn round(
     let copy_s = state.offer(writer, 2 * number + 1)?;
     let mut outcome = Ok(None);
     let mut busy = steps_until(work, || {
-        outcome = committed_s(writer.outcomes());
+        outcome = committed(writer.outcomes());
         !matches!(outcome, Ok(None))
     });
     outcome?;
@@ -186,7 +192,7 @@ fn round(
     let mut after: Vec<f64> = (0..QUIET_STEPS).map(|_| work.step_s()).collect();
     // By itself.
     state.offer(writer, 2 * number + 2)?;
-    let write_s = committed_s(writer.flush())?.unwrap_or(f64::NAN);
+    let (write_s, stored_ratio) = committed(writer.flush())?.unwrap_or((f64::NAN, f64::NAN));
     let mut quiet = [&before[..], &after].concat();
     let (busy_steps, busy_mean_ratio) = (busy.len(), mean(&busy) / mean(&quiet));
     let (quiet_step_s, busy_step_s) = (median(&mut quiet), median(&mut busy));
@@ -197,6 +203,7 @@ fn round(
         memcpy_s,
         plain_write_s,
         write_s,
+        stored_ratio,
         copy_s,
         stall_s,
         quiet_step_s,
@@ -220,12 +227,14 @@ fn steps_until(work: &mut Work, mut over: impl FnMut() -> bool) -> Vec<f64> {
     steps
 }
 
-/// Seconds of the checkpoint that was committed, if one was.
-fn committed_s(outcomes: Vec<Outcome>) -> Result<Option<f64>> {
+/// Seconds of the checkpoint that was committed, if one was, and its bytes over what they were if none were packed.
+fn committed(outcomes: Vec<Outcome>) -> Result<Option<(f64, f64)>> {
     let mut found = None;
     for outcome in outcomes {
         match outcome {
-            Outcome::Committed { seconds, .. } => found = Some(seconds),
+            Outcome::Committed { seconds, bytes, unpacked_bytes, .. } => {
+                found = Some((seconds, bytes as f64 / unpacked_bytes as f64));
+            }
             Outcome::Failed { error, .. } => return Err(error.into()),
             Outcome::Written { .. } | Outcome::Retained { .. } => {}
         }
@@ -257,6 +266,7 @@ fn report(
     let write_ratio = of(|round| round.plain_write_s / round.write_s);
     let step_ratio = of(|round| round.busy_step_s / round.quiet_step_s);
     let step_mean_ratio = of(|round| round.busy_mean_ratio);
+    let zstd_ratio = options.zstd.then(|| of(|round| round.stored_ratio));
     let gb_per_s = |seconds: f64| bytes as f64 / seconds / 1e9;
     let line = if options.json {
         json!({
@@ -267,7 +277,7 @@ fn report(
             "step_ratio": step_ratio, "step_mean_ratio": step_mean_ratio,
             "plain_step_ratio": of(|round| round.plain_step_ratio), "drift_ratio": of(|round| round.drift_ratio),
             "steps_beside": of(|round| round.busy_steps as f64), "load_s": load_s, "read_s": read_s,
-            "load_ratio": load_s / read_s, "path": options.keep.then(|| path.display().to_string()),
+            "load_ratio": load_s / read_s, "zstd_ratio": zstd_ratio, "path": options.keep.then(|| path.display().to_string()),
         })
         .to_string()
     } else {
@@ -276,7 +286,7 @@ fn report(
              a snapshot stops training for {:.3} s, {stall_ratio:.2} x memcpy ({:.2} x the first time)\n\
              beside a checkpoint a step takes {step_ratio:.3} x as long (mean {step_mean_ratio:.3}; {} steps each), beside a \
              plain file {:.3} x, beside nothing {:.3} x\n\
-             written at {:.2} GB/s, {write_ratio:.2} of a plain file\n\
+             written at {:.2} GB/s, {write_ratio:.2} of a plain file{}\n\
              loaded in {load_s:.2} s ({:.2} GB/s), a plain read takes {read_s:.2} s{}",
             bytes as f64 / 1e9,
             options.rounds,
@@ -286,6 +296,7 @@ fn report(
             of(|round| round.plain_step_ratio),
             of(|round| round.drift_ratio),
             gb_per_s(of(|round| round.write_s)),
+            zstd_ratio.map_or_else(String::new, |ratio| format!(", packed to {ratio:.3} of it")),
             gb_per_s(load_s),
             if options.keep { format!("\nkept: {}", path.display()) } else { String::new() },
         )

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use checkpoint::compare::{self, Comparison, How};
+use checkpoint::manifest::FileEntry;
 use checkpoint::reader::{self, Audit, Checkpoint, audit};
 use checkpoint::{inspect, layout};
 use clap::{Args, Subcommand};
@@ -166,11 +167,19 @@ fn contents(checkpoint: &Checkpoint, others: &[PathBuf], checksums: Option<&[Str
         "version": manifest.version,
         "mesh": mesh_of(checkpoint),
         "bytes": manifest.files.values().map(|file| file.bytes).sum::<u64>(),
-        "files": files.map(|(name, file)| json!({ "name": name, "bytes": file.bytes, "blake3": file.blake3 })).collect::<Vec<_>>(),
+        "files": files.map(file_json).collect::<Vec<_>>(),
         "tensors": tensors.collect::<Vec<_>>(),
         "state": manifest.state,
         "older": others,
     })
+}
+
+fn file_json((name, file): (&String, &FileEntry)) -> Value {
+    let mut object = json!({ "name": name, "bytes": file.bytes, "blake3": file.blake3 });
+    if let Some(unpacked_bytes) = file.unpacked_bytes {
+        object["unpacked_bytes"] = unpacked_bytes.into();
+    }
+    object
 }
 
 /// Data x pipeline x tensor ranks of the run that wrote a checkpoint, as it says itself or by its recipe; `None` where

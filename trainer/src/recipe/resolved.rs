@@ -246,6 +246,8 @@ pub struct Checkpoint {
     pub grace_s: f64,
     /// How what ranks left out of gradients is stored.
     pub residuals: Residuals,
+    /// Whether ranks' files are packed.
+    pub zstd: bool,
 }
 
 /// How a checkpoint of several ranks keeps what they left out of gradients.
@@ -406,6 +408,7 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
                 true => Residuals::Folded,
                 false => Residuals::Exact,
             },
+            zstd: keys.text("checkpoint.zstd")? == "on",
         },
         device: DeviceKeys {
             backend: keys.text("device.backend")?,

@@ -1,6 +1,6 @@
 //! A run's tie to the other ranks: who they are, the line to the coordinator, and checkpoints that all write together.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,8 @@ pub struct Group {
     pub committing: BTreeSet<u64>,
     /// Those of them for which this rank's own writer has something to do.
     pub writing: BTreeSet<u64>,
+    /// Of those that this rank has given their name: bytes of all files in its folder, and those if none were packed.
+    pub bytes: BTreeMap<u64, [u64; 2]>,
 }
 
 /// How long a rank waits for the others' goodbye at the end. They have all voted on the last step by then.
@@ -140,14 +142,23 @@ impl Run {
     fn settled(&mut self, settled: Settled) {
         let Settled { step, id, error } = settled;
         self.writer.settle(step, error.is_none());
+        let mut bytes = None;
         if let Some(group) = &mut self.group {
             group.saving.remove(&step);
             group.committing.remove(&step);
+            bytes = group.bytes.remove(&step);
         }
         match error {
             None => {
                 self.committed = Some(step);
-                self.event("checkpoint", step, json!({ "id": id }));
+                let mut fields = json!({ "id": id });
+                if let Some([bytes, unpacked_bytes]) = bytes {
+                    fields["bytes"] = bytes.into();
+                    if self.recipe.checkpoint.zstd {
+                        fields["unpacked_bytes"] = unpacked_bytes.into();
+                    }
+                }
+                self.event("checkpoint", step, fields);
             }
             Some(error) => {
                 self.not_written(step, &error, ", training goes on");
@@ -171,7 +182,8 @@ impl Run {
                 };
                 group.control.say(From::Part(PartMessage { step, json, error }));
             }
-            Outcome::Committed { step, bytes, seconds, path, .. } => {
+            Outcome::Committed { step, bytes, unpacked_bytes, seconds, path, .. } => {
+                group.bytes.insert(step, [bytes, unpacked_bytes]);
                 tracing::info!(step, bytes, seconds, path = %path.display(), "a checkpoint has its name");
                 group.control.say(From::Committed(Committed { step, error: None }));
             }

@@ -116,9 +116,12 @@ impl Run {
         for outcome in outcomes {
             match outcome {
                 other if self.group.is_some() => self.tell(other),
-                Outcome::Committed { step, path, bytes, seconds, removed } => {
+                Outcome::Committed { step, path, bytes, unpacked_bytes, seconds, removed } => {
                     self.committed = Some(step);
-                    let fields = json!({ "path": path, "bytes": bytes, "seconds": seconds, "removed": removed });
+                    let mut fields = json!({ "path": path, "bytes": bytes, "seconds": seconds, "removed": removed });
+                    if self.recipe.checkpoint.zstd {
+                        fields["unpacked_bytes"] = unpacked_bytes.into();
+                    }
                     self.event("checkpoint", step, fields);
                 }
                 Outcome::Failed { step, error } => {

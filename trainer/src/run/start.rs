@@ -100,6 +100,7 @@ pub fn train(request: Request) -> Result<Left> {
             specs.extend(state::owner_specs(&ready.config));
         }
         let writer = Writer::new(Arc::new(RealDisk), folder.checkpoints(), specs, retention(&request.recipe))?;
+        writer.pack(request.recipe.checkpoint.zstd);
         let mut books = Books::open(&request, &folder, resumed.then_some(begun.state.step), &changed)?;
         books.set_aside(&set_aside);
         books.recut(recut.as_ref(), begun.state.step);

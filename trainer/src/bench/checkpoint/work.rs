@@ -67,9 +67,10 @@ pub(super) fn plain_write_s(folder: &Path, tensors: &[Vec<f32>]) -> Result<f64> 
     Ok(seconds)
 }
 
-/// Reads the first rank's file of a checkpoint, one piece after the other, into new memory.
+/// Reads the first rank's file of a checkpoint, packed or not, one piece after the other, into new memory.
 pub(super) fn plain_read_s(checkpoint: &Path) -> Result<f64> {
-    let path = checkpoint.join("rank-0000.safetensors");
+    let [plain, packed] = ["", ".zst"].map(|ending| checkpoint.join(format!("rank-0000.safetensors{ending}")));
+    let path = if packed.exists() { packed } else { plain };
     let io = |what| Error::io(what, path.clone());
     let start = Instant::now();
     let mut file = File::open(&path).map_err(io("open"))?;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use checkpoint::compare::{Comparison, How, Values};
 use checkpoint::inspect::{Group, groups};
 use checkpoint::layout;
+use checkpoint::manifest::FileEntry;
 use checkpoint::reader::{Audit, Checkpoint};
 use indicatif::DecimalBytes;
 use serde_json::Value;
@@ -26,12 +27,17 @@ pub(super) fn contents(checkpoint: &Checkpoint, others: &[PathBuf], all: bool, c
     let mut text = format!("{}\n", checkpoint.path().display());
     let bytes: u64 = manifest.files.values().map(|file| file.bytes).sum();
     let elements: usize = manifest.tensors.values().map(|entry| entry.elements()).sum();
+    let plain = manifest.files.values().map(FileEntry::plain_bytes).fold(0, u64::saturating_add);
     let mut facts = vec![
         ("step".to_owned(), manifest.step.to_string()),
         ("format".to_owned(), format!("{}, version {}", manifest.format, manifest.version)),
         ("size".to_owned(), format!("{} ({bytes} bytes) in {} files", DecimalBytes(bytes), manifest.files.len())),
         ("tensors".to_owned(), format!("{} of {elements} elements", manifest.tensors.len())),
     ];
+    if plain != bytes {
+        let ratio = bytes as f64 / plain as f64;
+        facts.push(("packed".to_owned(), format!("{ratio:.3} of {} ({plain} bytes), with zstd", DecimalBytes(plain))));
+    }
     if let Some(mesh) = super::mesh_of(checkpoint) {
         facts.push(("mesh".to_owned(), format!("{mesh} (data x pipeline x tensor)")));
     }
@@ -42,7 +48,7 @@ pub(super) fn contents(checkpoint: &Checkpoint, others: &[PathBuf], all: bool, c
     text += &table(&facts.iter().map(|(name, value)| vec![format!("  {name}"), value.clone()]).collect::<Vec<_>>());
 
     text += "\nfiles\n";
-    let row = |(name, file): (&String, &checkpoint::manifest::FileEntry)| {
+    let row = |(name, file): (&String, &FileEntry)| {
         vec![format!("  {name}"), DecimalBytes(file.bytes).to_string(), format!("blake3 {}", file.blake3)]
     };
     text += &table(&manifest.files.iter().map(row).collect::<Vec<_>>());

@@ -219,8 +219,8 @@ fn open_rank(
     match connect(&request, &mut joined, &ready, (met, folder)) {
         Ok(Connected { begun, stepper, writer, books, share, mesh, transport, all, f32_bytes, codecs, tracing }) => {
             let Joined { control, ender, stop, .. } = joined;
-            let (saving, committing, writing) = Default::default();
-            let group = Group { share, control, transport, all, ender, f32_bytes, saving, committing, writing };
+            let (saving, committing, writing, bytes) = Default::default();
+            let group = Group { share, control, transport, all, ender, f32_bytes, saving, committing, writing, bytes };
             let group = Some(group);
             let parts =
                 Parts { request, started, stop, ready, begun, stepper, writer, books, group, mesh, codecs, tracing };
@@ -285,6 +285,7 @@ fn connect(
     let member = Member { rank, lead: met.lead_of[rank] == rank };
     let pieces = state::pieces(&ready.config, &share);
     let writer = Writer::member(Arc::new(RealDisk), checkpoints, pieces, member, retention(recipe))?;
+    writer.pack(recipe.checkpoint.zstd);
 
     let tracing = begin_trace(request, &path, rank, &plan, begun.state.step)?;
     let trace = tracing.as_ref().map(Tracing::trace).cloned();
