@@ -3,7 +3,7 @@
 //! A step is `begin`, then for each micro-batch `begin_micro_batch` and the taps' calls of `add`, then `vote`. Micro-
 //! batches add up in the bucket's buffer in the order in which they ran, starting from zero; a bucket is complete when
 //! the last micro-batch has given all of its parameters. With one rank the sum is the buffer itself: nothing is encoded
-//! and nothing is sent. With several, a complete bucket goes to the [engine](super::engine) at once.
+//! and nothing is sent. With several, a complete bucket goes to the [engine] at once.
 //!
 //! `vote` waits until all ranks have voted. Then it is decided whether the step counts, and the norm of the sum is known;
 //! the sum itself may still be on its way. `with_sum` waits for that of one parameter, which the next forward pass does
