@@ -90,7 +90,7 @@ pub fn train(request: Request) -> Result<Left> {
         let stepper = Stepper::new(&ready.config, &ready.device, request.recipe.parallel.bucket_bytes_max)?;
         request.tamper.prepare(&stepper);
         let restart = Restart { request: &request, mesh: &mesh, rank: 0, others: None };
-        let (owed, recut) = restart.owed(newest.as_ref(), stepper.plan())?;
+        let (owed, regained) = restart.owed(newest.as_ref(), stepper.plan())?;
         let owes = owed.has_place();
         stepper.stream().owe(owed);
         let tracing = begin_trace(&request, folder.path(), 0, stepper.plan(), begun.state.step)?;
@@ -103,7 +103,7 @@ pub fn train(request: Request) -> Result<Left> {
         writer.pack(request.recipe.checkpoint.zstd);
         let mut books = Books::open(&request, &folder, resumed.then_some(begun.state.step), &changed)?;
         books.set_aside(&set_aside);
-        books.recut(recut.as_ref(), begun.state.step);
+        books.regained(&regained, begun.state.step);
         Ok((stepper, writer, books, tracing))
     };
     let (stepper, writer, mut books, tracing) = match open() {

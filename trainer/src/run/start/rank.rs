@@ -301,7 +301,8 @@ fn connect(
     let collectives = Collectives::new(mailbox, transport.clone());
     let all = collectives.sub_group(&(0..share.ranks).collect::<Vec<_>>())?;
     let restart = Restart { request, mesh: &mesh, rank, others: apart.then_some(&all) };
-    let recut = newest.as_ref().map(|newest| restart.give(newest, held, &mut exchange)).transpose()?.flatten();
+    let regained = newest.as_ref().map(|newest| restart.give(newest, held, &mut exchange)).transpose()?;
+    let regained = regained.unwrap_or_default();
     let engine = Engine::start(exchange, transport.clone(), inbox, joined.progress.clone())
         .map_err(Error::io("start a thread in", "this process"))?;
     let stepper = Stepper::across(&ready.config, &ready.device, engine).traced(trace);
@@ -315,10 +316,9 @@ fn connect(
         )?),
         _ => None,
     };
-    match (&mut books, &recut) {
-        (Some(books), recut) => books.recut(recut.as_ref(), begun.state.step),
-        (None, Some(recut)) => tracing::info!("{recut}"),
-        (None, None) => {}
+    match &mut books {
+        Some(books) => books.regained(&regained, begun.state.step),
+        None => regained.log(),
     }
     Ok(Connected { begun, stepper, writer, books, share, mesh, transport, all, f32_bytes, codecs, tracing })
 }
