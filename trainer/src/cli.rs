@@ -82,6 +82,10 @@ struct Train {
     /// another name
     #[arg(long)]
     resume_from_earlier: bool,
+    /// As --resume; where a machine is gone that kept what its ranks had left out of gradients, without that. Such a part of the
+    /// gradients is lost, which the run says, and does not happen by itself
+    #[arg(long)]
+    resume_without_residuals: bool,
     /// Start again from the newest checkpoint, so many times, when a rank was lost
     #[arg(long, default_value_t = 0)]
     restarts: u32,
@@ -254,13 +258,15 @@ fn request(args: &Train, log: RunLog, tamper: Tamper) -> Result<run::Request> {
     let by_set = raw.origin("compression.codec") == Origin::Set;
     let choose_codec_anew = by_set && recipe.compression.codec == CodecChoice::Auto;
     let (trace_steps, registry, resume_from_earlier) = (args.trace.steps(), registry(), args.resume_from_earlier);
-    let resume = args.resume || resume_from_earlier;
+    let resume_without_residuals = args.resume_without_residuals;
+    let resume = args.resume || resume_from_earlier || resume_without_residuals;
     Ok(run::Request {
         raw,
         recipe,
         name,
         resume,
         resume_from_earlier,
+        resume_without_residuals,
         trace_steps,
         choose_codec_anew,
         registry,
@@ -316,6 +322,7 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         name: welcome.name.clone(),
         resume: welcome.resume,
         resume_from_earlier: welcome.resume_from_earlier,
+        resume_without_residuals: welcome.resume_without_residuals,
         trace_steps: args.trace.steps(),
         choose_codec_anew: welcome.choose_codec_anew,
         registry: registry(),

@@ -280,6 +280,7 @@ fn coordinate(
         name: request.name.clone(),
         resume: request.resume,
         resume_from_earlier: request.resume_from_earlier,
+        resume_without_residuals: request.resume_without_residuals,
         restart,
         choose_codec_anew: request.choose_codec_anew,
         metrics_address: port.as_ref().map(Port::url),

@@ -70,6 +70,8 @@ pub struct Request {
     pub resume: bool,
     /// Whether it may go on from an earlier checkpoint, where the newest is damaged.
     pub resume_from_earlier: bool,
+    /// Whether it may go on without what ranks had left out of gradients, where nobody has that any more.
+    pub resume_without_residuals: bool,
     /// Cargo's folder of unpacked sources.
     pub registry: PathBuf,
     /// Where log lines go once there is a folder.

@@ -27,6 +27,7 @@ fn options(ranks: usize) -> Options {
         name: "run".into(),
         resume: true,
         resume_from_earlier: false,
+        resume_without_residuals: false,
         restart: 0,
         choose_codec_anew: false,
         metrics_address: None,
