@@ -5,11 +5,13 @@
 //!
 //! - `place`: the URL. `open`: from it and the environment to a client.
 //! - `shelf`: the names of objects, and single requests. `error`: what a refusal means.
-//! - `send`: a checkpoint's way into the store. `receive`: the way back, and the check of what is there.
+//! - `send`: a checkpoint's way into the store. `receive`: the way back, and the check of what is there; `merge`: what
+//!   several machines have, put together.
 //! - `retain`: which copies stay, and what becomes of left-overs.
 //! - `uploader`: the thread that does it while training goes on.
 
 mod error;
+mod merge;
 mod open;
 pub mod place;
 mod receive;
@@ -101,12 +103,13 @@ impl Remote {
         self.runtime.block_on(receive::audit(&self.shelf, at))
     }
 
-    /// Brings a copy into a folder of checkpoints, and returns where it is.
+    /// Brings the copies that some machines have of a step into a folder of checkpoints, put together, and returns where that
+    /// is. What all ranks have alike comes from the first of `seats`.
     ///
     /// # Errors
-    /// What is damaged or missing of it; what the store or the disk says. The folder has no such checkpoint then.
-    pub fn fetch(&self, at: At, disk: &dyn Disk, folder: &Path) -> Result<PathBuf, CheckpointError> {
-        self.runtime.block_on(receive::fetch(&self.shelf, at, disk, folder))
+    /// What is damaged or missing of them, or does not fit together; what the store or the disk says. The folder has no such checkpoint then.
+    pub fn fetch(&self, step: u64, seats: &[Seat], disk: &dyn Disk, folder: &Path) -> Result<PathBuf, CheckpointError> {
+        self.runtime.block_on(receive::fetch(&self.shelf, step, seats, disk, folder))
     }
 
     fn soon<T>(

@@ -10,9 +10,10 @@ use object_store::{ObjectStore, ObjectStoreExt as _};
 use tokio::task::JoinHandle;
 
 use super::error::failed;
+use super::merge::merge;
 use super::retain::manifest;
 use super::send::{check_hash, check_size};
-use super::shelf::{At, Object, Shelf};
+use super::shelf::{At, Object, Seat, Shelf};
 use crate::disk::{self, Disk, ensure_folder};
 use crate::error::CheckpointError;
 use crate::layout;
@@ -116,18 +117,25 @@ pub(super) async fn audit(shelf: &Shelf, at: At) -> Result<Audit, CheckpointErro
     Ok(audit)
 }
 
-/// Brings a copy into `folder`, by the same commit as a checkpoint of this machine: it is there whole, or not at all.
+/// Brings the copies of some seats into `folder`, as one checkpoint, by the same commit as one of this machine: it is there
+/// whole, or not at all.
 ///
 /// # Errors
-/// What is damaged or missing of it, what the store says, what the disk says. What was begun is removed as far as possible.
-pub(super) async fn fetch(shelf: &Shelf, at: At, disk: &dyn Disk, folder: &Path) -> Result<PathBuf, CheckpointError> {
-    let name = layout::committed(at.step);
+/// What is damaged or missing of them, what the store says, what the disk says. What was begun is removed as far as possible.
+pub(super) async fn fetch(
+    shelf: &Shelf,
+    step: u64,
+    seats: &[Seat],
+    disk: &dyn Disk,
+    folder: &Path,
+) -> Result<PathBuf, CheckpointError> {
+    let name = layout::committed(step);
     let (path, partial) = (folder.join(&name), folder.join(layout::partial(&name)));
     ensure_folder(disk, folder)?;
     if disk.exists(&partial).map_err(CheckpointError::io("look for", &partial))? {
         disk::remove(disk, &partial)?;
     }
-    let fetched = fill(shelf, at, disk, &partial).await.and_then(|()| {
+    let fetched = fill(shelf, step, seats, disk, &partial).await.and_then(|()| {
         disk::rename(disk, &partial, &path)?;
         disk::sync_dir(disk, folder)
     });
@@ -139,18 +147,35 @@ pub(super) async fn fetch(shelf: &Shelf, at: At, disk: &dyn Disk, folder: &Path)
     Ok(path)
 }
 
-async fn fill(shelf: &Shelf, at: At, disk: &dyn Disk, partial: &Path) -> Result<(), CheckpointError> {
-    let (manifest, text) = manifest(shelf, at).await?;
-    let there = shelf.list().await?.remove(&at).unwrap_or_default();
+async fn fill(
+    shelf: &Shelf,
+    step: u64,
+    seats: &[Seat],
+    disk: &dyn Disk,
+    partial: &Path,
+) -> Result<(), CheckpointError> {
+    let (mut manifests, mut text) = (Vec::new(), Bytes::new());
+    for &seat in seats {
+        let (manifest, its_text) = manifest(shelf, At { step, seat }).await?;
+        // The very text, where it is that of a machine.
+        text = its_text;
+        manifests.push(manifest);
+    }
+    let (merged, files) = merge(&manifests, Path::new(&shelf.place.to_string()))?;
+    if manifests.len() > 1 {
+        text = merged.render(partial)?.into();
+    }
+    let mut listing = shelf.list().await?;
     // Before anything is read: what is not there cannot be fetched.
-    for (name, entry) in &manifest.files {
-        check_size(shelf, at, name, entry, there.get(name).copied())?;
+    for (seat, name) in &files {
+        let at = At { step, seat: seats[*seat] };
+        check_size(shelf, at, name, &merged.files[name], listing.entry(at).or_default().get(name).copied())?;
     }
     disk::create_dir(disk, partial)?;
-    for (name, entry) in &manifest.files {
-        let path = partial.join(name);
+    for (seat, name) in &files {
+        let (at, path) = (At { step, seat: seats[*seat] }, partial.join(name));
         let mut file = disk.create(&path).map_err(CheckpointError::io("make the file", &path))?;
-        read(shelf, at, (name, entry), |part| {
+        read(shelf, at, (name, &merged.files[name]), |part| {
             file.write_all(part).map_err(CheckpointError::io("write the file", &path))
         })
         .await?;

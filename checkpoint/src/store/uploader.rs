@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 use super::Remote;
 use super::retain::{self, scores};
 use super::send::send;
-use super::shelf::{At, Seat, Shelf, is_complete};
+use super::shelf::{At, Seat, Shelf};
 use crate::disk::{self, Disk};
 use crate::error::CheckpointError;
 use crate::layout;
@@ -123,7 +123,7 @@ impl Uploader {
         let shared = Arc::new(Shared::default());
         shared.offer([]);
         let Remote { shelf, runtime } = remote;
-        let work = Work { shelf, task, shared: shared.clone(), say, in_order: false };
+        let work = Work { shelf, task, shared: shared.clone(), say, in_order: false, newest: 0 };
         let body = move || {
             stand_back();
             let shared = work.shared.clone();
@@ -196,6 +196,8 @@ struct Work {
     say: Sender<News>,
     /// Whether the store was looked through.
     in_order: bool,
+    /// The newest step that this process has copied. Later ones in the store are of a run that was rewound.
+    newest: u64,
 }
 
 impl Work {
@@ -269,7 +271,7 @@ impl Work {
         for &step in &missing {
             scores.insert(step, self.score(&here[&step]));
         }
-        let Some((&newest, _)) = scores.last_key_value() else { return Ok(()) };
+        let Some((&newest, _)) = here.last_key_value() else { return Ok(()) };
         let verdicts = retention.judge(&scores, newest);
         let kept = missing.into_iter().filter(|step| verdicts[step] != Verdict::Removed);
         self.shared.orders().waiting.extend(kept);
@@ -281,7 +283,7 @@ impl Work {
         retain::score(&Manifest::parse(&self.task.disk.read(&path).ok()?, &path).ok()?)
     }
 
-    async fn copy(&self, step: u64) -> Result<News, CheckpointError> {
+    async fn copy(&mut self, step: u64) -> Result<News, CheckpointError> {
         const GONE: &str = "retention has removed it from the run's folder before it was copied";
         let Task { folder, disk, seat, retention } = &self.task;
         let start = Instant::now();
@@ -289,13 +291,10 @@ impl Work {
         let Some(name) = layout::checkpoints(&disk::names(&**disk, folder)?).remove(&step) else {
             return Ok(News::Passed { step, why: GONE });
         };
-        let listing = self.shelf.list().await?;
-        let complete = listing.iter().filter(|(at, objects)| at.seat == *seat && is_complete(objects));
-        let newest = complete.map(|(at, _)| at.step).max().unwrap_or(step).max(step);
-        if newest > step {
-            let mut scores = scores(&self.shelf, &listing, *seat, retention).await?;
+        if self.newest > step {
+            let mut scores = scores(&self.shelf, &self.shelf.list().await?, *seat, retention).await?;
             scores.insert(step, self.score(&name));
-            if retention.judge(&scores, newest)[&step] == Verdict::Removed {
+            if retention.judge(&scores, self.newest)[&step] == Verdict::Removed {
                 return Ok(News::Passed { step, why: "newer ones are in the store, and it would not stay there" });
             }
         }
@@ -306,7 +305,8 @@ impl Work {
             }
             Err(error) => return Err(error),
         };
-        let removed = match newest == step {
+        self.newest = self.newest.max(step);
+        let removed = match self.newest == step {
             true => retain::retain(&self.shelf, at, retention).await.unwrap_or_else(|error| {
                 tracing::warn!(step, %error, "older copies could not be removed from the store");
                 Vec::new()

@@ -176,7 +176,7 @@ fn a_long_file_goes_in_parts_and_is_there_whole_or_not_at_all() {
     let parts = server.asked().iter().filter(|asked| asked.query.contains("partNumber")).count();
     assert_eq!((parts, look(&server)), (2, (vec![1], vec![])));
     let back = tempfile::tempdir().expect("a folder");
-    let path = remote(&server).fetch(at(1), &RealDisk, back.path()).expect("it comes back");
+    let path = remote(&server).fetch(1, &[Seat::Shared], &RealDisk, back.path()).expect("it comes back");
     for name in [shard(0), "recipe.toml".into(), MANIFEST.into()] {
         let same = std::fs::read(path.join(&name)).expect("there")
             == std::fs::read(folder.path().join(committed(1)).join(&name)).expect("there");
@@ -227,7 +227,7 @@ fn whatever_is_damaged_in_the_store_is_named_and_not_brought() {
             assert_eq!(look(&server), (vec![1], vec![]), "the control: nothing is damaged");
             damage(&server.file(&format!("runs/a/step-00000001/{name}")));
             let (back, remote) = (tempfile::tempdir().expect("a folder"), remote(&server));
-            let error = remote.fetch(at(1), &RealDisk, back.path()).expect_err("it is damaged");
+            let error = remote.fetch(1, &[Seat::Shared], &RealDisk, back.path()).expect_err("it is damaged");
             assert!(error.to_string().contains(&format!("s3://checkpoints/runs/a/step-00000001/{name}")), "{error}");
             assert!(std::fs::read_dir(back.path()).expect("a folder").next().is_none(), "nothing is left");
             if (number, &*name) == (2, MANIFEST) {
@@ -252,7 +252,7 @@ fn a_copy_that_comes_back_half_way_is_no_checkpoint() {
         std::fs::create_dir(&left).expect("writable");
         std::fs::write(left.join(shard(0)), "half").expect("writable");
         server.rule(move |asked| if asked.number < last { Fate::Pass } else { Fate::Refuse(403) });
-        let fetched = remote(&server).fetch(at(1), &RealDisk, back.path());
+        let fetched = remote(&server).fetch(1, &[Seat::Shared], &RealDisk, back.path());
         let names: Vec<PathBuf> = list(back.path()).expect("readable").into_iter().map(|(_, path)| path).collect();
         match fetched {
             Err(error) => {

@@ -52,6 +52,47 @@ fn apart(place: &Place, server: &Server, more: &[&str]) -> Vec<Ran> {
 }
 
 #[test]
+fn what_machines_of_their_own_had_comes_together_on_one_and_back() {
+    let (server, place) = (Server::new(), Place::with(RANKS));
+    let wait = ["--set", "checkpoint.when_busy=wait"];
+    let all_ok = |rans: Vec<Ran>| rans.into_iter().for_each(|ran| _ = ran.ok());
+    all_ok(apart(&place, &server, &[&wait[..], &["--set", "train.stop_at_step=30"]].concat()));
+    // Both ranks on one machine, which is a new one. They left out something of gradients, each on its own machine.
+    let fresh = Place::with(RANKS);
+    let ran =
+        run(&fresh, &server, "a", &["--resume", "--set", "train.stop_at_step=45", "--set", "checkpoint.keep_last=0"])
+            .ok();
+    assert!(ran.stderr.contains("machine-0000/step-00000030 and s3://"), "{}", ran.stderr);
+    let step = fresh.path("runs/a/checkpoints/step-00000030");
+    fresh.run(&["verify", &step.display().to_string()]).ok();
+    let manifest = std::fs::read_to_string(step.join("manifest.json")).expect("readable");
+    let sender = ["sender.0000", "sender.0001"];
+    assert!(sender.iter().all(|sender| manifest.contains(sender)), "what each had left out is there");
+    // And back on two.
+    let two = Place::with(RANKS);
+    all_ok(apart(&two, &server, &["--resume"]));
+    assert_eq!(two.names("runs/two/a/checkpoints").last().map(String::as_str), Some("step-00000060"));
+    assert_eq!(hash(&two, "one/a"), expected());
+}
+
+#[test]
+fn a_step_that_one_machine_has_not_copied_is_passed_over() {
+    let (server, place) = (Server::new(), Place::with(RANKS));
+    // All stay, so that all are copied in the end.
+    let stop = ["train.stop_at_step=30", "checkpoint.when_busy=wait", "checkpoint.keep_last=0"];
+    let stop: Vec<&str> = stop.iter().flat_map(|set| ["--set", set]).collect();
+    apart(&place, &server, &stop).into_iter().for_each(|ran| _ = ran.ok());
+    std::fs::remove_file(server.file("runs/a/machine-0001/step-00000030/manifest.json")).expect("it is there");
+    let fresh = Place::with(RANKS);
+    let rans = apart(&fresh, &server, &["--resume"]);
+    let said = "the store lacks what ranks [1] had of step 30: looking further back";
+    assert!(rans.iter().any(|ran| ran.stderr.contains(said)), "{rans:?}");
+    rans.into_iter().for_each(|ran| _ = ran.ok());
+    assert_eq!(of_kind(&fresh.events("one/a"), "downloaded"), [24]);
+    assert_eq!(hash(&fresh, "one/a"), expected());
+}
+
+#[test]
 fn machines_with_folders_of_their_own_bring_each_its_own_or_anothers() {
     let (server, place) = (Server::new(), Place::with(RANKS));
     let stop = ["--set", "train.stop_at_step=30", "--set", "checkpoint.when_busy=wait"];

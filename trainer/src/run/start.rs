@@ -65,7 +65,7 @@ pub fn train(request: Request) -> Result<Left> {
     stop.listen(manner, || {}).map_err(Error::io("listen for signals in", "this process"))?;
     let runs = request.recipe.metrics.runs_dir.clone();
     // Whatever can be refused is refused before a new folder is made, and before a text is read if it needs none.
-    bring(&request, 0)?;
+    bring(&request, 0, &[0])?;
     let existing = match request.resume {
         true => Folder::resume(&runs, &request.name, &request.raw)?,
         false => Folder::check_free(&runs, &request.name).map(|()| None)?,

@@ -1,11 +1,12 @@
 //! The newest checkpoint of a run, from the store to here, where there is none as new.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
-use checkpoint::CheckpointError;
 use checkpoint::disk::RealDisk;
 use checkpoint::reader;
 use checkpoint::store::{At, Remote, Seat};
+use checkpoint::{CheckpointError, Manifest, layout};
 use serde_json::json;
 
 use crate::data::cache::replace;
@@ -16,13 +17,24 @@ use crate::run::folder::{Folder, differences};
 use crate::run::metrics::event_before;
 use crate::run::{Request, upload};
 
+/// What a store has of one step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Copies {
+    step: u64,
+    /// Whose folders are there, of one commit; the lowest first.
+    seats: Vec<Seat>,
+    /// Ranks of which nothing is there: their machine has not copied it.
+    missing: Vec<usize>,
+}
+
 /// Looks into the store before a run begins. A new one must find nothing of its name there; one that goes on brings what is
-/// newer than all that is here, into a folder of its own if there is none. `rank` leads the folder.
+/// newer than all that is here, into a folder of its own if there is none. `rank` leads the folder, and `lead_of` says of each
+/// rank who leads its own.
 ///
 /// # Errors
 /// A run of the name is there; what is newest there is damaged and nobody said that an earlier one will do; the store does
 /// not answer and there is nothing here to go on from.
-pub fn bring(request: &Request, rank: usize) -> Result<()> {
+pub fn bring(request: &Request, rank: usize, lead_of: &[usize]) -> Result<()> {
     let Some(remote) = upload::remote(request)? else { return Ok(()) };
     let (runs, name) = (&request.recipe.metrics.runs_dir, &request.name);
     if !request.resume {
@@ -44,34 +56,71 @@ pub fn bring(request: &Request, rank: usize) -> Result<()> {
         }
         Err(error) => return Err(error.into()),
     };
-    for at in newer(&there, here, rank) {
-        match one(request, &remote, at) {
-            Ok(()) => return Ok(()),
-            Err(Error::Checkpoint(error)) if error.is_damage() => damaged(request, at, &error)?,
+    let newer: BTreeSet<u64> =
+        there.iter().map(|at| at.step).filter(|&step| here.is_none_or(|here| step > here)).collect();
+    let mut incomplete = Vec::new();
+    for step in newer.into_iter().rev() {
+        match copies(&remote, &there, step) {
+            Ok(copies) if copies.missing.is_empty() => match one(request, &remote, &copies, (rank, lead_of)) {
+                Err(Error::Checkpoint(error)) if error.is_damage() => damaged(request, step, &error)?,
+                other => return other,
+            },
+            Ok(copies) => {
+                let Copies { step, missing, .. } = &copies;
+                say(&format!(
+                    "run {name}: the store lacks what ranks {missing:?} had of step {step}: looking further back"
+                ));
+                incomplete.push(copies);
+            }
+            Err(Error::Checkpoint(error)) if error.is_damage() => damaged(request, step, &error)?,
             Err(error) => return Err(error),
         }
     }
-    Ok(())
+    match incomplete.first() {
+        // Better than nothing: all parameters are there, and what else is missing will be named.
+        Some(copies) if here.is_none() => one(request, &remote, copies, (rank, lead_of)),
+        _ => Ok(()),
+    }
 }
 
-/// The copies to try, the newest first: of each step the one of this rank's own folder, if there is one.
-fn newer(there: &[At], here: Option<u64>, rank: usize) -> Vec<At> {
-    let own = |at: At| at.seat == Seat::Machine(rank);
-    let mut copies: Vec<At> = Vec::new();
-    for &At { step, seat } in there.iter().filter(|at| here.is_none_or(|here| at.step > here)).rev() {
-        let at = At { step, seat };
-        match copies.last_mut().filter(|last| last.step == step) {
-            // The lowest, in the order of seats, unless this rank's own was found.
-            Some(last) => *last = if own(*last) { *last } else { at },
-            None => copies.push(at),
+/// What there is of a step.
+fn copies(remote: &Remote, there: &[At], step: u64) -> Result<Copies> {
+    let of_step = || there.iter().filter(|at| at.step == step);
+    if of_step().any(|at| at.seat == Seat::Shared) {
+        return Ok(Copies { step, seats: vec![Seat::Shared], missing: Vec::new() });
+    }
+    let mut seats = Vec::new();
+    let mut first: Option<Manifest> = None;
+    let mut files = BTreeSet::new();
+    for &at in of_step() {
+        let manifest = remote.manifest(at)?;
+        let first = first.get_or_insert_with(|| manifest.clone());
+        if first.id == manifest.id {
+            seats.push(at.seat);
+            files.extend(manifest.files.into_keys());
         }
     }
-    copies
+    let ranks = first.and_then(|first| first.state.pointer("/mesh/data")?.as_u64()).unwrap_or(0);
+    let is_there =
+        |&rank: &usize| [layout::shard(rank), layout::packed_shard(rank)].iter().any(|name| files.contains(name));
+    let missing = (0..ranks as usize).filter(|rank| !is_there(rank)).collect();
+    Ok(Copies { step, seats, missing })
+}
+
+/// Which copies this folder's lead brings: its own, or where it has none the first; and the lowest lead also those of
+/// machines that are gone, of which nobody else would bring what their ranks had left out.
+fn wanted(seats: &[Seat], rank: usize, lead_of: &[usize]) -> Vec<Seat> {
+    let own = Seat::Machine(rank);
+    let first = if seats.contains(&own) { own } else { seats[0] };
+    let is_gone = |seat: Seat| matches!(seat, Seat::Machine(lead) if !lead_of.contains(&lead));
+    let lowest = lead_of.iter().min() == Some(&rank);
+    let gone = seats.iter().copied().filter(|&seat| lowest && seat != first && is_gone(seat));
+    std::iter::once(first).chain(gone).collect()
 }
 
 /// Says of a damaged copy what to do about it, or passes over it where that was said.
-fn damaged(request: &Request, at: At, error: &CheckpointError) -> Result<()> {
-    let (name, step) = (request.name.clone(), at.step);
+fn damaged(request: &Request, step: u64, error: &CheckpointError) -> Result<()> {
+    let name = request.name.clone();
     if request.resume_from_earlier {
         say(&format!("run {name}: the copy of step {step} in the store is damaged, and passed over: {error}"));
         return Ok(());
@@ -83,13 +132,17 @@ fn damaged(request: &Request, at: At, error: &CheckpointError) -> Result<()> {
     Err(Error::Run { name, what })
 }
 
-fn one(request: &Request, remote: &Remote, at: At) -> Result<()> {
-    let (runs, name, url, start) = (&request.recipe.metrics.runs_dir, &request.name, remote.url_of(at), Instant::now());
+fn one(request: &Request, remote: &Remote, copies: &Copies, (rank, lead_of): (usize, &[usize])) -> Result<()> {
+    let (runs, name, start) = (&request.recipe.metrics.runs_dir, &request.name, Instant::now());
+    let (step, seats) = (copies.step, wanted(&copies.seats, rank, lead_of));
+    let at = At { step, seat: seats[0] };
+    let urls: Vec<String> = seats.iter().map(|&seat| remote.url_of(At { step, seat })).collect();
+    let urls = urls.join(" and ");
     let recipe = remote.attachment(at, "recipe.toml")?;
     let (old, _) = raw::read(&String::from_utf8_lossy(&recipe), &[]);
     // Whatever can be refused is refused before anything is read or made.
     differences(name, &old, &request.raw)?;
-    say(&format!("run {name}: bringing the checkpoint of step {} from {url}", at.step));
+    say(&format!("run {name}: bringing the checkpoint of step {step} from {urls}"));
     let existing = Folder::resume(runs, name, &request.raw)?;
     let is_new = existing.is_none();
     let folder = match existing {
@@ -97,7 +150,7 @@ fn one(request: &Request, remote: &Remote, at: At) -> Result<()> {
         None => Folder::create(runs, name)?,
     };
     let fetched: Result<()> = (|| {
-        remote.fetch(at, &RealDisk, &folder.checkpoints())?;
+        remote.fetch(step, &seats, &RealDisk, &folder.checkpoints())?;
         // Now it is the folder of a run, which goes on like any other.
         let file = folder.file("recipe.toml");
         if file.exists() { Ok(()) } else { replace(&file, &recipe) }
@@ -106,8 +159,8 @@ fn one(request: &Request, remote: &Remote, at: At) -> Result<()> {
         folder.abandon();
     }
     fetched?;
-    let fields = json!({ "url": url, "seconds": start.elapsed().as_secs_f64() });
-    event_before(folder.path(), "downloaded", at.step, fields);
+    let fields = json!({ "url": urls, "seconds": start.elapsed().as_secs_f64() });
+    event_before(folder.path(), "downloaded", step, fields);
     Ok(())
 }
 
@@ -116,14 +169,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_first_and_of_each_step_the_own_one() {
-        let at = |step, seat| At { step, seat };
-        let (shared, machine) = (Seat::Shared, Seat::Machine);
-        let there =
-            [at(1, shared), at(2, machine(0)), at(2, machine(3)), at(4, shared), at(4, machine(1)), at(4, machine(2))];
-        assert_eq!(newer(&there, None, 3), [at(4, shared), at(2, machine(3)), at(1, shared)]);
-        assert_eq!(newer(&there, Some(1), 0), [at(4, shared), at(2, machine(0))]);
-        assert_eq!(newer(&there, Some(2), 1), [at(4, machine(1))]);
-        assert_eq!(newer(&there, Some(4), 1), []);
+    fn each_brings_its_own_and_the_lowest_what_nobody_else_would() {
+        let machine = Seat::Machine;
+        let seats = [machine(0), machine(2), machine(4)];
+        // The same machines, and one of them a new one.
+        let [a, b, c] = [0, 2, 4].map(|rank| wanted(&seats, rank, &[0, 0, 2, 2, 4]));
+        assert_eq!([a, b, c], [[machine(0)], [machine(2)], [machine(4)]]);
+        assert_eq!(wanted(&seats, 5, &[0, 0, 2, 2, 4, 5]), [machine(0)], "what all have alike is anywhere");
+        // Two of them, and one alone.
+        assert_eq!(wanted(&seats, 0, &[0, 0, 0, 0, 4]), [machine(0), machine(2)]);
+        assert_eq!(wanted(&seats, 4, &[0, 0, 0, 0, 4]), [machine(4)]);
+        assert_eq!(wanted(&seats, 0, &[0]), seats);
+        // One folder's, whoever asks.
+        assert_eq!(wanted(&[Seat::Shared], 2, &[0, 0, 2]), [Seat::Shared]);
     }
 }

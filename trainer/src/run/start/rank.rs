@@ -51,7 +51,7 @@ pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
     let rank = joined.rank();
     let mut folder = None;
     let met = ready_to_meet(&request, &runs).and_then(|ready| {
-        let hold = || hold(&request, &runs, rank, &mut folder);
+        let hold = |lead_of: &[usize]| hold(&request, (rank, lead_of), &mut folder);
         let met = joined.meet(properties(&request, &ready), hold)?;
         Ok((ready, met))
     });
@@ -131,8 +131,13 @@ pub struct RunFolder {
 }
 
 /// Opens the run's folder on the lead of it, and says which checkpoints are there and good.
-fn hold(request: &Request, runs: &Path, rank: usize, keep: &mut Option<RunFolder>) -> Result<Vec<HeldCheckpoint>> {
-    bring(request, rank)?;
+fn hold(
+    request: &Request,
+    (rank, lead_of): (usize, &[usize]),
+    keep: &mut Option<RunFolder>,
+) -> Result<Vec<HeldCheckpoint>> {
+    bring(request, rank, lead_of)?;
+    let runs = &request.recipe.metrics.runs_dir;
     let existing = match request.resume {
         true => Folder::resume(runs, &request.name, &request.raw)?,
         false => None,
