@@ -217,6 +217,24 @@ fn a_damaged_copy_is_not_passed_over_unless_somebody_says_so() {
 }
 
 #[test]
+fn a_store_is_trusted_as_the_system_trusts_it() {
+    let ((server, authority), place) = (Server::with_tls(), Place::new());
+    let file = place.path("authority.pem");
+    std::fs::write(&file, authority).expect("writable");
+    let upload = upload();
+    let train = |trusted: Option<&std::path::Path>| {
+        let mut command = place.command(&stored("a", &upload, &["--set", "train.stop_at_step=5"]));
+        command.envs(server.environment()).env_remove("SSL_CERT_DIR").env_remove("SSL_CERT_FILE");
+        Ran::from(command.envs(trusted.map(|file| ("SSL_CERT_FILE", file))).output().expect("it starts"))
+    };
+    // Who does not know the authority does not send a word.
+    train(None).failed(1, &["could not list s3://checkpoints/runs/a", "certificate"]);
+    assert_eq!(server.asked(), []);
+    train(Some(&file)).ok();
+    assert_eq!(of_kind(&place.events("a"), "uploaded"), [5]);
+}
+
+#[test]
 fn a_folder_will_do_for_a_store() {
     let place = Place::new();
     let upload = format!("checkpoint.upload_to=file://{}", place.path("mounted").display());

@@ -36,6 +36,12 @@ fn explain(error: &Error) -> String {
     {
         return format!("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY belong together, and one is not set ({said})");
     }
+    if has("No CA certificates") || has("invalid peer certificate") {
+        return format!(
+            "it cannot be told from others: its certificate must be by an authority that this machine knows; install \
+             ca-certificates, or name a file of certificates in SSL_CERT_FILE ({said})"
+        );
+    }
     // Not every request has an error of its own for it.
     let refused = has("status code: 401") || has("status code: 403");
     match error {

@@ -345,6 +345,22 @@ fn a_step_that_comes_again_takes_the_place_of_the_other_one() {
 }
 
 #[test]
+fn a_run_that_was_rewound_copies_on_and_leaves_what_is_later() {
+    let (server, before) = (Server::new(), folder(&[1, 2, 3, 4, 5]));
+    upload(&server, before.path(), Retention::last(0));
+    assert_eq!(look(&server), (vec![1, 2, 3, 4, 5], vec![]));
+    let here = folder(&[1, 2]);
+    let uploader = start(&server, here.path(), Retention::last(1));
+    write(here.path(), &[3], 300, 0.5);
+    uploader.offer(3);
+    let news = next(&uploader);
+    assert!(matches!(&news[..], [News::Uploaded { step: 3, removed, .. }] if *removed == [1, 2]), "{news:?}");
+    assert_eq!(look(&server), (vec![3, 4, 5], vec![]));
+    let stored = std::fs::read(server.file("runs/a/step-00000003/manifest.json")).expect("there");
+    assert_eq!(stored, std::fs::read(here.path().join(committed(3)).join(MANIFEST)).expect("there"));
+}
+
+#[test]
 fn who_sweeps_while_another_writes_is_noticed() {
     let (server, here) = (Server::new(), folder(&[1]));
     let announced = server.file("runs/a/step-00000001/manifest.json.partial");

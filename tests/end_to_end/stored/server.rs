@@ -9,13 +9,18 @@ use std::thread::JoinHandle;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use s3s::auth::SimpleAuth;
 use s3s::service::{S3Service, S3ServiceBuilder};
 use s3s::{Body, HttpError};
 use s3s_fs::FileSystem;
 use tempfile::TempDir;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::rustls::pki_types::PrivatePkcs8KeyDer;
 
 /// Who may in.
 const KEY: (&str, &str) = ("AKIDTEST", "a-secret-of-the-test");
@@ -55,6 +60,7 @@ struct Gate {
 
 pub struct Server {
     root: TempDir,
+    scheme: &'static str,
     address: SocketAddr,
     gate: Arc<Gate>,
     stop: Option<oneshot::Sender<()>>,
@@ -63,6 +69,25 @@ pub struct Server {
 
 impl Server {
     pub fn new() -> Self {
+        Self::start("http", None)
+    }
+
+    /// One that speaks TLS, with a certificate by an authority of its own, whose certificate comes with it.
+    pub fn with_tls() -> (Self, String) {
+        let mut params = CertificateParams::new(Vec::new()).expect("no names");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let authority =
+            CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("a certificate");
+        let key = KeyPair::generate().expect("a key");
+        let params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("an address");
+        let own = params.signed_by(&key, &authority).expect("a certificate");
+        let key = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
+        let config = ServerConfig::builder().with_no_client_auth().with_single_cert(vec![own.der().clone()], key);
+        let acceptor = TlsAcceptor::from(Arc::new(config.expect("the key is the certificate's")));
+        (Self::start("https", Some(acceptor)), pem(authority.der()))
+    }
+
+    fn start(scheme: &'static str, tls: Option<TlsAcceptor>) -> Self {
         let root = tempfile::tempdir().expect("a folder");
         std::fs::create_dir(root.path().join(BUCKET)).expect("writable");
         let gate = Arc::new(Gate {
@@ -81,14 +106,14 @@ impl Server {
                 let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
                 tell.send(listener.local_addr().expect("bound")).expect("somebody waits");
                 tokio::select! {
-                    () = serve(listener, service, shared) => {}
+                    () = serve(listener, tls, service, shared) => {}
                     _ = stopped => {}
                 }
             });
             runtime.shutdown_background();
         });
         let address = told.recv().expect("it listens");
-        Self { root, address, gate, stop: Some(stop), thread: Some(thread) }
+        Self { root, scheme, address, gate, stop: Some(stop), thread: Some(thread) }
     }
 
     /// From now on requests are counted anew, and the rule says what becomes of them.
@@ -109,7 +134,7 @@ impl Server {
 
     /// What the environment of a process must have.
     pub fn environment(&self) -> Vec<(String, String)> {
-        let endpoint = format!("http://{}", self.address);
+        let endpoint = format!("{}://{}", self.scheme, self.address);
         let pairs = [
             ("AWS_ENDPOINT_URL", &*endpoint),
             ("AWS_ALLOW_HTTP", "true"),
@@ -153,11 +178,36 @@ impl Drop for Server {
     }
 }
 
-async fn serve(listener: TcpListener, service: S3Service, gate: Arc<Gate>) {
+/// A certificate as the text in which systems keep them.
+fn pem(der: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::from("-----BEGIN CERTIFICATE-----");
+    for (index, three) in der.chunks(3).enumerate() {
+        text += if index % 16 == 0 { "\n" } else { "" };
+        let bits = three.iter().enumerate().fold(0, |bits, (index, &byte)| bits | u32::from(byte) << (16 - 8 * index));
+        let digit = |place: usize| char::from(DIGITS[(bits >> (18 - 6 * place)) as usize & 63]);
+        (0..4).for_each(|place| text.push(if place <= three.len() { digit(place) } else { '=' }));
+    }
+    text + "\n-----END CERTIFICATE-----\n"
+}
+
+/// A connection, plain or encrypted.
+trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Socket for T {}
+
+async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, service: S3Service, gate: Arc<Gate>) {
     loop {
         let Ok((socket, _)) = listener.accept().await else { continue };
-        let (service, gate) = (service.clone(), gate.clone());
+        let (tls, service, gate) = (tls.clone(), service.clone(), gate.clone());
         tokio::spawn(async move {
+            let socket: Box<dyn Socket> = match tls {
+                None => Box::new(socket),
+                Some(tls) => match tls.accept(socket).await {
+                    Ok(socket) => Box::new(socket),
+                    // A client that trusts nobody.
+                    Err(_) => return,
+                },
+            };
             let answer = service_fn(move |request: Request<hyper::body::Incoming>| {
                 let (service, gate) = (service.clone(), gate.clone());
                 async move { answer(&service, &gate, request).await }
