@@ -301,6 +301,16 @@ pub enum CheckpointError {
         /// Which one, and why.
         why: String,
     },
+    /// An object store refused, or could not be reached.
+    #[error("could not {operation} {url}: {why}")]
+    Store {
+        /// What was tried, as "write".
+        operation: &'static str,
+        /// The object, or the place.
+        url: String,
+        /// What the store said, and what to do about it.
+        why: String,
+    },
     /// The folder to export to is there already.
     #[error("{}: it exists already and an export replaces nothing; remove it or choose another name", path.display())]
     ExportExists {
@@ -347,7 +357,7 @@ impl CheckpointError {
                 let kinds = [InvalidData, IsADirectory, NotADirectory, NotFound, UnexpectedEof];
                 kinds.contains(&source.kind()) || source.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
             }
-            Self::Version { .. } | Self::Absent { .. } => false,
+            Self::Version { .. } | Self::Absent { .. } | Self::Store { .. } => false,
             _ => true,
         }
     }

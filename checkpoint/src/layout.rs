@@ -14,6 +14,7 @@ pub const MANIFEST: &str = "manifest.json";
 const REPLACED: &str = ".replaced";
 const DAMAGED: &str = ".damaged";
 const RANK: &str = ".rank-";
+const MACHINE: &str = "machine-";
 const PARTIAL: &str = ".partial";
 
 /// The folder of a step's checkpoint.
@@ -45,6 +46,19 @@ pub fn partial(name: &str) -> String {
 #[must_use]
 pub fn given_up(step: u64, rank: usize) -> String {
     partial(&format!("{}{RANK}{rank:04}", committed(step)))
+}
+
+/// In a store, what belongs to the machine whose lowest rank is this one, where machines have folders of their own.
+#[must_use]
+pub fn machine(rank: usize) -> String {
+    format!("{MACHINE}{rank:04}")
+}
+
+/// The rank of a machine's name.
+#[must_use]
+pub fn machine_of(name: &str) -> Option<usize> {
+    let rank = name.strip_prefix(MACHINE)?.parse().ok()?;
+    (machine(rank) == name).then_some(rank)
 }
 
 /// The file of one rank's tensors.

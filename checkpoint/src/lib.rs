@@ -15,6 +15,7 @@
 //! - [`reader`]: lists, opens, verifies and loads checkpoints.
 //! - [`inspect`]: what is in one, for people. [`compare`]: how two differ.
 //! - [`damaged`]: the newest checkpoint that is whole, and what becomes of those that are not.
+//! - [`store`]: copies in an object store.
 //! - [`export`]: Hugging Face folders, written at once or not at all, and read back.
 //! - [`error`]: everything that can go wrong, with what to do about it.
 
@@ -33,6 +34,7 @@ mod packed;
 mod pages;
 pub mod reader;
 pub mod safetensors_file;
+pub mod store;
 mod tree;
 pub mod writer;
 

@@ -81,6 +81,12 @@ impl Checkpoint {
         Ok(Self { path: path.to_path_buf(), manifest, files: Mutex::default() })
     }
 
+    /// A checkpoint that is somewhere else, of which only the manifest is here: what needs its files is an error.
+    #[must_use]
+    pub fn described(path: PathBuf, manifest: Manifest) -> Self {
+        Self { path, manifest, shards: Mutex::default() }
+    }
+
     /// The manifest of the checkpoint in the folder `path`; its files may be there or not.
     fn manifest_of(path: &Path) -> Result<Manifest, CheckpointError> {
         let file = path.join(layout::MANIFEST);

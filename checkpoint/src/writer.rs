@@ -46,6 +46,7 @@ pub use outcome::{Attachment, Offer, Outcome};
 pub use part::{Member, Part, PieceSpec, TensorSpec};
 pub use retention::{Retention, SCORE, Verdict};
 pub use snapshot::Snapshot;
+pub(crate) use thread::stand_back;
 
 /// Writes checkpoints in the background. Dropping it waits for the jobs that the thread has.
 ///

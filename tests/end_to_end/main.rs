@@ -23,5 +23,6 @@ mod saving;
 mod schedulers;
 mod secured;
 mod siege;
+mod stored;
 mod support;
 mod traces;

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use checkpoint::store::Settings;
 use clap::{Args, Parser, Subcommand};
 use parallel::control::By;
 use parallel::coordinator::state::Ending as RunEnding;
@@ -201,8 +202,8 @@ fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         Command::Worker(args) => worker(args, log, tamper),
         Command::Export(args) => models::export(&args),
         Command::Generate(args) => models::say(&args),
-        Command::Inspect(args) => checkpoints::inspect(&args),
-        Command::Verify(args) => checkpoints::verify(&args),
+        Command::Inspect(args) => checkpoints::inspect(&args, &settings()),
+        Command::Verify(args) => checkpoints::verify(&args, &settings()),
         Command::Checkpoint(group) => checkpoints::group(&group),
         Command::Bench(Bench::Codec(args)) => bench::codec::codec(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(Bench::Aggregate(args)) => aggregate(&args),
@@ -271,6 +272,7 @@ fn request(args: &Train, log: RunLog, tamper: Tamper) -> Result<run::Request> {
         choose_codec_anew,
         registry,
         log,
+        store: settings(),
         tamper,
     })
 }
@@ -327,6 +329,7 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         choose_codec_anew: welcome.choose_codec_anew,
         registry: registry(),
         log,
+        store: settings(),
         tamper,
     };
     match run::start::train_rank(request, joined) {
@@ -405,6 +408,14 @@ fn code(ended: Ended) -> ExitCode {
         Ended::Done | Ended::Stopped => ExitCode::SUCCESS,
         Ended::Signalled => ExitCode::from(signals::TRY_AGAIN),
     }
+}
+
+/// Credentials and addresses of stores.
+fn settings() -> Settings {
+    // What is not UTF-8 is none of them.
+    Settings::of(
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))),
+    )
 }
 
 /// Cargo's folder of unpacked sources.

@@ -101,6 +101,10 @@ pub fn launch(mut orders: Orders) -> Result<u8> {
     };
     let stop = Stop::default();
     stop.listen(manner, at_once).map_err(Error::io("listen for signals in", "this process"))?;
+    if orders.world == World::Local && orders.request.resume {
+        // Its checkpoint has the tokenizer, and the weights that it started from.
+        start::bring(&orders.request, 0, &[0])?;
+    }
     if !matches!(orders.world, World::Elsewhere { .. }) {
         start::prepare_text(&orders.request)?;
     }

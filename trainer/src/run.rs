@@ -11,6 +11,7 @@
 //!   ends with theirs.
 //! - [`trace`]: a picture of what each rank does when.
 //! - [`start`]: everything before the first step.
+//! - [`upload`]: copies of checkpoints in a store.
 //! - [`finish`]: what happens after the last step.
 
 pub mod codec;
@@ -28,11 +29,13 @@ pub mod signals;
 pub mod start;
 pub mod tensorboard;
 pub mod trace;
+pub mod upload;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
+use checkpoint::store::{Settings, Uploader};
 use checkpoint::writer::Writer;
 use parallel::transport::Counted;
 use parallel::wire::control::Numbers;
@@ -80,6 +83,8 @@ pub struct Request {
     pub trace_steps: Option<u64>,
     /// Whether a codec that the run chose before is to be chosen anew.
     pub choose_codec_anew: bool,
+    /// Of the environment, what stores want to know.
+    pub store: Settings,
     /// Faults for tests.
     pub tamper: Tamper,
 }
@@ -118,6 +123,8 @@ struct Run {
     state: State,
     tokens: u64,
     writer: Writer,
+    /// Copies checkpoints to a store, on whoever commits them.
+    uploader: Option<Uploader>,
     /// The run's files and what a person sees; one rank of several has them.
     metrics: Option<Metrics>,
     progress: Option<Progress>,
@@ -190,6 +197,7 @@ impl Run {
             }
             let outcomes = self.writer.outcomes();
             self.note(outcomes, ", training goes on");
+            self.hear_of_uploads();
             self.listen(Duration::ZERO)?;
             if self.state.step < last && !self.stopping() {
                 self.agree_on_codec()?;
@@ -218,6 +226,7 @@ impl Run {
             () => Ended::Stopped,
         };
         if ended == Ended::Done && finish::finish(self, folder)? {
+            self.finish_uploads();
             return Ok(Ended::Done);
         }
         if let Some(group) = &self.group {
@@ -228,6 +237,7 @@ impl Run {
             0 => "stopped before the first step: go on with --resume".to_owned(),
             step => format!("stopped after step {step}, with a checkpoint: go on with --resume"),
         });
+        self.finish_uploads();
         Ok(if ended == Ended::Stopped { ended } else { Ended::Signalled })
     }
 

@@ -136,16 +136,16 @@ pub(super) fn run(target: &Target, first: SyncSender<Vec<f32>>, jobs: &Receiver<
 /// Lets whoever trains go first where both want the same core: this thread then takes about a tenth of it, and all of it
 /// whenever training waits, for gradients or for a checkpoint.
 #[cfg(target_os = "linux")]
-fn stand_back() {
+pub(crate) fn stand_back() {
     // On Linux it is the priority of the calling thread. A system that refuses it costs training a little.
     const NICER: i32 = 10;
     if let Err(error) = rustix::process::nice(NICER) {
-        tracing::debug!(%error, "the writer's thread keeps the priority of those that train");
+        tracing::debug!(%error, "a thread keeps the priority of those that train");
     }
 }
 
 #[cfg(not(target_os = "linux"))]
-const fn stand_back() {}
+pub(crate) const fn stand_back() {}
 
 fn perform(target: &Target, job: &Job) -> Option<Outcome> {
     let started = Instant::now();

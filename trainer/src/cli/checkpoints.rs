@@ -1,7 +1,8 @@
 //! The commands on checkpoints that are there: `inspect`, `verify` and `checkpoint diff`.
 //!
-//! - `text`: what they print for people.
+//! - `text`: what they print for people. `stored`: of copies in a store.
 
+mod stored;
 mod text;
 
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use std::process::ExitCode;
 use checkpoint::compare::{self, Comparison, How};
 use checkpoint::manifest::FileEntry;
 use checkpoint::reader::{self, Audit, Checkpoint, audit};
+use checkpoint::store::Settings;
 use checkpoint::{inspect, layout};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -30,7 +32,7 @@ pub(super) struct Where {
 
 #[derive(Debug, Args)]
 pub(super) struct Inspect {
-    /// A checkpoint, or a run (folder or name), whose newest is meant
+    /// A checkpoint, or a run (folder, name, or URL in a store), whose newest is meant
     #[arg(value_name = "CHECKPOINT|RUN")]
     what: PathBuf,
     /// Every tensor in a row of its own, however many there are
@@ -45,7 +47,7 @@ pub(super) struct Inspect {
 
 #[derive(Debug, Args)]
 pub(super) struct Verify {
-    /// A checkpoint, or a run (folder or name), all of whose are checked
+    /// A checkpoint, or a run (folder, name, or URL in a store), all of whose are checked
     #[arg(value_name = "CHECKPOINT|RUN")]
     what: PathBuf,
     #[command(flatten)]
@@ -114,7 +116,10 @@ fn one(what: &Path, runs: &Path) -> Result<Checkpoint> {
     Ok(Checkpoint::open(&path)?)
 }
 
-pub(super) fn inspect(args: &Inspect) -> Result<ExitCode> {
+pub(super) fn inspect(args: &Inspect, settings: &Settings) -> Result<ExitCode> {
+    if let Some(url) = stored::url(&args.what) {
+        return stored::inspect(url, args, settings);
+    }
     let (checkpoint, others) = match find(&args.what, &args.place.runs_dir)? {
         Found::Checkpoint(path) => (Checkpoint::open(&path)?, Vec::new()),
         Found::Run(_, mut all) => {
@@ -198,7 +203,10 @@ fn mesh_of(checkpoint: &Checkpoint) -> Option<String> {
     Some(format!("{data} x 1 x 1"))
 }
 
-pub(super) fn verify(args: &Verify) -> Result<ExitCode> {
+pub(super) fn verify(args: &Verify, settings: &Settings) -> Result<ExitCode> {
+    if let Some(url) = stored::url(&args.what) {
+        return stored::verify(url, args.place.json, settings);
+    }
     let (folder, checkpoints) = match find(&args.what, &args.place.runs_dir)? {
         Found::Checkpoint(path) => (None, vec![path]),
         Found::Run(folder, checkpoints) => (Some(folder), checkpoints),
@@ -207,14 +215,17 @@ pub(super) fn verify(args: &Verify) -> Result<ExitCode> {
     for path in &checkpoints {
         let audit = audit(path);
         whole &= audit.damage.is_empty();
-        // Each as soon as it is known: the next may take minutes.
-        let said = if args.place.json { format!("{}\n", audited(path, &audit)) } else { text::audited(path, &audit) };
-        print(&said)?;
+        say_audited(path, &audit, args.place.json)?;
     }
     if let (Some(folder), false) = (folder, args.place.json) {
         print(&text::left_over(&folder)?)?;
     }
     Ok(if whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Each as soon as it is known: the next may take minutes.
+fn say_audited(path: &Path, audit: &Audit, json: bool) -> Result<ExitCode> {
+    print(&if json { format!("{}\n", audited(path, audit)) } else { text::audited(path, audit) })
 }
 
 fn audited(path: &Path, audit: &Audit) -> Value {

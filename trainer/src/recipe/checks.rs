@@ -1,5 +1,6 @@
 //! What no key shows alone: faults between the keys of a recipe.
 
+use checkpoint::store::Place;
 use compression::BLOCK;
 
 use super::fault::{Fault, Origin};
@@ -12,6 +13,7 @@ pub fn all(raw: &Raw, faults: &mut Vec<Fault>) {
     schedule_faults(raw, faults);
     share_faults(raw, faults);
     retention_faults(raw, faults);
+    upload_faults(raw, faults);
     device_faults(raw, faults);
 }
 
@@ -160,6 +162,13 @@ fn retention_faults(raw: &Raw, faults: &mut Vec<Fault>) {
         let what = format!("expected 0 where nothing is evaluated, found {wanted}");
         let help = "write `eval.files`, and `eval.every` such that it comes with `checkpoint.every`";
         faults.push(Fault::new(raw.origin(name), name, what).help(help));
+    }
+}
+
+fn upload_faults(raw: &Raw, faults: &mut Vec<Fault>) {
+    const KEY: &str = "checkpoint.upload_to";
+    if let Some(Err(why)) = Reader(raw).text(KEY).map(|url| Place::parse(&url)) {
+        faults.push(Fault::new(raw.origin(KEY), KEY, why));
     }
 }
 

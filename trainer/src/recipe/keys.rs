@@ -149,6 +149,8 @@ pub const KEYS: &[Key] = &[
     key("checkpoint.grace_s", Real(1.0, 86_400.0), DefaultReal(25.0), Free, "seconds that a signalled run has to write its checkpoint; Kubernetes kills after 30"),
     key("checkpoint.residuals", Choice(&["exact", "folded"]), DefaultText("exact"), Free, "what ranks left out of gradients: `exact` stores 4 bytes a parameter for each sender and for the owners, and a resume is bitwise; `folded` stores 4 bytes a parameter once, for which ranks add it up over the network at every checkpoint, and a resume is not bitwise"),
     key("checkpoint.zstd", Choice(&["off", "on"]), DefaultText("off"), Free, "`on`: ranks' files are zstd frames of shuffled bytes, smaller by what the exponents of weights and moments have in common, for more work of the thread that writes and of a resume; it changes nothing that is computed"),
+    key("checkpoint.upload_to", Text, Empty, Local, "where copies of committed checkpoints are kept, below the run's name: `s3://BUCKET/PREFIX`, `gs://...`, `az://...` or `file:///FOLDER`; the environment has the credentials; nothing is copied unless written"),
+    key("checkpoint.upload_wait_s", Real(0.0, 604_800.0), DefaultReal(600.0), Local, "seconds that a run waits at its end for the last copy"),
     key("device.backend", Choice(BACKENDS), DefaultText("flex"), Local, "which backend of burn computes"),
     key("device.index", Integer(0, 1024), DefaultInteger(0), Local, "which device of that backend"),
     key("device.threads", Integer(0, 4096), DefaultInteger(0), Local, "threads that compute; 0 for all cores"),

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use checkpoint::export::Dtype;
+use checkpoint::store::Place;
 use compression::Codec;
 
 use super::checks;
@@ -228,7 +229,7 @@ pub enum CodecChoice {
 }
 
 /// `[checkpoint]`.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
     /// Steps between two; 0 for none but the last.
     pub every: u64,
@@ -248,6 +249,10 @@ pub struct Checkpoint {
     pub residuals: Residuals,
     /// Whether ranks' files are packed.
     pub zstd: bool,
+    /// Where copies are kept.
+    pub upload_to: Option<Place>,
+    /// Seconds to wait for the last copy.
+    pub upload_wait_s: f64,
 }
 
 /// How a checkpoint of several ranks keeps what they left out of gradients.
@@ -409,6 +414,8 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
                 false => Residuals::Exact,
             },
             zstd: keys.text("checkpoint.zstd")? == "on",
+            upload_to: keys.text("checkpoint.upload_to").and_then(|url| Place::parse(&url).ok()),
+            upload_wait_s: keys.real("checkpoint.upload_wait_s")?,
         },
         device: DeviceKeys {
             backend: keys.text("device.backend")?,

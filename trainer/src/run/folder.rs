@@ -112,16 +112,7 @@ impl Folder {
         // A run that was killed before it wrote its recipe has done nothing that could differ.
         let Some(text) = text else { return Ok(Some((folder, Vec::new()))) };
         let (old, _) = raw::read(&text, &[]);
-        let mut fixed = recipe.differences(&old, Tag::Fixed);
-        fixed.extend(batch::fault(&old, recipe));
-        if fixed.is_empty() {
-            return Ok(Some((folder, recipe.differences(&old, Tag::Resumable))));
-        }
-        let what = format!(
-            "--resume cannot change what the run is:\n  {}\nrestore these keys, or start another run with --name",
-            fixed.join("\n  ")
-        );
-        Err(Error::Run { name: name.into(), what })
+        Ok(Some((folder, differences(name, &old, recipe)?)))
     }
 
     /// Writes the recipe that the run follows from now on.
@@ -181,6 +172,23 @@ impl Folder {
         text.push(b'\n');
         replace(&self.file("run.json"), &text)
     }
+}
+
+/// What differs of the recipe of a run that goes on, and may.
+///
+/// # Errors
+/// A fixed key that changed, another number of sequences a step.
+pub fn differences(name: &str, old: &Raw, recipe: &Raw) -> Result<Vec<String>> {
+    let mut fixed = recipe.differences(old, Tag::Fixed);
+    fixed.extend(batch::fault(old, recipe));
+    if fixed.is_empty() {
+        return Ok(recipe.differences(old, Tag::Resumable));
+    }
+    let what = format!(
+        "--resume cannot change what the run is:\n  {}\nrestore these keys, or start another run with --name",
+        fixed.join("\n  ")
+    );
+    Err(Error::Run { name: name.into(), what })
 }
 
 /// Whether a run makes this entry before it writes its recipe.

@@ -159,6 +159,7 @@ impl Run {
                     }
                 }
                 self.event("checkpoint", step, fields);
+                self.upload(step);
             }
             Some(error) => {
                 self.not_written(step, &error, ", training goes on");

@@ -201,11 +201,11 @@ impl Joined {
     }
 
     /// Tells the coordinator that this rank is ready, and meets the others. `hold` is called on the lead of a run folder;
-    /// it opens the folder and returns its checkpoints.
+    /// it opens the folder and returns its checkpoints, and is told for each rank the lead of its folder.
     ///
     /// # Errors
     /// Somebody failed, or differs; the folder cannot be used.
-    pub fn meet(&self, properties: Vec<Property>, hold: impl FnOnce() -> Result<Vec<Held>>) -> Result<Met> {
+    pub fn meet(&self, properties: Vec<Property>, hold: impl FnOnce(&[usize]) -> Result<Vec<Held>>) -> Result<Met> {
         let nonce = Nonce::create(&self.recipe.metrics.runs_dir)?;
         let data_address = self.listener.as_ref().map_or_else(String::new, |at| at.local_address().to_string());
         self.control.say(From::Prepared(Prepared { data_address, properties, nonce: nonce.name.clone() }));
@@ -223,7 +223,7 @@ impl Joined {
         };
         drop(nonce);
         let lead_of: Vec<usize> = places.lead_of.into_iter().map(|rank| rank as usize).collect();
-        let checkpoints = if lead_of.get(self.rank()) == Some(&self.rank()) { hold()? } else { Vec::new() };
+        let checkpoints = if lead_of.get(self.rank()) == Some(&self.rank()) { hold(&lead_of)? } else { Vec::new() };
         self.control.say(From::Holds(Holds { checkpoints }));
         match self.control.next()? {
             To::Start(start) => Ok(Met { start, lead_of }),

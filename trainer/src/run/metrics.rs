@@ -153,14 +153,26 @@ impl Metrics {
 
     /// Writes what is not a step: `kind`, the step at which it happened, and its own fields.
     pub fn event(&mut self, kind: &str, step: u64, fields: Value) {
-        let mut object = json!({ "event": kind, "step": step });
-        if let (Some(object), Value::Object(fields)) = (object.as_object_mut(), fields) {
-            object.extend(fields);
-        }
-        tracing::info!("{object}");
-        if let Err(error) = to_line(&object).and_then(|line| self.events.write_all(&line)) {
-            tracing::warn!("events.jsonl cannot be written: {error}");
-        }
+        write_event(&mut self.events, kind, step, fields);
+    }
+}
+
+/// As [`Metrics::event`], of a run that has not begun, into its folder.
+pub fn event_before(folder: &Path, kind: &str, step: u64, fields: Value) {
+    match OpenOptions::new().create(true).append(true).open(folder.join("events.jsonl")) {
+        Ok(mut events) => write_event(&mut events, kind, step, fields),
+        Err(error) => tracing::warn!("events.jsonl cannot be written: {error}"),
+    }
+}
+
+fn write_event(events: &mut File, kind: &str, step: u64, fields: Value) {
+    let mut object = json!({ "event": kind, "step": step });
+    if let (Some(object), Value::Object(fields)) = (object.as_object_mut(), fields) {
+        object.extend(fields);
+    }
+    tracing::info!("{object}");
+    if let Err(error) = to_line(&object).and_then(|line| events.write_all(&line)) {
+        tracing::warn!("events.jsonl cannot be written: {error}");
     }
 }
 

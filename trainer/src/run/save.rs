@@ -123,6 +123,7 @@ impl Run {
                         fields["unpacked_bytes"] = unpacked_bytes.into();
                     }
                     self.event("checkpoint", step, fields);
+                    self.upload(step);
                 }
                 Outcome::Failed { step, error } => {
                     self.not_written(step, &error.to_string(), then);

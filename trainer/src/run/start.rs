@@ -1,9 +1,11 @@
 //! Everything before the first step: whatever can be refused is refused here, then the run begins.
 //!
-//! - `newest`: the checkpoint to go on from.
+//! - `newest`: the checkpoint to go on from; `bring`: where it is in a store alone.
 //! - `rank`: what is different for one rank of several; `restart`: what a checkpoint of other ranks had left out;
-//!   `share`: its part of what all write and send.
+//!   `share`: its part of what all write and send. `books`: what is written for people.
 
+mod books;
+mod bring;
 mod newest;
 pub mod rank;
 mod restart;
@@ -17,22 +19,20 @@ use std::time::Instant;
 use burn::tensor::Device;
 use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
+use checkpoint::store::{Seat, Uploader};
 use checkpoint::writer::{Retention, Writer};
 use parallel::coordinator::state::RankNumbers;
 use parallel::data::Plan;
 use parallel::progress::Progress;
-use serde_json::json;
 
 use super::codec::Codecs;
 use super::folder::{Folder, Status};
 use super::group::Group;
 use super::join::host;
-use super::metrics::Metrics;
-use super::progress::Progress as Bar;
 use super::save::same_text;
 use super::signals::{Manner, Stop};
 use super::trace::Tracing;
-use super::{Left, Request, Run};
+use super::{Left, Request, Run, upload};
 use crate::data::{self, Data};
 use crate::device;
 use crate::error::{Error, Result};
@@ -47,6 +47,8 @@ use crate::state::{self, State};
 use crate::step::Stepper;
 use crate::weights::Weights;
 
+use books::Books;
+pub use bring::bring;
 use newest::{Loaded, Newest};
 pub use rank::train_rank;
 use restart::Restart;
@@ -63,6 +65,7 @@ pub fn train(request: Request) -> Result<Left> {
     stop.listen(manner, || {}).map_err(Error::io("listen for signals in", "this process"))?;
     let runs = request.recipe.metrics.runs_dir.clone();
     // Whatever can be refused is refused before a new folder is made, and before a text is read if it needs none.
+    bring(&request, 0, &[0])?;
     let existing = match request.resume {
         true => Folder::resume(&runs, &request.name, &request.raw)?,
         false => Folder::check_free(&runs, &request.name).map(|()| None)?,
@@ -101,12 +104,13 @@ pub fn train(request: Request) -> Result<Left> {
         }
         let writer = Writer::new(Arc::new(RealDisk), folder.checkpoints(), specs, retention(&request.recipe))?;
         writer.pack(request.recipe.checkpoint.zstd);
+        let uploader = upload::start(&request, folder.checkpoints(), Seat::Shared)?;
         let mut books = Books::open(&request, &folder, resumed.then_some(begun.state.step), &changed)?;
         books.set_aside(&set_aside);
         books.regained(&regained, begun.state.step);
-        Ok((stepper, writer, books, tracing))
+        Ok((stepper, (writer, uploader), books, tracing))
     };
-    let (stepper, writer, mut books, tracing) = match open() {
+    let (stepper, (writer, uploader), mut books, tracing) = match open() {
         Ok(opened) => opened,
         Err(error) => {
             if !resumed {
@@ -124,7 +128,8 @@ pub fn train(request: Request) -> Result<Left> {
         None => None,
     };
     let (books, group, codecs) = (Some(books), None, None);
-    let parts = Parts { request, started, stop, ready, begun, stepper, writer, books, group, mesh, codecs, tracing };
+    let parts =
+        Parts { request, started, stop, ready, begun, stepper, writer, uploader, books, group, mesh, codecs, tracing };
     let mut run = parts.run();
     work(&mut run, Some(&folder))
 }
@@ -152,6 +157,10 @@ fn work(run: &mut Run, folder: Option<&Folder>) -> Result<Left> {
         }
         // The error that ended the run is the one to report.
         let _ = run.keep_summary(folder, Status::Failed);
+        // What was good before it failed is worth as much as ever. Of several ranks the others are about to end this one.
+        if run.group.is_none() {
+            run.finish_uploads();
+        }
     }
     let ended = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     let parameter_hash = run.state.parameter_hash(&run.config).to_hex().to_string();
@@ -174,13 +183,6 @@ struct Begun {
     committed: Option<u64>,
 }
 
-/// What a run writes for people.
-struct Books {
-    metrics: Metrics,
-    progress: Bar,
-    wall_before_s: f64,
-}
-
 struct Parts {
     request: Request,
     started: Instant,
@@ -189,6 +191,7 @@ struct Parts {
     begun: Begun,
     stepper: Stepper,
     writer: Writer,
+    uploader: Option<Uploader>,
     books: Option<Books>,
     group: Option<Group>,
     mesh: Mesh,
@@ -221,7 +224,8 @@ fn make_runs(runs: &Path) -> Result<()> {
     })
 }
 
-const fn retention(recipe: &Recipe) -> Retention {
+/// Which checkpoints a run keeps.
+pub const fn retention(recipe: &Recipe) -> Retention {
     let keys = &recipe.checkpoint;
     Retention { keep_last: keys.keep_last, keep_every: keys.keep_every, keep_best: keys.keep_best }
 }
@@ -288,34 +292,23 @@ impl Ready {
     }
 }
 
-impl Books {
-    fn open(request: &Request, folder: &Folder, resumed_at: Option<u64>, changed: &[String]) -> Result<Self> {
-        let recipe = &request.recipe;
-        let mut metrics = Metrics::open(folder.path(), resumed_at, recipe.metrics.tensorboard)?;
-        let progress = Bar::new(resumed_at.unwrap_or(0), recipe.train.steps, recipe.metrics.log_every);
-        if let Some(step) = resumed_at {
-            metrics.event("resumed", step, json!({ "changed": changed }));
-            progress.say(&format!("run {}: going on after step {step}", folder.name()));
-            for change in changed {
-                progress.say(&format!("changed: {change}"));
-            }
-        }
-        let before = resumed_at.and_then(|_| folder.summary());
-        Ok(Self { metrics, progress, wall_before_s: before.map_or(0.0, |summary| summary.wall_s) })
-    }
-}
-
-impl Books {
-    /// Says where numbers are served for Prometheus.
-    fn serves(&mut self, url: &str, step: u64) {
-        self.metrics.event("prometheus", step, json!({ "url": url }));
-        self.progress.say(&format!("metrics for Prometheus: {url}"));
-    }
-}
-
 impl Parts {
     fn run(self) -> Run {
-        let Self { request, started, stop, ready, begun, stepper, writer, books, group, mesh, codecs, tracing } = self;
+        let Self {
+            request,
+            started,
+            stop,
+            ready,
+            begun,
+            stepper,
+            writer,
+            uploader,
+            books,
+            group,
+            mesh,
+            codecs,
+            tracing,
+        } = self;
         let Ready { device, data, config, from: _ } = ready;
         let Begun { state, tokens, last_loss, committed } = begun;
         let (metrics, progress, wall_before_s) = match books {
@@ -333,6 +326,7 @@ impl Parts {
             state,
             tokens,
             writer,
+            uploader,
             metrics,
             progress,
             group,

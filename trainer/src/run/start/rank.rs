@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
+use checkpoint::store::{Seat, Uploader};
 use checkpoint::writer::{Member, Writer};
 use compression::{BLOCK, Codec, Workers};
 use parallel::collective::{CollectiveError, Collectives, Mailbox, Place, SubGroup};
@@ -17,13 +18,12 @@ use parallel::data::plan::Plan;
 use parallel::trace::Trace;
 use parallel::transport::grpc::{self, GrpcTransport};
 use parallel::transport::{Incoming, Sink};
-use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start, Welcome};
-use serde_json::json;
+use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start};
 
 use super::newest::{self, Loaded, SetAside};
 use super::restart::{self, Restart};
 use super::share::{f32_bytes, share};
-use super::{Begun, Books, Parts, Ready, begin_trace, make_runs, peek, prepare, retention, work};
+use super::{Begun, Books, Parts, Ready, begin_trace, bring, make_runs, peek, prepare, retention, work};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::log::say;
@@ -35,7 +35,7 @@ use crate::run::group::Group;
 use crate::run::join::{Joined, Met, addresses, leave_with};
 use crate::run::signals::TRY_AGAIN;
 use crate::run::trace::Tracing;
-use crate::run::{Ended, Left, Request, Run};
+use crate::run::{Ended, Left, Request, Run, upload};
 use crate::state::mesh::Mesh;
 use crate::state::{self, Share};
 use crate::step::Stepper;
@@ -51,7 +51,7 @@ pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
     let rank = joined.rank();
     let mut folder = None;
     let met = ready_to_meet(&request, &runs).and_then(|ready| {
-        let hold = || hold(&request, &runs, &mut folder);
+        let hold = |lead_of: &[usize]| hold(&request, (rank, lead_of), &mut folder);
         let met = joined.meet(properties(&request, &ready), hold)?;
         Ok((ready, met))
     });
@@ -121,18 +121,26 @@ fn properties(request: &Request, ready: &Ready) -> Vec<Property> {
 }
 
 /// The run's folder on the lead of it.
-struct RunFolder {
-    folder: Folder,
+pub struct RunFolder {
+    /// The folder itself.
+    pub folder: Folder,
     /// What differs from the recipe that the run had.
-    changed: Vec<String>,
+    pub changed: Vec<String>,
     is_new: bool,
-    set_aside: Vec<SetAside>,
+    /// What was newer than the checkpoint that it goes on from, and damaged.
+    pub set_aside: Vec<SetAside>,
     /// What is in the newest checkpoint here, until it is taken.
     loaded: Option<Loaded>,
 }
 
 /// Opens the run's folder on the lead of it, and says which checkpoints are there and good.
-fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<Vec<HeldCheckpoint>> {
+fn hold(
+    request: &Request,
+    (rank, lead_of): (usize, &[usize]),
+    keep: &mut Option<RunFolder>,
+) -> Result<Vec<HeldCheckpoint>> {
+    bring(request, rank, lead_of)?;
+    let runs = &request.recipe.metrics.runs_dir;
     let existing = match request.resume {
         true => Folder::resume(runs, &request.name, &request.raw)?,
         false => None,
@@ -220,13 +228,39 @@ fn open_rank(
     started: Instant,
 ) -> std::result::Result<Run, (Box<Joined>, Error)> {
     match connect(&request, &mut joined, &ready, from) {
-        Ok(Connected { begun, stepper, writer, books, share, mesh, transport, all, f32_bytes, codecs, tracing }) => {
+        Ok(Connected {
+            begun,
+            stepper,
+            writer,
+            uploader,
+            books,
+            share,
+            mesh,
+            transport,
+            all,
+            f32_bytes,
+            codecs,
+            tracing,
+        }) => {
             let Joined { control, ender, stop, .. } = joined;
             let (saving, committing, writing, bytes) = Default::default();
             let group = Group { share, control, transport, all, ender, f32_bytes, saving, committing, writing, bytes };
             let group = Some(group);
-            let parts =
-                Parts { request, started, stop, ready, begun, stepper, writer, books, group, mesh, codecs, tracing };
+            let parts = Parts {
+                request,
+                started,
+                stop,
+                ready,
+                begun,
+                stepper,
+                writer,
+                uploader,
+                books,
+                group,
+                mesh,
+                codecs,
+                tracing,
+            };
             Ok(parts.run())
         }
         Err(error) => Err((Box::new(joined), error)),
@@ -238,6 +272,7 @@ struct Connected {
     begun: Begun,
     stepper: Stepper,
     writer: Writer,
+    uploader: Option<Uploader>,
     books: Option<Books>,
     share: Share,
     mesh: Mesh,
@@ -287,8 +322,11 @@ fn connect(
     // The lead's writer puts the folder in order before any other rank can write: all wait for each other below.
     let member = Member { rank, lead: met.lead_of[rank] == rank };
     let pieces = state::pieces(&ready.config, &share);
-    let writer = Writer::member(Arc::new(RealDisk), checkpoints, pieces, member, retention(recipe))?;
+    let writer = Writer::member(Arc::new(RealDisk), checkpoints.clone(), pieces, member, retention(recipe))?;
     writer.pack(recipe.checkpoint.zstd);
+    let apart = met.lead_of.iter().any(|&lead| lead != met.lead_of[0]);
+    let seat = if apart { Seat::Machine(rank) } else { Seat::Shared };
+    let uploader = if member.lead { upload::start(request, checkpoints, seat)? } else { None };
 
     let tracing = begin_trace(request, &path, rank, &plan, begun.state.step)?;
     let trace = tracing.as_ref().map(Tracing::trace).cloned();
@@ -297,7 +335,6 @@ fn connect(
     let mailbox = Mailbox::new(place, joined.progress.clone());
     joined.ender.wake(inbox.aborter(), mailbox.clone());
     let transport = Arc::new(meet_peers(joined, &met.start, mailbox.sink(inbox.sink()), trace.clone())?);
-    let apart = (0..share.ranks).any(|other| met.lead_of[other] != met.lead_of[0]);
     let collectives = Collectives::new(mailbox, transport.clone());
     let all = collectives.sub_group(&(0..share.ranks).collect::<Vec<_>>())?;
     let restart = Restart { request, mesh: &mesh, rank, others: apart.then_some(&all) };
@@ -308,7 +345,7 @@ fn connect(
     let stepper = Stepper::across(&ready.config, &ready.device, engine).traced(trace);
     request.tamper.prepare(&stepper);
     let mut books = match folder {
-        Some(folder) if rank == 0 => Some(open_books(
+        Some(folder) if rank == 0 => Some(Books::of_ranks(
             request,
             folder,
             (begun.state.step, held.folded && held.has_unsent()),
@@ -320,7 +357,7 @@ fn connect(
         Some(books) => books.regained(&regained, begun.state.step),
         None => regained.log(),
     }
-    Ok(Connected { begun, stepper, writer, books, share, mesh, transport, all, f32_bytes, codecs, tracing })
+    Ok(Connected { begun, stepper, writer, uploader, books, share, mesh, transport, all, f32_bytes, codecs, tracing })
 }
 
 /// How this rank's gradients are cut, and with whom they are summed.
@@ -370,24 +407,4 @@ fn meet_peers(joined: &mut Joined, start: &Start, inbox: Sink, trace: Option<Arc
     });
     let listener = joined.listener.take().expect("a rank connects once");
     Ok(listener.traced(trace).connect(&group, sink)?)
-}
-
-/// What rank 0 writes for people.
-fn open_books(request: &Request, folder: &RunFolder, (step, folded): (u64, bool), welcome: &Welcome) -> Result<Books> {
-    let RunFolder { folder, changed, set_aside, .. } = folder;
-    let resumed = request.resume && folder.file("run.json").exists();
-    let mut books = Books::open(request, folder, resumed.then_some(step), changed)?;
-    books.set_aside(set_aside);
-    if welcome.restart > 0 {
-        books.metrics.event("restart", step, json!({ "restart": welcome.restart }));
-    }
-    if resumed && folded {
-        books
-            .progress
-            .say("the checkpoint keeps what ranks had left out added up: from here on the bits are other ones");
-    }
-    if let Some(url) = &welcome.metrics_address {
-        books.serves(url, step);
-    }
-    Ok(books)
 }

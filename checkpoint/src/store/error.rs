@@ -1,0 +1,90 @@
+//! What a store's refusal means, in words, with the way out.
+
+use object_store::Error;
+
+use crate::error::CheckpointError;
+
+/// The longest text of a store that is passed on.
+const TEXT_MAX: usize = 300;
+
+/// For `map_err`: keeps what was tried, and where.
+pub(super) fn failed(operation: &'static str, url: &str) -> impl FnOnce(Error) -> CheckpointError {
+    let url = url.to_owned();
+    move |source| CheckpointError::Store { operation, url, why: explain(&source) }
+}
+
+/// What an error says, and what to do about it.
+fn explain(error: &Error) -> String {
+    let all = chain(error);
+    let has = |text: &str| all.contains(text);
+    let said = said(&all);
+    // The address at which clouds give credentials to their own machines.
+    if has("169.254.169.254") || has("metadata.google.internal") || has("169.254.170.2") {
+        return format!(
+            "there are no credentials, and this machine gets none of its cloud: set AWS_ACCESS_KEY_ID and \
+             AWS_SECRET_ACCESS_KEY, GOOGLE_SERVICE_ACCOUNT, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY in \
+             the environment ({said})"
+        );
+    }
+    if has("NoSuchBucket") || has("ContainerNotFound") || has("specified bucket does not exist") {
+        return format!("there is no such bucket: make it, or name another ({said})");
+    }
+    if has("Missing AccessKeyId")
+        || has("MissingAccessKeyId")
+        || has("Missing SecretAccessKey")
+        || has("MissingSecretAccessKey")
+    {
+        return format!("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY belong together, and one is not set ({said})");
+    }
+    if has("No CA certificates") || has("invalid peer certificate") {
+        return format!(
+            "it cannot be told from others: its certificate must be by an authority that this machine knows; install \
+             ca-certificates, or name a file of certificates in SSL_CERT_FILE ({said})"
+        );
+    }
+    // Not every request has an error of its own for it.
+    let refused = has("status code: 401") || has("status code: 403");
+    match error {
+        _ if refused => format!(
+            "the store refuses these credentials: look at AWS_ACCESS_KEY_ID and its kin, and at what they may do with this \
+             bucket ({said})"
+        ),
+        Error::NotFound { .. } => format!("there is no such object ({said})"),
+        _ if has("URL scheme is not allowed") => {
+            format!("the endpoint has no TLS: set AWS_ALLOW_HTTP=true if that is meant ({said})")
+        }
+        _ if has("onnect") || has("dns error") || has("timed out") => {
+            format!("there is no answer: is the address right (AWS_ENDPOINT_URL), and the network up? ({said})")
+        }
+        _ => said,
+    }
+}
+
+/// The texts of an error and of all that caused it, those that only repeat what is below left out.
+fn chain(error: &Error) -> String {
+    let mut texts: Vec<String> = vec![error.to_string()];
+    let mut next = std::error::Error::source(error);
+    while let Some(cause) = next {
+        let text = cause.to_string();
+        if !texts.iter().any(|known| known.contains(&text)) {
+            texts.push(text);
+        }
+        next = cause.source();
+    }
+    texts.join(": ")
+}
+
+/// What is worth passing on: the code and message of a store that answered, else the end of what was said, where the cause
+/// is.
+fn said(all: &str) -> String {
+    let between = |start: &str, end: &str| Some(all.split_once(start)?.1.split_once(end)?.0);
+    if let Some(code) = between("<Code>", "</Code>") {
+        let message = between("<Message>", "</Message>").unwrap_or_default();
+        return format!("{code}: {message}").chars().take(TEXT_MAX).collect();
+    }
+    let text: Vec<&str> = all.split_whitespace().collect();
+    let text = text.join(" ");
+    let skip = text.chars().count().saturating_sub(TEXT_MAX);
+    let cut = if skip > 0 { "... " } else { "" };
+    cut.to_owned() + &text.chars().skip(skip).collect::<String>()
+}

@@ -1,0 +1,319 @@
+//! A thread that copies committed checkpoints to a store while training goes on. Nobody waits for it but at a run's end, and
+//! then not for ever.
+//!
+//! The newest checkpoint goes first. One that could not be copied is tried again when the next is committed, and once more
+//! at the end; an older one that is still missing follows, if it would stay there.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+use super::Remote;
+use super::retain::{self, scores};
+use super::send::send;
+use super::shelf::{At, Seat, Shelf};
+use crate::disk::{self, Disk};
+use crate::error::CheckpointError;
+use crate::layout;
+use crate::manifest::Manifest;
+use crate::writer::{Retention, Verdict, stand_back};
+
+/// Most checkpoints that wait to be copied; of more the newest are tried.
+const WAITING_MAX: usize = 1024;
+
+/// What became of a checkpoint that was to be copied.
+#[derive(Debug)]
+pub enum News {
+    /// It is in the store.
+    Uploaded {
+        /// Its step.
+        step: u64,
+        /// Where it is.
+        url: String,
+        /// Bytes of its files.
+        bytes: u64,
+        /// Seconds that it took.
+        seconds: f64,
+        /// Steps whose copies retention removed then.
+        removed: Vec<u64>,
+    },
+    /// It is not, and is tried again later.
+    Failed {
+        /// Its step.
+        step: u64,
+        /// Why not.
+        error: CheckpointError,
+    },
+    /// It is not, and will not be.
+    Passed {
+        /// Its step.
+        step: u64,
+        /// Why not.
+        why: &'static str,
+    },
+}
+
+/// What the uploader copies.
+#[derive(Debug)]
+pub struct Task {
+    /// The folder of checkpoints.
+    pub folder: PathBuf,
+    /// How it is read.
+    pub disk: Arc<dyn Disk>,
+    /// Whose folder it is.
+    pub seat: Seat,
+    /// Which copies stay.
+    pub retention: Retention,
+}
+
+/// The thread, and what it has to say.
+#[derive(Debug)]
+pub struct Uploader {
+    shared: Arc<Shared>,
+    news: Receiver<News>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    orders: Mutex<Orders>,
+    wake: Notify,
+    cancel: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Orders {
+    /// Steps that are not in the store yet.
+    waiting: BTreeSet<u64>,
+    /// Something changed since the last try.
+    changed: bool,
+    finish: bool,
+}
+
+impl Shared {
+    fn orders(&self) -> MutexGuard<'_, Orders> {
+        // Each change is a single insertion or removal.
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn offer(&self, steps: impl IntoIterator<Item = u64>) {
+        let mut orders = self.orders();
+        orders.waiting.extend(steps);
+        while orders.waiting.len() > WAITING_MAX {
+            orders.waiting.pop_first();
+        }
+        orders.changed = true;
+        self.wake.notify_one();
+    }
+}
+
+impl Uploader {
+    /// Starts the thread. It first removes what a crash left in the store, and copies what an earlier process could not.
+    ///
+    /// # Errors
+    /// The system refuses a thread.
+    pub fn start(remote: Remote, task: Task) -> io::Result<Self> {
+        let (say, news) = channel();
+        let shared = Arc::new(Shared::default());
+        shared.offer([]);
+        let Remote { shelf, runtime } = remote;
+        let work = Work { shelf, task, shared: shared.clone(), say, in_order: false, newest: 0 };
+        let body = move || {
+            stand_back();
+            let shared = work.shared.clone();
+            runtime.block_on(async {
+                tokio::select! {
+                    biased;
+                    () = shared.cancel.notified() => {}
+                    () = work.run() => {}
+                }
+            });
+            // A look-up of a name that hangs must not hold up the end of the process.
+            runtime.shutdown_background();
+        };
+        let thread = std::thread::Builder::new().name("checkpoint-upload".into()).spawn(body)?;
+        Ok(Self { shared, news, thread: Some(thread) })
+    }
+
+    /// A checkpoint was committed: it is copied as soon as may be.
+    pub fn offer(&self, step: u64) {
+        self.shared.offer([step]);
+    }
+
+    /// What became of checkpoints since the last call.
+    pub fn news(&self) -> Vec<News> {
+        self.news.try_iter().collect()
+    }
+
+    /// Nothing more will be offered. What is still missing is tried once more, and then the thread ends.
+    pub fn finish(&self) {
+        self.shared.orders().finish = true;
+        self.shared.wake.notify_one();
+    }
+
+    /// Waits for news, for so long at the most. `None` when there will be no more, after [`finish`](Self::finish).
+    #[must_use]
+    pub fn wait(&self, within: Duration) -> Option<Vec<News>> {
+        match self.news.recv_timeout(within) {
+            Ok(first) => Some(std::iter::once(first).chain(self.news()).collect()),
+            Err(RecvTimeoutError::Timeout) => Some(Vec::new()),
+            Err(RecvTimeoutError::Disconnected) => None,
+        }
+    }
+
+    /// The steps that are not in the store, so far.
+    #[must_use]
+    pub fn missing(&self) -> Vec<u64> {
+        self.shared.orders().waiting.iter().copied().collect()
+    }
+
+    fn stop(&mut self) {
+        self.shared.cancel.notify_one();
+        if let Some(thread) = self.thread.take() {
+            // It ends at its next wait for the store, and there is nothing to be said of how.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Uploader {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// What the thread does.
+struct Work {
+    shelf: Shelf,
+    task: Task,
+    shared: Arc<Shared>,
+    say: Sender<News>,
+    /// Whether the store was looked through.
+    in_order: bool,
+    /// The newest step that this process has copied. Later ones in the store are of a run that was rewound.
+    newest: u64,
+}
+
+impl Work {
+    async fn run(mut self) {
+        loop {
+            let last = {
+                let mut orders = self.shared.orders();
+                let woken = std::mem::take(&mut orders.changed);
+                match (orders.finish, woken) {
+                    (false, false) => None,
+                    (finish, _) => Some(finish),
+                }
+            };
+            match last {
+                None => self.shared.wake.notified().await,
+                Some(last) => {
+                    self.copy_all().await;
+                    if last {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn newest_waiting(&self) -> Option<u64> {
+        self.shared.orders().waiting.last().copied()
+    }
+
+    /// Copies what waits, the newest first, up to the first that cannot be.
+    async fn copy_all(&mut self) {
+        if !self.in_order {
+            match self.look_through().await {
+                Ok(()) => self.in_order = true,
+                Err(error) if self.newest_waiting().is_none() => {
+                    tracing::warn!(%error, "the store could not be looked through; it is tried again with the next checkpoint");
+                }
+                Err(error) => {
+                    let step = self.newest_waiting().expect("one waits");
+                    return self.tell(News::Failed { step, error });
+                }
+            }
+        }
+        while let Some(step) = self.newest_waiting() {
+            let news = match self.copy(step).await {
+                Ok(news) => news,
+                Err(error) => return self.tell(News::Failed { step, error }),
+            };
+            self.shared.orders().waiting.remove(&step);
+            self.tell(news);
+        }
+    }
+
+    fn tell(&self, news: News) {
+        // Whoever does not listen any more ends this thread too.
+        let _ = self.say.send(news);
+    }
+
+    /// Removes left-overs, and finds what an earlier process has not copied.
+    async fn look_through(&self) -> Result<(), CheckpointError> {
+        let Task { folder, disk, seat, retention } = &self.task;
+        retain::sweep(&self.shelf, *seat).await?;
+        let names = if disk.exists(folder).map_err(CheckpointError::io("look for", folder))? {
+            disk::names(&**disk, folder)?
+        } else {
+            Vec::new()
+        };
+        let mut scores = scores(&self.shelf, &self.shelf.list().await?, *seat, retention).await?;
+        let here = layout::checkpoints(&names);
+        let missing: Vec<u64> = here.keys().copied().filter(|step| !scores.contains_key(step)).collect();
+        for &step in &missing {
+            scores.insert(step, self.score(&here[&step]));
+        }
+        let Some((&newest, _)) = here.last_key_value() else { return Ok(()) };
+        let verdicts = retention.judge(&scores, newest);
+        let kept = missing.into_iter().filter(|step| verdicts[step] != Verdict::Removed);
+        self.shared.orders().waiting.extend(kept);
+        Ok(())
+    }
+
+    fn score(&self, name: &str) -> Option<f64> {
+        let path = self.task.folder.join(name).join(layout::MANIFEST);
+        retain::score(&Manifest::parse(&self.task.disk.read(&path).ok()?, &path).ok()?)
+    }
+
+    async fn copy(&mut self, step: u64) -> Result<News, CheckpointError> {
+        const GONE: &str = "retention has removed it from the run's folder before it was copied";
+        let Task { folder, disk, seat, retention } = &self.task;
+        let start = Instant::now();
+        let at = At { step, seat: *seat };
+        let Some(name) = layout::checkpoints(&disk::names(&**disk, folder)?).remove(&step) else {
+            return Ok(News::Passed { step, why: GONE });
+        };
+        if self.newest > step {
+            let mut scores = scores(&self.shelf, &self.shelf.list().await?, *seat, retention).await?;
+            scores.insert(step, self.score(&name));
+            if retention.judge(&scores, self.newest)[&step] == Verdict::Removed {
+                return Ok(News::Passed { step, why: "newer ones are in the store, and it would not stay there" });
+            }
+        }
+        let bytes = match send(&self.shelf, at, &**disk, &folder.join(name)).await {
+            Ok(bytes) => bytes,
+            Err(CheckpointError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Ok(News::Passed { step, why: GONE });
+            }
+            Err(error) => return Err(error),
+        };
+        self.newest = self.newest.max(step);
+        let removed = match self.newest == step {
+            true => retain::retain(&self.shelf, at, retention).await.unwrap_or_else(|error| {
+                tracing::warn!(step, %error, "older copies could not be removed from the store");
+                Vec::new()
+            }),
+            false => Vec::new(),
+        };
+        let (url, seconds) = (at.below(&self.shelf.place).to_string(), start.elapsed().as_secs_f64());
+        Ok(News::Uploaded { step, url, bytes, seconds, removed })
+    }
+}

@@ -1,0 +1,412 @@
+//! What of a copy is there after every request that may be the last; what is damaged, changed, or somebody else's.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use checkpoint::disk::RealDisk;
+use checkpoint::layout::{MANIFEST, committed, partial, shard};
+use checkpoint::reader::{Checkpoint, list};
+use checkpoint::store::{At, News, Place, Remote, Seat, Settings, Task, Uploader};
+use checkpoint::writer::{Attachment, Retention, TensorSpec, Writer};
+use serde_json::json;
+use tempfile::TempDir;
+
+use super::server::{Asked, BUCKET, Fate, Server};
+
+/// Objects that are not ours, some of them in places of ours.
+const FOREIGN: [&str; 4] = [
+    "runs/a/notes.txt",
+    "runs/a/step-00000001/mine.txt",
+    "runs/a/step-00000002/mine.bin",
+    "runs/a/step-1/rank-0000.safetensors",
+];
+
+fn place() -> Place {
+    Place::parse(&format!("s3://{BUCKET}/runs/a")).expect("a URL")
+}
+
+fn remote(server: &Server) -> Remote {
+    Remote::open(&place(), &Settings::of(server.environment())).expect("a client")
+}
+
+fn at(step: u64) -> At {
+    At { step, seat: Seat::Shared }
+}
+
+/// Writes checkpoints of one tensor, each of whose elements is its step plus `more`.
+fn write(folder: &Path, steps: &[u64], elements: usize, more: f32) {
+    let specs = vec![TensorSpec { name: "w".into(), shape: vec![elements] }];
+    let mut writer = Writer::new(Arc::new(RealDisk), folder.into(), specs, Retention::last(0)).expect("a folder");
+    for &step in steps {
+        let scores = [9.0, 3.0, 0.5, 2.0, 1.0, 4.0];
+        let attachment = Attachment { name: "recipe.toml".into(), bytes: (*b"[train]").into() };
+        let state = json!({ "eval_loss": scores[step as usize] });
+        writer.offer(step, state, vec![attachment], |snapshot| snapshot.tensor(0).fill(step as f32 + more));
+        writer.flush();
+    }
+}
+
+fn folder(steps: &[u64]) -> TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    write(folder.path(), steps, 300, 0.0);
+    folder
+}
+
+fn start(server: &Server, folder: &Path, retention: Retention) -> Uploader {
+    let task = Task { folder: folder.into(), disk: Arc::new(RealDisk), seat: Seat::Shared, retention };
+    Uploader::start(remote(server), task).expect("a thread")
+}
+
+/// Copies what is not in the store, and says what became of it.
+fn upload(server: &Server, folder: &Path, retention: Retention) -> Vec<News> {
+    let uploader = start(server, folder, retention);
+    uploader.finish();
+    let mut all = Vec::new();
+    while let Some(news) = uploader.wait(Duration::from_secs(60)) {
+        all.extend(news);
+    }
+    all
+}
+
+/// The steps that were uploaded, and what went wrong.
+fn told(news: &[News]) -> (Vec<u64>, Vec<String>) {
+    let mut said = (Vec::new(), Vec::new());
+    for news in news {
+        match news {
+            News::Uploaded { step, .. } => said.0.push(*step),
+            News::Failed { step, error } => said.1.push(format!("{step}: {error}")),
+            News::Passed { step, why } => said.1.push(format!("{step}: {why}")),
+        }
+    }
+    said
+}
+
+/// The steps whose copies count, and those of them that are not whole.
+fn look(server: &Server) -> (Vec<u64>, Vec<u64>) {
+    let remote = remote(server);
+    let there: Vec<u64> = remote.list().expect("an answer").iter().map(|at| at.step).collect();
+    let damaged = |step: &u64| !remote.audit(at(*step)).expect("an answer").damage.is_empty();
+    (there.clone(), there.iter().copied().filter(damaged).collect())
+}
+
+fn is(asked: &Asked, method: &str, name: &str) -> bool {
+    asked.method == method && asked.path.ends_with(name)
+}
+
+/// Copies a second checkpoint, whose commit takes the first away, and lets one request after the other be the last; `fate` is
+/// what becomes of that one. Returns how often a copy counted that was not whole.
+fn at_every_request(fate: Fate, manifest_first: bool) -> usize {
+    let mut violations = 0;
+    let before = folder(&[1]);
+    let after = folder(&[1, 2]);
+    for last in 0.. {
+        let server = Server::new();
+        assert_eq!(told(&upload(&server, before.path(), Retention::last(1))), (vec![1], vec![]));
+        for key in FOREIGN {
+            std::fs::create_dir_all(server.file(key).parent().expect("a folder")).expect("writable");
+            std::fs::write(server.file(key), key).expect("writable");
+        }
+        let manifest = after.path().join(committed(2)).join(MANIFEST);
+        let too_early = server.file(&format!("runs/a/{}/{MANIFEST}", committed(2)));
+        server.rule(move |asked| {
+            if manifest_first && is(asked, "PUT", &partial(MANIFEST)) {
+                std::fs::copy(&manifest, &too_early).expect("the folder is there");
+            }
+            match asked.number {
+                number if number < last => Fate::Pass,
+                number if number == last => fate,
+                _ => Fate::Refuse(403),
+            }
+        });
+        let (_, failed) = told(&upload(&server, after.path(), Retention::last(1)));
+        let over = server.asked().len() <= last;
+        server.rule(|_| Fate::Pass);
+        let (there, damaged) = look(&server);
+        assert!(!there.is_empty(), "after request {last}: neither the old copy nor the new one counts: {failed:?}");
+        violations += damaged.len();
+        // The next start puts everything in order, and touches nothing else.
+        upload(&server, after.path(), Retention::last(1));
+        let keys = server.keys();
+        assert!(!keys.iter().any(|key| key.ends_with(".partial")), "after request {last}: {keys:?}");
+        let ours: Vec<&String> = keys.iter().filter(|key| !FOREIGN.contains(&key.as_str())).collect();
+        assert!(
+            manifest_first || ours.len().is_multiple_of(3),
+            "after request {last}, only whole copies of three objects: {ours:?}"
+        );
+        assert_eq!(keys.len(), ours.len() + FOREIGN.len(), "after request {last}: what is not ours stays");
+        assert!(look(&server).0.contains(&2), "after request {last}: it was copied in the end");
+        if over {
+            assert_eq!(failed, [] as [String; 0]);
+            assert!(last > 10, "only {last} requests");
+            assert_eq!(there, [2], "nothing stood in the way: the new one is there, and the old one is gone");
+            return violations;
+        }
+    }
+    unreachable!("there are not so many numbers")
+}
+
+#[test]
+fn whichever_request_is_the_last_every_copy_that_counts_is_whole() {
+    assert_eq!(at_every_request(Fate::Refuse(403), false), 0);
+    assert_eq!(at_every_request(Fate::DoAndRefuse(403), false), 0, "it was done, and nobody learned of it");
+    // The control: with the manifest first, copies count that are not whole.
+    assert!(at_every_request(Fate::Refuse(403), true) > 0);
+}
+
+#[test]
+fn a_long_file_goes_in_parts_and_is_there_whole_or_not_at_all() {
+    let (server, folder) = (Server::new(), tempfile::tempdir().expect("a folder"));
+    // 12 MB, and a part is 8 MiB.
+    write(folder.path(), &[1], 3_000_000, 0.0);
+    server.rule(|asked| if asked.query.contains("partNumber=2") { Fate::Refuse(403) } else { Fate::Pass });
+    let (uploaded, failed) = told(&upload(&server, folder.path(), Retention::last(1)));
+    assert_eq!(uploaded, [] as [u64; 0]);
+    assert!(
+        failed[0].contains("could not write a part of s3://checkpoints/runs/a/step-00000001/rank-0000"),
+        "{failed:?}"
+    );
+    assert!(
+        server.asked().iter().any(|asked| asked.method == "DELETE" && asked.query.contains("uploadId")),
+        "it was aborted"
+    );
+    assert!(!server.keys().iter().any(|key| key.ends_with(&shard(0))), "{:?}", server.keys());
+    server.rule(|_| Fate::Pass);
+    assert_eq!(told(&upload(&server, folder.path(), Retention::last(1))), (vec![1], vec![]));
+    let parts = server.asked().iter().filter(|asked| asked.query.contains("partNumber")).count();
+    assert_eq!((parts, look(&server)), (2, (vec![1], vec![])));
+    let back = tempfile::tempdir().expect("a folder");
+    let path = remote(&server).fetch(1, &[Seat::Shared], &RealDisk, back.path()).expect("it comes back");
+    for name in [shard(0), "recipe.toml".into(), MANIFEST.into()] {
+        let same = std::fs::read(path.join(&name)).expect("there")
+            == std::fs::read(folder.path().join(committed(1)).join(&name)).expect("there");
+        assert!(same, "{name}");
+    }
+}
+
+fn flip(file: &Path) {
+    let mut bytes = std::fs::read(file).expect("it is there");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(file, bytes).expect("writable");
+}
+
+#[test]
+fn a_file_that_changed_underneath_is_not_uploaded() {
+    for elements in [300, 3_000_000] {
+        let changes: [fn(&Path); 3] = [
+            flip,
+            |file| std::fs::write(file, "").expect("writable"),
+            |file| {
+                let bytes = std::fs::read(file).expect("there");
+                std::fs::write(file, [&bytes[..], b"more"].concat()).expect("writable");
+            },
+        ];
+        for change in changes {
+            let (server, folder) = (Server::new(), tempfile::tempdir().expect("a folder"));
+            write(folder.path(), &[1], elements, 0.0);
+            let file = folder.path().join(committed(1)).join(shard(0));
+            change(&file);
+            let (uploaded, failed) = told(&upload(&server, folder.path(), Retention::last(1)));
+            assert_eq!(uploaded, [] as [u64; 0]);
+            assert!(failed[0].contains(&file.display().to_string()) && failed[0].contains("expected"), "{failed:?}");
+            assert_eq!(look(&server).0, [] as [u64; 0]);
+            assert!(!server.keys().iter().any(|key| key.ends_with(&shard(0))), "{:?}", server.keys());
+        }
+    }
+}
+
+#[test]
+fn whatever_is_damaged_in_the_store_is_named_and_not_brought() {
+    let damages: [fn(&Path); 3] =
+        [flip, |file| std::fs::write(file, "").expect("writable"), |file| std::fs::remove_file(file).expect("there")];
+    for (number, damage) in damages.into_iter().enumerate() {
+        for name in [shard(0), "recipe.toml".into(), MANIFEST.into()] {
+            let (server, here) = (Server::new(), folder(&[1]));
+            upload(&server, here.path(), Retention::last(1));
+            assert_eq!(look(&server), (vec![1], vec![]), "the control: nothing is damaged");
+            damage(&server.file(&format!("runs/a/step-00000001/{name}")));
+            let (back, remote) = (tempfile::tempdir().expect("a folder"), remote(&server));
+            let error = remote.fetch(1, &[Seat::Shared], &RealDisk, back.path()).expect_err("it is damaged");
+            assert!(error.to_string().contains(&format!("s3://checkpoints/runs/a/step-00000001/{name}")), "{error}");
+            assert!(std::fs::read_dir(back.path()).expect("a folder").next().is_none(), "nothing is left");
+            if (number, &*name) == (2, MANIFEST) {
+                assert_eq!(look(&server).0, [] as [u64; 0], "without a manifest there is no copy");
+                continue;
+            }
+            assert!(error.is_damage(), "{error}");
+            let audit = remote.audit(at(1)).expect("an answer");
+            assert_eq!(audit.damage.iter().map(|damage| &damage.file).collect::<Vec<_>>(), [&name]);
+        }
+    }
+}
+
+#[test]
+fn a_copy_that_comes_back_half_way_is_no_checkpoint() {
+    let (server, here) = (Server::new(), folder(&[1]));
+    upload(&server, here.path(), Retention::last(1));
+    for last in 0.. {
+        let back = tempfile::tempdir().expect("a folder");
+        // What a process that was killed has left.
+        let left = back.path().join(partial(&committed(1)));
+        std::fs::create_dir(&left).expect("writable");
+        std::fs::write(left.join(shard(0)), "half").expect("writable");
+        server.rule(move |asked| if asked.number < last { Fate::Pass } else { Fate::Refuse(403) });
+        let fetched = remote(&server).fetch(1, &[Seat::Shared], &RealDisk, back.path());
+        let names: Vec<PathBuf> = list(back.path()).expect("readable").into_iter().map(|(_, path)| path).collect();
+        match fetched {
+            Err(error) => {
+                assert!(error.to_string().contains("refuses these credentials"), "{error}");
+                assert_eq!(names, [] as [PathBuf; 0], "after {last} requests");
+            }
+            Ok(path) => {
+                assert_eq!(names, std::slice::from_ref(&path));
+                Checkpoint::open(&path).and_then(|checkpoint| checkpoint.verify()).expect("it is whole");
+                assert!(last >= 4, "only {last} requests");
+                return;
+            }
+        }
+    }
+}
+
+/// Waits for the next news of a thread.
+fn next(uploader: &Uploader) -> Vec<News> {
+    loop {
+        let news = uploader.wait(Duration::from_secs(60)).expect("it lives");
+        if !news.is_empty() {
+            return news;
+        }
+    }
+}
+
+#[test]
+fn what_stays_in_the_store_is_what_retention_says() {
+    let (server, here) = (Server::new(), tempfile::tempdir().expect("a folder"));
+    let uploader = start(&server, here.path(), Retention { keep_last: 1, keep_every: 3, keep_best: 1 });
+    for step in 1..=5 {
+        write(here.path(), &[step], 300, 0.0);
+        uploader.offer(step);
+        assert_eq!(told(&next(&uploader)), (vec![step], vec![]));
+    }
+    // Step 2 has the lowest loss.
+    assert_eq!(look(&server), (vec![2, 3, 5], vec![]));
+    let keys = server.keys();
+    assert_eq!(keys.len(), 9, "no file of the others is left: {keys:?}");
+}
+
+#[test]
+fn what_could_not_be_copied_is_tried_again_with_the_next_or_said() {
+    for (keep_last, then) in [(2, "uploaded"), (1, "would not stay there")] {
+        let (server, here) = (Server::new(), folder(&[1]));
+        server.rule(|asked| if asked.method == "GET" { Fate::Pass } else { Fate::Refuse(403) });
+        let uploader = start(&server, here.path(), Retention::last(keep_last));
+        let (uploaded, failed) = told(&next(&uploader));
+        assert_eq!((uploaded, failed.len()), (vec![], 1));
+        assert!(failed[0].contains("1: could not write s3://checkpoints/runs/a/step-00000001/"), "{failed:?}");
+        server.rule(|_| Fate::Pass);
+        write(here.path(), &[2], 300, 0.0);
+        uploader.offer(2);
+        uploader.finish();
+        let mut all = Vec::new();
+        while let Some(news) = uploader.wait(Duration::from_secs(60)) {
+            all.extend(news);
+        }
+        let (uploaded, said) = told(&all);
+        match keep_last {
+            2 => assert_eq!((uploaded, said), (vec![2, 1], vec![]), "{then}: the newest first"),
+            _ => assert!(uploaded == [2] && said.len() == 1 && said[0].contains(then), "{uploaded:?} {said:?}"),
+        }
+        assert_eq!(uploader.missing(), [] as [u64; 0]);
+    }
+}
+
+#[test]
+fn a_step_that_comes_again_takes_the_place_of_the_other_one() {
+    let (server, here) = (Server::new(), folder(&[1]));
+    let uploader = start(&server, here.path(), Retention::last(1));
+    assert_eq!(told(&next(&uploader)), (vec![1], vec![]));
+    // The same once more: there is no moment without it.
+    server.rule(|_| Fate::Pass);
+    uploader.offer(1);
+    assert_eq!(told(&next(&uploader)), (vec![1], vec![]));
+    assert!(!server.asked().iter().any(|asked| is(asked, "DELETE", MANIFEST)), "{:?}", server.asked());
+    // Another one: its manifest goes before its files change.
+    write(here.path(), &[1], 300, 0.5);
+    server.rule(|_| Fate::Pass);
+    uploader.offer(1);
+    assert_eq!(told(&next(&uploader)), (vec![1], vec![]));
+    let asked = server.asked();
+    let index = |method: &str, name: &str| asked.iter().position(|asked| is(asked, method, name)).expect("asked");
+    assert!(index("DELETE", &format!("/{MANIFEST}")) < index("PUT", &shard(0)), "{asked:?}");
+    assert!(index("PUT", &shard(0)) < index("PUT", &format!("/{MANIFEST}")), "{asked:?}");
+    assert_eq!(look(&server), (vec![1], vec![]));
+    let stored = std::fs::read(server.file("runs/a/step-00000001/manifest.json")).expect("there");
+    assert_eq!(stored, std::fs::read(here.path().join(committed(1)).join(MANIFEST)).expect("there"));
+}
+
+#[test]
+fn a_run_that_was_rewound_copies_on_and_leaves_what_is_later() {
+    let (server, before) = (Server::new(), folder(&[1, 2, 3, 4, 5]));
+    upload(&server, before.path(), Retention::last(0));
+    assert_eq!(look(&server), (vec![1, 2, 3, 4, 5], vec![]));
+    let here = folder(&[1, 2]);
+    let uploader = start(&server, here.path(), Retention::last(1));
+    write(here.path(), &[3], 300, 0.5);
+    uploader.offer(3);
+    let news = next(&uploader);
+    assert!(matches!(&news[..], [News::Uploaded { step: 3, removed, .. }] if *removed == [1, 2]), "{news:?}");
+    assert_eq!(look(&server), (vec![3, 4, 5], vec![]));
+    let stored = std::fs::read(server.file("runs/a/step-00000003/manifest.json")).expect("there");
+    assert_eq!(stored, std::fs::read(here.path().join(committed(3)).join(MANIFEST)).expect("there"));
+}
+
+#[test]
+fn who_sweeps_while_another_writes_is_noticed() {
+    let (server, here) = (Server::new(), folder(&[1]));
+    let announced = server.file("runs/a/step-00000001/manifest.json.partial");
+    server.rule(move |asked| {
+        if is(asked, "PUT", "recipe.toml") {
+            std::fs::remove_file(&announced).expect("it was announced");
+        }
+        Fate::Pass
+    });
+    let (uploaded, failed) = told(&upload(&server, here.path(), Retention::last(1)));
+    assert_eq!(uploaded, [] as [u64; 0]);
+    assert!(failed[0].contains("another process writes to the same place"), "{failed:?}");
+    assert_eq!(look(&server).0, [] as [u64; 0]);
+}
+
+type Variables = Vec<(String, String)>;
+
+#[test]
+fn a_store_that_lets_nobody_in_is_not_there_or_has_no_such_bucket_says_so() {
+    let server = Server::new();
+    let ask = |url: &str, change: &dyn Fn(&mut Variables)| {
+        let mut environment = server.environment();
+        change(&mut environment);
+        let remote = Remote::open(&Place::parse(url).expect("a URL"), &Settings::of(environment));
+        remote.and_then(|remote| remote.list()).expect_err("refused").to_string()
+    };
+    let set = |name: &'static str, value: &'static str| {
+        move |all: &mut Variables| {
+            all.retain(|(known, _)| known != name);
+            all.push((name.into(), value.into()));
+        }
+    };
+    let here = "s3://checkpoints/runs/a";
+    let message = ask(here, &set("AWS_SECRET_ACCESS_KEY", "wrong"));
+    assert!(
+        message.contains("could not list s3://checkpoints/runs/a: the store refuses these credentials"),
+        "{message}"
+    );
+    assert!(message.contains("SignatureDoesNotMatch"), "{message}");
+    let message = ask("s3://nobody-has-it/runs/a", &|_| {});
+    assert!(message.contains("there is no such bucket"), "{message}");
+    // A port that nobody listens at.
+    let message = ask(here, &set("AWS_ENDPOINT_URL", "http://127.0.0.1:1"));
+    assert!(message.contains("there is no answer: is the address right (AWS_ENDPOINT_URL)"), "{message}");
+    let message = ask(here, &set("AWS_ALLOW_HTTP", "false"));
+    assert!(message.contains("set AWS_ALLOW_HTTP=true if that is meant"), "{message}");
+    let message = ask(here, &set("AWS_ACCESS_KEY_ID", ""));
+    assert!(message.contains("belong together"), "{message}");
+}

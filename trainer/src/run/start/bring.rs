@@ -1,0 +1,186 @@
+//! The newest checkpoint of a run, from the store to here, where there is none as new.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use checkpoint::disk::RealDisk;
+use checkpoint::reader;
+use checkpoint::store::{At, Remote, Seat};
+use checkpoint::{CheckpointError, Manifest, layout};
+use serde_json::json;
+
+use crate::data::cache::replace;
+use crate::error::{Error, Result};
+use crate::log::say;
+use crate::recipe::raw;
+use crate::run::folder::{Folder, differences};
+use crate::run::metrics::event_before;
+use crate::run::{Request, upload};
+
+/// What a store has of one step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Copies {
+    step: u64,
+    /// Whose folders are there, of one commit; the lowest first.
+    seats: Vec<Seat>,
+    /// Ranks of which nothing is there: their machine has not copied it.
+    missing: Vec<usize>,
+}
+
+/// Looks into the store before a run begins. A new one must find nothing of its name there; one that goes on brings what is
+/// newer than all that is here, into a folder of its own if there is none. `rank` leads the folder, and `lead_of` says of each
+/// rank who leads its own.
+///
+/// # Errors
+/// A run of the name is there; what is newest there is damaged and nobody said that an earlier one will do; the store does
+/// not answer and there is nothing here to go on from.
+pub fn bring(request: &Request, rank: usize, lead_of: &[usize]) -> Result<()> {
+    let Some(remote) = upload::remote(request)? else { return Ok(()) };
+    let (runs, name) = (&request.recipe.metrics.runs_dir, &request.name);
+    if !request.resume {
+        Folder::check_free(runs, name)?;
+        let Some(at) = remote.list()?.pop() else { return Ok(()) };
+        let (url, step) = (remote.url(), at.step);
+        let what = format!(
+            "{url} has checkpoints of a run of this name, the newest of step {step}: go on with it by --resume, start \
+             another by --name OTHER, or name another place in checkpoint.upload_to"
+        );
+        return Err(Error::Run { name: name.clone(), what });
+    }
+    let here = reader::list(&runs.join(name).join("checkpoints"))?.last().map(|&(step, _)| step);
+    let there = match remote.list() {
+        Ok(there) => there,
+        Err(error) if here.is_some() => {
+            say(&format!("run {name}: going on from what is here, the store may have more: {error}"));
+            return Ok(());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let newer: BTreeSet<u64> =
+        there.iter().map(|at| at.step).filter(|&step| here.is_none_or(|here| step > here)).collect();
+    let mut incomplete = Vec::new();
+    for step in newer.into_iter().rev() {
+        match copies(&remote, &there, step) {
+            Ok(copies) if copies.missing.is_empty() => match one(request, &remote, &copies, (rank, lead_of)) {
+                Err(Error::Checkpoint(error)) if error.is_damage() => damaged(request, step, &error)?,
+                other => return other,
+            },
+            Ok(copies) => {
+                let Copies { step, missing, .. } = &copies;
+                say(&format!(
+                    "run {name}: the store lacks what ranks {missing:?} had of step {step}: looking further back"
+                ));
+                incomplete.push(copies);
+            }
+            Err(Error::Checkpoint(error)) if error.is_damage() => damaged(request, step, &error)?,
+            Err(error) => return Err(error),
+        }
+    }
+    match incomplete.first() {
+        // Better than nothing: all parameters are there, and what else is missing will be named.
+        Some(copies) if here.is_none() => one(request, &remote, copies, (rank, lead_of)),
+        _ => Ok(()),
+    }
+}
+
+/// What there is of a step.
+fn copies(remote: &Remote, there: &[At], step: u64) -> Result<Copies> {
+    let of_step = || there.iter().filter(|at| at.step == step);
+    if of_step().any(|at| at.seat == Seat::Shared) {
+        return Ok(Copies { step, seats: vec![Seat::Shared], missing: Vec::new() });
+    }
+    let mut seats = Vec::new();
+    let mut first: Option<Manifest> = None;
+    let mut files = BTreeSet::new();
+    for &at in of_step() {
+        let manifest = remote.manifest(at)?;
+        let first = first.get_or_insert_with(|| manifest.clone());
+        if first.id == manifest.id {
+            seats.push(at.seat);
+            files.extend(manifest.files.into_keys());
+        }
+    }
+    let ranks = first.and_then(|first| first.state.pointer("/mesh/data")?.as_u64()).unwrap_or(0);
+    let is_there =
+        |&rank: &usize| [layout::shard(rank), layout::packed_shard(rank)].iter().any(|name| files.contains(name));
+    let missing = (0..ranks as usize).filter(|rank| !is_there(rank)).collect();
+    Ok(Copies { step, seats, missing })
+}
+
+/// Which copies this folder's lead brings: its own, or where it has none the first; and the lowest lead also those of
+/// machines that are gone, of which nobody else would bring what their ranks had left out.
+fn wanted(seats: &[Seat], rank: usize, lead_of: &[usize]) -> Vec<Seat> {
+    let own = Seat::Machine(rank);
+    let first = if seats.contains(&own) { own } else { seats[0] };
+    let is_gone = |seat: Seat| matches!(seat, Seat::Machine(lead) if !lead_of.contains(&lead));
+    let lowest = lead_of.iter().min() == Some(&rank);
+    let gone = seats.iter().copied().filter(|&seat| lowest && seat != first && is_gone(seat));
+    std::iter::once(first).chain(gone).collect()
+}
+
+/// Says of a damaged copy what to do about it, or passes over it where that was said.
+fn damaged(request: &Request, step: u64, error: &CheckpointError) -> Result<()> {
+    let name = request.name.clone();
+    if request.resume_from_earlier {
+        say(&format!("run {name}: the copy of step {step} in the store is damaged, and passed over: {error}"));
+        return Ok(());
+    }
+    let what = format!(
+        "its newest checkpoint, of step {step}, is in the store alone, and damaged: {error}\n--resume-from-earlier goes on \
+         from the newest one that is whole, there or here"
+    );
+    Err(Error::Run { name, what })
+}
+
+fn one(request: &Request, remote: &Remote, copies: &Copies, (rank, lead_of): (usize, &[usize])) -> Result<()> {
+    let (runs, name, start) = (&request.recipe.metrics.runs_dir, &request.name, Instant::now());
+    let (step, seats) = (copies.step, wanted(&copies.seats, rank, lead_of));
+    let at = At { step, seat: seats[0] };
+    let urls: Vec<String> = seats.iter().map(|&seat| remote.url_of(At { step, seat })).collect();
+    let urls = urls.join(" and ");
+    let recipe = remote.attachment(at, "recipe.toml")?;
+    let (old, _) = raw::read(&String::from_utf8_lossy(&recipe), &[]);
+    // Whatever can be refused is refused before anything is read or made.
+    differences(name, &old, &request.raw)?;
+    say(&format!("run {name}: bringing the checkpoint of step {step} from {urls}"));
+    let existing = Folder::resume(runs, name, &request.raw)?;
+    let is_new = existing.is_none();
+    let folder = match existing {
+        Some((folder, _)) => folder,
+        None => Folder::create(runs, name)?,
+    };
+    let fetched: Result<()> = (|| {
+        remote.fetch(step, &seats, &RealDisk, &folder.checkpoints())?;
+        // Now it is the folder of a run, which goes on like any other.
+        let file = folder.file("recipe.toml");
+        if file.exists() { Ok(()) } else { replace(&file, &recipe) }
+    })();
+    if fetched.is_err() && is_new {
+        folder.abandon();
+    }
+    fetched?;
+    let fields = json!({ "url": urls, "seconds": start.elapsed().as_secs_f64() });
+    event_before(folder.path(), "downloaded", step, fields);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_brings_its_own_and_the_lowest_what_nobody_else_would() {
+        let machine = Seat::Machine;
+        let seats = [machine(0), machine(2), machine(4)];
+        // The same machines, and one of them a new one.
+        let [a, b, c] = [0, 2, 4].map(|rank| wanted(&seats, rank, &[0, 0, 2, 2, 4]));
+        assert_eq!([a, b, c], [[machine(0)], [machine(2)], [machine(4)]]);
+        assert_eq!(wanted(&seats, 5, &[0, 0, 2, 2, 4, 5]), [machine(0)], "what all have alike is anywhere");
+        // Two of them, and one alone.
+        assert_eq!(wanted(&seats, 0, &[0, 0, 0, 0, 4]), [machine(0), machine(2)]);
+        assert_eq!(wanted(&seats, 4, &[0, 0, 0, 0, 4]), [machine(4)]);
+        assert_eq!(wanted(&seats, 0, &[0]), seats);
+        // One folder's, whoever asks.
+        assert_eq!(wanted(&[Seat::Shared], 2, &[0, 0, 2]), [Seat::Shared]);
+    }
+}
