@@ -310,6 +310,8 @@ pub enum CheckpointError {
         url: String,
         /// What the store said, and what to do about it.
         why: String,
+        /// Whether it may come to something else another time, as where nobody answered.
+        again: bool,
     },
     /// The folder to export to is there already.
     #[error("{}: it exists already and an export replaces nothing; remove it or choose another name", path.display())]

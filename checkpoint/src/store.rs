@@ -123,7 +123,7 @@ impl Remote {
                 "it has not answered in {} s: is the address right, and the network up?",
                 ANSWER_WITHIN.as_secs()
             );
-            Err(CheckpointError::Store { operation, url: self.url(), why })
+            Err(CheckpointError::Store { operation, url: self.url(), why, again: true })
         })
     }
 }

@@ -180,11 +180,11 @@ fn a_store_that_cannot_be_used_is_refused_before_a_run_begins_and_not_missed_by_
         Ran::from(command.envs(server.environment()).env(name, value).output().expect("it starts"))
     };
     with("AWS_SECRET_ACCESS_KEY", "wrong", &[]).failed(1, &["the store refuses these credentials"]);
-    with("AWS_ENDPOINT_URL", "http://127.0.0.1:1", &[]).failed(1, &["there is no answer"]);
+    with("AWS_ENDPOINT_URL", "http://127.0.0.1:1", &[]).failed(75, &["there is no answer"]);
     let nowhere = ["--set", "checkpoint.upload_to=s3://nobody-has-it"];
     with("AWS_REGION", "us-east-1", &nowhere).failed(1, &["there is no such bucket"]);
     // Not from the beginning, as if there were nothing to resume.
-    with("AWS_ENDPOINT_URL", "http://127.0.0.1:1", &["--resume"]).failed(1, &["there is no answer"]);
+    with("AWS_ENDPOINT_URL", "http://127.0.0.1:1", &["--resume"]).failed(75, &["there is no answer"]);
     assert!(!place.path("runs/a").exists());
     // With a checkpoint here, a store that is away for a while stops nobody.
     run(&place, &server, "a", &["--set", "train.stop_at_step=20"]).ok();

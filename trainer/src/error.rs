@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use checkpoint::CheckpointError;
 use thiserror::Error;
 
 use crate::recipe::Faults;
@@ -140,7 +141,7 @@ pub enum Error {
     Verdict(String, u8),
     /// A checkpoint or an export.
     #[error(transparent)]
-    Checkpoint(#[from] checkpoint::CheckpointError),
+    Checkpoint(#[from] CheckpointError),
     /// A tensor could not be read back from the device.
     #[error("step {step}: {what}")]
     Device {
@@ -179,6 +180,7 @@ impl Error {
             Self::Recipe(_) | Self::Usage(_) | Self::Mismatch { .. } | Self::Run { .. } => 2,
             Self::Control(ControlError::Refused { .. } | ControlError::Mismatch { .. }) => 2,
             Self::Control(ControlError::NotThere { .. }) | Self::Transport(_) => TRY_AGAIN,
+            Self::Checkpoint(CheckpointError::Store { again: true, .. }) => TRY_AGAIN,
             Self::Control(ControlError::Ended(ending)) => ending.code,
             Self::Verdict(_, code) => *code,
             _ => 1,

@@ -10,14 +10,24 @@ const TEXT_MAX: usize = 300;
 /// For `map_err`: keeps what was tried, and where.
 pub(super) fn failed(operation: &'static str, url: &str) -> impl FnOnce(Error) -> CheckpointError {
     let url = url.to_owned();
-    move |source| CheckpointError::Store { operation, url, why: explain(&source) }
+    move |source| {
+        let all = chain(&source);
+        CheckpointError::Store { operation, url, why: explain(&source, &all), again: is_away(&all) }
+    }
 }
 
-/// What an error says, and what to do about it.
-fn explain(error: &Error) -> String {
-    let all = chain(error);
+/// Whether nobody answered, or one that has trouble of its own.
+fn is_away(all: &str) -> bool {
+    ["onnect", "dns error", "timed out", "status code: 5"].iter().any(|text| all.contains(text))
+        && !["169.254.", "metadata.google.internal", "certificate", "scheme is not allowed"]
+            .iter()
+            .any(|text| all.contains(text))
+}
+
+/// What an error says, and what to do about it. `all` is its text with that of its causes.
+fn explain(error: &Error, all: &str) -> String {
     let has = |text: &str| all.contains(text);
-    let said = said(&all);
+    let said = said(all);
     // The address at which clouds give credentials to their own machines.
     if has("169.254.169.254") || has("metadata.google.internal") || has("169.254.170.2") {
         return format!(

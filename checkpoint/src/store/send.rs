@@ -65,7 +65,7 @@ pub(super) async fn send(shelf: &Shelf, at: At, disk: &dyn Disk, folder: &Path) 
     if !there.contains_key(&announced) || shelf.get(at, &announced).await? != text {
         let (operation, url) = ("go on with", shelf.object(at, &announced)?.url);
         let why = "another process writes to the same place: give one of the two runs another name or prefix".into();
-        return Err(CheckpointError::Store { operation, url, why });
+        return Err(CheckpointError::Store { operation, url, why, again: false });
     }
     for (name, entry) in &manifest.files {
         check_size(shelf, at, name, entry, there.get(name).copied())?;

@@ -111,7 +111,7 @@ impl Shelf {
             if seen > OBJECTS_MAX {
                 let why =
                     format!("expected at most {OBJECTS_MAX} objects, found more: give runs a prefix of their own");
-                return Err(CheckpointError::Store { operation: "list", url, why });
+                return Err(CheckpointError::Store { operation: "list", url, why, again: false });
             }
             let below = object.location.as_ref().strip_prefix(&prefix).map(|rest| rest.trim_start_matches('/'));
             if let Some((at, name)) = below.and_then(address) {
@@ -127,7 +127,7 @@ impl Shelf {
         let found = self.store.get(&object.path).await.map_err(failed("read", &object.url))?;
         if found.meta.size > SMALL_MAX {
             let why = format!("expected at most {SMALL_MAX} bytes, found {}", found.meta.size);
-            return Err(CheckpointError::Store { operation: "read", url: object.url, why });
+            return Err(CheckpointError::Store { operation: "read", url: object.url, why, again: false });
         }
         found.bytes().await.map_err(failed("read", &object.url))
     }

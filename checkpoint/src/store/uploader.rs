@@ -227,7 +227,7 @@ impl Work {
         self.shared.orders().waiting.last().copied()
     }
 
-    /// Copies what waits, the newest first, up to the first that cannot be.
+    /// Copies what waits, the newest first, as long as the store takes it.
     async fn copy_all(&mut self) {
         if !self.in_order {
             match self.look_through().await {
@@ -241,13 +241,25 @@ impl Work {
                 }
             }
         }
-        while let Some(step) = self.newest_waiting() {
-            let news = match self.copy(step).await {
-                Ok(news) => news,
-                Err(error) => return self.tell(News::Failed { step, error }),
-            };
-            self.shared.orders().waiting.remove(&step);
-            self.tell(news);
+        let mut failed = BTreeSet::new();
+        loop {
+            let next = self.shared.orders().waiting.iter().rev().find(|step| !failed.contains(*step)).copied();
+            let Some(step) = next else { return };
+            match self.copy(step).await {
+                Ok(news) => {
+                    self.shared.orders().waiting.remove(&step);
+                    self.tell(news);
+                }
+                Err(error) => {
+                    let is_away = matches!(error, CheckpointError::Store { .. });
+                    self.tell(News::Failed { step, error });
+                    if is_away {
+                        return;
+                    }
+                    // One that is damaged here is in nobody's way.
+                    failed.insert(step);
+                }
+            }
         }
     }
 

@@ -214,6 +214,11 @@ fn a_file_that_changed_underneath_is_not_uploaded() {
             assert!(!server.keys().iter().any(|key| key.ends_with(&shard(0))), "{:?}", server.keys());
         }
     }
+    // It is in nobody's way.
+    let (server, here) = (Server::new(), folder(&[1, 2]));
+    flip(&here.path().join(committed(2)).join(shard(0)));
+    let (uploaded, failed) = told(&upload(&server, here.path(), Retention::last(0)));
+    assert!(uploaded == [1] && failed.len() == 1 && failed[0].starts_with("2: "), "{uploaded:?} {failed:?}");
 }
 
 #[test]
