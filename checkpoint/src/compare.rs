@@ -8,10 +8,7 @@ use serde_json::Value;
 
 use crate::error::CheckpointError;
 use crate::manifest::{Manifest, TensorEntry, difference};
-use crate::reader::Checkpoint;
-
-/// Elements of each checkpoint that are in memory at a time: 16 MiB.
-const CHUNK: usize = 1 << 22;
+use crate::reader::{Checkpoint, chunks};
 
 /// How two checkpoints, "a" and "b", differ.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -143,14 +140,15 @@ fn tensor(a: &Checkpoint, b: &Checkpoint, name: &str) -> Result<Option<How>, Che
     }
     let mut found: Option<Values> = None;
     let (mut values_a, mut values_b) = (Vec::new(), Vec::new());
-    for held in held {
-        for start in held.clone().step_by(CHUNK) {
-            let range = start..held.end.min(start + CHUNK);
-            for (checkpoint, values) in [(a, &mut values_a), (b, &mut values_b)] {
-                values.resize(range.len(), 0.0);
-                checkpoint.region(name, &in_a.shape, range.clone(), values)?;
-            }
-            values_in(&mut found, start, &values_a, &values_b);
+    for chunk in chunks(&held) {
+        for (checkpoint, values) in [(a, &mut values_a), (b, &mut values_b)] {
+            checkpoint.ranges(name, &in_a.shape, &chunk, values)?;
+        }
+        let mut next = 0;
+        for range in chunk {
+            let here = next..next + range.len();
+            values_in(&mut found, range.start, &values_a[here.clone()], &values_b[here.clone()]);
+            next = here.end;
         }
     }
     Ok(found.map(|values| How::Values(Values { index: index(values.first, &in_a.shape), of: elements, ..values })))

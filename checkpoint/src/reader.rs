@@ -20,6 +20,7 @@ mod stored;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::mem;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -48,6 +49,9 @@ pub fn list(folder: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointError> {
     let paths = checkpoints.into_iter().map(|(step, name)| (step, folder.join(name)));
     Ok(paths.filter(|(_, path)| path.is_dir()).collect())
 }
+
+/// Elements that are read at a time where all of a tensor is looked at: 16 MiB.
+pub(crate) const CHUNK: usize = 1 << 22;
 
 /// Files that stay open at the most; more of them are opened for each read.
 const OPEN_MAX: usize = 128;
@@ -203,6 +207,25 @@ impl Checkpoint {
         Err(CheckpointError::Absent { path, tensor, absent, count: entry.elements() })
     }
 
+    /// Copies the elements of some ranges of the tensor `name`, one after the other, into `out`, which gets as many places.
+    /// Many short ranges are read as one, see [`chunks`].
+    pub(crate) fn ranges(
+        &self,
+        name: &str,
+        shape: &[usize],
+        ranges: &[Range<usize>],
+        out: &mut Vec<f32>,
+    ) -> Result<(), CheckpointError> {
+        out.resize(ranges.iter().map(ExactSizeIterator::len).sum(), 0.0);
+        let mut rest = &mut out[..];
+        let wants = ranges.iter().map(|range| {
+            let (first, more) = mem::take(&mut rest).split_at_mut(range.len());
+            rest = more;
+            Want::interval(name, shape, range.clone(), first)
+        });
+        self.load(&mut wants.collect::<Vec<_>>()).map(|_| ())
+    }
+
     /// The bytes of the small file `name` that was stored inside the checkpoint.
     ///
     /// # Errors
@@ -251,6 +274,27 @@ impl Checkpoint {
             present: self.manifest.files.keys().cloned().collect(),
         })
     }
+}
+
+/// Cuts ranges into lists that are read at a time, each of [`CHUNK`] elements and 64 Ki ranges at the most.
+pub(crate) fn chunks(ranges: &[Range<usize>]) -> Vec<Vec<Range<usize>>> {
+    const RANGES: usize = 1 << 16;
+    let (mut chunks, mut chunk, mut elements) = (Vec::new(), Vec::new(), 0);
+    for range in ranges {
+        let mut start = range.start;
+        while start < range.end {
+            let end = range.end.min(start + CHUNK - elements);
+            chunk.push(start..end);
+            elements += end - start;
+            start = end;
+            if elements == CHUNK || chunk.len() == RANGES {
+                chunks.push(mem::take(&mut chunk));
+                elements = 0;
+            }
+        }
+    }
+    chunks.extend((!chunk.is_empty()).then_some(chunk));
+    chunks
 }
 
 #[cfg(test)]

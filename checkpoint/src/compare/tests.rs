@@ -6,6 +6,7 @@ use serde_json::json;
 use super::*;
 use crate::RealDisk;
 use crate::layout;
+use crate::reader::CHUNK;
 use crate::writer::{Attachment, Member, Outcome, PieceSpec, Retention, TensorSpec, Writer};
 
 const KEEP_ALL: Retention = Retention::last(0);

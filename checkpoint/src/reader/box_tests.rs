@@ -254,6 +254,29 @@ fn a_want_that_cannot_be_is_named() {
     check(Region { start: vec![], end: vec![], flat_start: 0, flat_end: 1 }, 1, "0 and 0 dimensions");
 }
 
+/// A folder that holds columns alone, as on machines without a common one: a thousand rows are not a thousand reads.
+#[test]
+fn what_is_held_in_many_runs_is_compared_and_summed_up_in_few_reads() {
+    let shape = [1000, 700];
+    let column = of_box([0, 3], [1000, 5]);
+    let save = || {
+        let root = tempfile::tempdir().unwrap();
+        let path = write(root.path(), &shape, std::slice::from_ref(&column), false).unwrap();
+        (root, Checkpoint::open(&path).unwrap())
+    };
+    let ((_one, a), (_two, b)) = (save(), save());
+    let held = a.manifest().tensors["w"].held();
+    assert_eq!((held.len(), chunks(&held).len()), (1000, 1));
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(bytemuck::cast_slice(&expected(&shape, &column)));
+    assert_eq!(crate::inspect::crc32(&a, "w").unwrap(), crc.finalize());
+    assert!(crate::compare::compare(&a, &b).unwrap().is_equal());
+    // Long ranges are cut, short ones put together.
+    let lists = chunks(&[0..5, 7..8, 100..(9 << 20)]);
+    assert_eq!(lists.iter().map(Vec::len).collect::<Vec<_>>(), [3, 1, 1]);
+    assert!(lists.iter().flatten().cloned().flatten().eq([0..5, 7..8, 100..(9 << 20)].into_iter().flatten()));
+}
+
 /// A tensor in thin columns: more runs than are looked at together.
 #[test]
 fn thin_columns_are_put_together_in_several_goes() {

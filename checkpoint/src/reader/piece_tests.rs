@@ -137,7 +137,7 @@ fn a_manifest_that_lies_about_a_piece_is_refused() {
     check(&|w| w.pieces[1].region.flat_end -= 1, "tensor w: expected shape [2], found [3]");
     check(&|w| w.pieces[1].key = "v".into(), "no tensor \"v\"");
     check(&|w| w.pieces[2].file = "recipe.toml".into(), "not a safetensors file");
-    let swapped = |w: &mut TensorEntry| w.pieces[1].file = std::mem::replace(&mut w.pieces[2].file, layout::shard(1));
+    let swapped = |w: &mut TensorEntry| w.pieces[1].file = mem::replace(&mut w.pieces[2].file, layout::shard(1));
     check(&swapped, "tensor w: expected shape [4], found [3]");
     // A piece that is the whole has the tensor's own shape.
     let whole = |w: &mut TensorEntry| {

@@ -205,7 +205,7 @@ fn parts_that_do_not_fit_fail_the_step_and_nothing_is_left() {
         assert_eq!(settle(&mut writers, 8, false).len(), 0);
         assert_eq!(names(&disk), ["step-00000007"]);
     };
-    check(&|parts| parts[1].bytes += 1, &["step 7", "rank-0001.safetensors was reported with", "found"]);
+    check(&|parts| parts[1].entry.bytes += 1, &["step 7", "rank-0001.safetensors was reported with", "found"]);
     check(&|parts| parts[1].file = "rank-0002.safetensors".into(), &["rank-0002.safetensors", "it is not there"]);
     check(&|parts| parts[1].file = "../checkpoints/x".into(), &["plain name"]);
     check(&|parts| parts[1].pieces[0].region.flat_start -= 1, &["tensor w", "overlap", "0..3", "2..6"]);

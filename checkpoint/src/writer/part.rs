@@ -10,7 +10,6 @@ use serde::{Deserialize, Serialize};
 use crate::error::CheckpointError;
 use crate::manifest::{self, DTYPE, FileEntry, Piece, TensorEntry};
 use crate::safetensors_file::check_names;
-use crate::tree::Subtrees;
 
 /// A tensor that every snapshot holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,16 +46,9 @@ pub struct Member {
 pub struct Part {
     /// The plain name of its file.
     pub file: String,
-    /// The file's size.
-    pub bytes: u64,
-    /// The file's BLAKE3 hash in lower-case hex.
-    pub blake3: String,
-    /// Of a packed file, the size of the safetensors file that it stands for.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub unpacked_bytes: Option<u64>,
-    /// The values of the file's blocks, if it has several.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub subtrees: Option<Subtrees>,
+    /// What the manifest will say of it.
+    #[serde(flatten)]
+    pub entry: FileEntry,
     /// The pieces in the file, each under its tensor's name; those without elements are not in it.
     pub pieces: Vec<PieceSpec>,
 }
@@ -116,11 +108,9 @@ pub(super) fn buffer_ranges(pieces: &[PieceSpec], folder: &Path) -> Result<Vec<R
 /// files' content. `path` is the manifest to be, for messages.
 pub(super) fn assemble(parts: &[Part], path: &Path) -> Result<(Tensors, Files), CheckpointError> {
     let (mut tensors, mut files) = (Tensors::new(), Files::new());
-    for Part { file, bytes, blake3, unpacked_bytes, subtrees, pieces } in parts {
-        let (bytes, blake3) = (*bytes, blake3.clone());
-        let entry = FileEntry { bytes, blake3, unpacked_bytes: *unpacked_bytes, subtrees: subtrees.clone() };
-        manifest::check_file(file, &entry, path)?;
-        if files.insert(file.clone(), entry).is_some() {
+    for Part { file, entry, pieces } in parts {
+        manifest::check_file(file, entry, path)?;
+        if files.insert(file.clone(), entry.clone()).is_some() {
             let (path, name) = (path.to_path_buf(), file.clone());
             return Err(CheckpointError::FileName { path, name, why: "two parts have it" });
         }
@@ -156,14 +146,11 @@ mod tests {
     }
 
     fn part(rank: usize, pieces: Vec<PieceSpec>) -> Part {
-        Part {
-            file: layout::shard(rank),
-            bytes: 8,
-            blake3: "ab".repeat(32),
-            unpacked_bytes: None,
-            subtrees: None,
-            pieces,
-        }
+        Part { file: layout::shard(rank), entry: entry(&"ab".repeat(32)), pieces }
+    }
+
+    fn entry(blake3: &str) -> FileEntry {
+        FileEntry { bytes: 8, blake3: blake3.into(), unpacked_bytes: None, subtrees: None }
     }
 
     fn path() -> &'static Path {
@@ -203,7 +190,7 @@ mod tests {
         for name in ["../rank-0001.safetensors", "/etc/passwd", "", "manifest.json"] {
             check(&[good(), Part { file: name.into(), ..part(1, vec![]) }], &[&format!("{name:?}")]);
         }
-        check(&[good(), Part { blake3: "xyz".into(), ..part(1, vec![]) }], &["64 lower-case hex digits"]);
+        check(&[good(), Part { entry: entry("xyz"), ..part(1, vec![]) }], &["64 lower-case hex digits"]);
         let other = PieceSpec::interval("w", &[3, 2], 3..6);
         check(&[good(), part(1, vec![other])], &["tensor w", "expected shape [2, 3], found [3, 2]"]);
         check(&[good(), part(1, vec![piece(3..7)])], &["tensor w", "elements 3..7 of a box of 6"]);

@@ -81,7 +81,8 @@ pub(super) fn write(target: &Target, step: u64, values: &[f32]) -> Result<Part, 
     } else {
         (safetensors_file::write(disk, &path, &entries, Dtype::F32, &[])?, None)
     };
-    Ok(Part { file, bytes, blake3, unpacked_bytes, subtrees, pieces: target.pieces.clone() })
+    let entry = FileEntry { bytes, blake3, unpacked_bytes, subtrees };
+    Ok(Part { file, entry, pieces: target.pieces.clone() })
 }
 
 /// [`write`] for a rank of several, which also makes the file's name durable: the lead may be another machine, and over a
