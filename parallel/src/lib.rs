@@ -5,6 +5,7 @@
 //! - [`frame`]: what is around a payload on its way.
 //! - [`coordinator`]: who is part of a run, and whether everybody is alive; [`control`]: a worker's side of it.
 //! - [`mesh`]: which ranks belong together: data x pipeline x tensor.
+//! - [`pipeline`]: which rank computes what, in which order, where a model is cut into stages.
 //! - [`data`]: data parallelism: the static plan of buckets, the buckets, and the stream that hands back the sum.
 //! - [`note`]: small messages between ranks: votes, and numbers that all of them gather.
 //! - [`transport`]: the way to the other ranks.
@@ -22,6 +23,7 @@ pub mod data;
 pub mod frame;
 pub mod mesh;
 pub mod note;
+pub mod pipeline;
 pub mod progress;
 #[cfg(test)]
 mod simulation;
