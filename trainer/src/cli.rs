@@ -2,10 +2,12 @@
 //!
 //! - `checkpoints`: the commands on checkpoints that are there.
 //! - `models`: the commands on models that are there.
+//! - `plan`: what a recipe would take.
 //! - `secret`: what keeps strangers out of a run.
 
 mod checkpoints;
 mod models;
+mod plan;
 mod secret;
 
 use std::io::{Read as _, Write as _};
@@ -44,6 +46,8 @@ struct Cli {
 enum Command {
     /// Train as a recipe says
     Train(Train),
+    /// Say what a recipe would take, without running it: memory of every rank, bytes of a step, size of a checkpoint
+    Plan(plan::Args),
     /// Host the coordinator of a run whose workers join from other machines
     Coordinator(CoordinatorArgs),
     /// Be one rank of a run
@@ -198,6 +202,7 @@ pub fn main_with(tamper: Tamper) -> ExitCode {
 fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     match command {
         Command::Train(args) => train(&args, log, tamper),
+        Command::Plan(args) => plan::plan(&args),
         Command::Coordinator(args) => coordinator(&args, log),
         Command::Worker(args) => worker(args, log, tamper),
         Command::Export(args) => models::export(&args),

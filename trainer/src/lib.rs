@@ -9,6 +9,7 @@
 //! - [`step`]: one training step; [`optimizer`]: AdamW and the schedule; [`state`]: what a step changes.
 //! - [`run`]: a run from its folder to its end.
 //! - [`weights`]: weights that exist already; [`export`]: Hugging Face's format; [`generate`]: text from a model.
+//! - [`plan`]: what a recipe would take, before anything is run.
 //! - [`launch`]: the process that starts the ranks and watches over them.
 //! - [`prometheus`]: the numbers of all ranks for Prometheus.
 //! - [`tamper`]: faults for tests.
@@ -31,6 +32,7 @@ pub mod launch;
 pub mod log;
 pub mod model;
 pub mod optimizer;
+pub mod plan;
 pub mod prometheus;
 pub mod recipe;
 pub mod rng;

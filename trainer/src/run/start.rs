@@ -380,7 +380,10 @@ fn fits(recipe: &Recipe, from: &Weights) -> Result<()> {
 }
 
 /// The model's shape, compared with the weights that it starts from.
-fn shape(recipe: &Recipe, vocab_size: usize, from: Option<&Weights>) -> Result<Config> {
+///
+/// # Errors
+/// Sizes that are missing or make no model.
+pub fn shape(recipe: &Recipe, vocab_size: usize, from: Option<&Weights>) -> Result<Config> {
     let known = from.map(|from| &from.config);
     let config = Config::from_keys(&recipe.model, vocab_size, recipe.train.seq_len, known)
         .ok_or_else(|| Error::Usage("[model]: expected every size, or `model.from`".into()))?;
