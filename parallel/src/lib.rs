@@ -7,6 +7,7 @@
 //! - [`mesh`]: which ranks belong together: data x pipeline x tensor.
 //! - [`data`]: data parallelism: the static plan of buckets, the buckets, and the stream that hands back the sum.
 //! - [`note`]: small messages between ranks: votes, and numbers that all of them gather.
+//! - [`tensor`]: tensor parallelism: what ranks that hold one model together exchange inside a forward and a backward pass.
 //! - [`transport`]: the way to the other ranks.
 //! - [`progress`]: how far a rank is; [`trace`]: what it does when, for a picture.
 //!
@@ -26,6 +27,7 @@ pub mod progress;
 #[cfg(test)]
 mod simulation;
 pub mod tap;
+pub mod tensor;
 pub mod trace;
 pub mod transport;
 pub mod wire;

@@ -58,8 +58,8 @@ impl Calibration {
             window_s: median(self.windows_s),
             speeds: self.speeds,
             members: members as u32,
-            elements: Some(message(count(plan.parameters()))),
-            last_bucket: Some(message(count(last.iter().map(|&index| &plan.parameters()[index])))),
+            elements: Some(message(count(plan.parts()))),
+            last_bucket: Some(message(count(last.iter().map(|&index| &plan.parts()[index])))),
         }
     }
 }
