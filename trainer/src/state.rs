@@ -9,6 +9,7 @@ pub mod residuals;
 
 use std::sync::Arc;
 
+use checkpoint::CheckpointError;
 use checkpoint::reader::{Checkpoint, Want};
 use checkpoint::writer::{PieceSpec, Snapshot, TensorSpec};
 use compression::{Codec, Side};
@@ -183,12 +184,16 @@ impl State {
         }
     }
 
-    /// The state that a checkpoint holds. The caller has compared the shapes.
+    /// The state of a model of this shape that a checkpoint holds, which says `meta` of itself. `load` is [`Checkpoint::load`], or
+    /// [`Checkpoint::load_and_verify`] where nobody has verified it yet.
     ///
     /// # Errors
     /// A tensor that is missing, damaged, or of another shape.
-    pub fn load(checkpoint: &Checkpoint, config: &Config) -> Result<(Self, Meta)> {
-        let meta = meta(checkpoint)?;
+    pub fn load(
+        checkpoint: &Checkpoint,
+        (meta, config): (&Meta, &Config),
+        load: impl FnOnce(&Checkpoint, &mut [Want<'_>]) -> std::result::Result<u64, CheckpointError>,
+    ) -> std::result::Result<Self, CheckpointError> {
         let mut state = Self::fresh(
             config.parameters().iter().map(|parameter| vec![0.0; parameter.shape.iter().product()]).collect(),
         );
@@ -198,8 +203,8 @@ impl State {
         let tensors = state.weights.iter_mut().chain(&mut state.m).chain(&mut state.v);
         let mut wants: Vec<Want<'_>> =
             specs.iter().zip(tensors).map(|(spec, values)| Want::all(&spec.name, &spec.shape, values)).collect();
-        checkpoint.load(&mut wants)?;
-        Ok((state, meta))
+        load(checkpoint, &mut wants)?;
+        Ok(state)
     }
 
     /// Copies this rank's share of everything, and what it left out of gradients and sums, into a snapshot whose pieces
@@ -283,7 +288,7 @@ pub fn pieces(config: &Config, share: &Share) -> Vec<PieceSpec> {
         .into_iter()
         .map(|TensorSpec { name, shape }| {
             let range = shard(elements(&shape), share.index, share.of);
-            PieceSpec { tensor: name, shape, range }
+            PieceSpec::interval(name, &shape, range)
         })
         .collect();
     let lossy =
@@ -292,7 +297,7 @@ pub fn pieces(config: &Config, share: &Share) -> Vec<PieceSpec> {
         let all = elements(&shape);
         let own = shard(all, share.rank, share.ranks);
         if share.kept == Kept::Folded {
-            pieces.push(PieceSpec { tensor: folded_name(&name), shape, range: own });
+            pieces.push(PieceSpec::interval(folded_name(&name), &shape, own));
             continue;
         }
         pieces.extend(sides(share.rank, share.ranks).map(|side| {
@@ -300,7 +305,7 @@ pub fn pieces(config: &Config, share: &Share) -> Vec<PieceSpec> {
                 Side::Sender { rank } => (sender_name(&name, rank), 0..all),
                 Side::Owner => (owner_name(&name), own.clone()),
             };
-            PieceSpec { tensor, shape: shape.clone(), range }
+            PieceSpec::interval(tensor, &shape, range)
         }));
     }
     pieces

@@ -143,7 +143,11 @@ fn contents(checkpoint: &Checkpoint, others: &[PathBuf], checksums: Option<&[Str
     let manifest = checkpoint.manifest();
     let tensors = manifest.tensors.iter().enumerate().map(|(index, (name, entry))| {
         let pieces = entry.pieces.iter().map(|piece| {
-            json!({ "file": piece.file, "key": piece.key, "start": piece.range().start, "end": piece.range().end })
+            let mut told = json!({ "file": piece.file, "key": piece.key, "region": piece.region });
+            if piece.region.is_interval(&entry.shape) {
+                (told["start"], told["end"]) = (piece.region.flat_start.into(), piece.region.flat_end.into());
+            }
+            told
         });
         let mut tensor = json!({
             "name": name,

@@ -47,7 +47,7 @@ use crate::state::{self, State};
 use crate::step::Stepper;
 use crate::weights::Weights;
 
-use newest::Newest;
+use newest::{Loaded, Newest};
 pub use rank::train_rank;
 use restart::Restart;
 
@@ -72,12 +72,12 @@ pub fn train(request: Request) -> Result<Left> {
     }
     make_runs(&runs)?;
     let port = Port::open(request.recipe.metrics.prometheus_port)?;
-    let Newest { checkpoint: newest, set_aside } = match &existing {
+    let Newest { checkpoint: newest, loaded, set_aside } = match &existing {
         Some((folder, _)) => newest::newest(folder, request.resume_from_earlier)?,
         None => Newest::default(),
     };
     let ready = prepare(&request, newest.as_ref())?;
-    let begun = ready.begin(&request, newest.as_ref())?;
+    let begun = ready.begin(&request, newest.as_ref(), loaded)?;
     let resumed = existing.is_some();
     let (folder, changed) = match existing {
         Some(existing) => existing,
@@ -266,12 +266,19 @@ fn peek(request: &Request) -> Result<Option<Checkpoint>> {
 }
 
 impl Ready {
-    fn begin(&self, request: &Request, newest: Option<&Checkpoint>) -> Result<Begun> {
+    /// `loaded` is what `newest` holds, where it was read before.
+    fn begin(&self, request: &Request, newest: Option<&Checkpoint>, loaded: Option<Loaded>) -> Result<Begun> {
         not_behind(request, newest)?;
         let (state, tokens, last_loss) = match (newest, &self.from) {
             (Some(newest), _) => {
                 same_text(&request.name, newest, &self.data)?;
-                let (state, meta) = State::load(newest, &self.config)?;
+                let (state, meta) = match loaded.filter(|loaded| loaded.is_of(newest, &self.config)) {
+                    Some(Loaded { state, meta, .. }) => (state, meta),
+                    None => {
+                        let meta = state::meta(newest)?;
+                        (State::load(newest, (&meta, &self.config), Checkpoint::load)?, meta)
+                    }
+                };
                 (state, meta.tokens, meta.loss)
             }
             (None, Some(from)) => (State::fresh(from.read(&self.config)?), 0, None),

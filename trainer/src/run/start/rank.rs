@@ -20,7 +20,7 @@ use parallel::transport::{Incoming, Sink};
 use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start, Welcome};
 use serde_json::json;
 
-use super::newest::{self, SetAside};
+use super::newest::{self, Loaded, SetAside};
 use super::restart::{self, Restart};
 use super::share::{f32_bytes, share};
 use super::{Begun, Books, Parts, Ready, begin_trace, make_runs, peek, prepare, retention, work};
@@ -60,7 +60,8 @@ pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
         Err(error) => return Err(fail(joined, folder, error)),
     };
     let (ender, peer_timeout_s) = (joined.ender.clone(), joined.control.welcome().peer_timeout_s);
-    let mut run = match open_rank(request, joined, ready, (&met, folder.as_ref()), started) {
+    let loaded = folder.as_mut().and_then(|folder| folder.loaded.take());
+    let mut run = match open_rank(request, joined, ready, (&met, folder.as_ref(), loaded), started) {
         Ok(run) => run,
         Err((joined, error)) => return Err(fail(*joined, folder, error)),
     };
@@ -126,6 +127,8 @@ struct RunFolder {
     changed: Vec<String>,
     is_new: bool,
     set_aside: Vec<SetAside>,
+    /// What is in the newest checkpoint here, until it is taken.
+    loaded: Option<Loaded>,
 }
 
 /// Opens the run's folder on the lead of it, and says which checkpoints are there and good.
@@ -142,14 +145,14 @@ fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<
         Some(existing) => existing,
         None => (Folder::create(runs, &request.name)?, Vec::new()),
     };
-    let mut set_aside = Vec::new();
+    let (mut set_aside, mut loaded) = (Vec::new(), None);
     let mut held = || {
         folder.keep_recipe(&request.raw)?;
         // A lead's writer puts the folder in order: what was set aside counts under its own name from then on.
         let member = Member { rank: 0, lead: true };
         drop(Writer::member(Arc::new(RealDisk), folder.checkpoints(), Vec::new(), member, retention(&request.recipe))?);
         let newest = newest::newest(&folder, request.resume_from_earlier)?;
-        set_aside = newest.set_aside;
+        (set_aside, loaded) = (newest.set_aside, newest.loaded);
         let verified = newest.checkpoint.map(|newest| newest.step());
         let open = |(step, path): (u64, std::path::PathBuf)| {
             let checkpoint = Checkpoint::open(&path).ok()?;
@@ -166,7 +169,7 @@ fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<
     if held.is_err() && is_new {
         folder.abandon();
     }
-    *keep = Some(RunFolder { folder, changed, is_new, set_aside });
+    *keep = Some(RunFolder { folder, changed, is_new, set_aside, loaded });
     held
 }
 
@@ -213,10 +216,10 @@ fn open_rank(
     request: Request,
     mut joined: Joined,
     ready: Ready,
-    (met, folder): (&Met, Option<&RunFolder>),
+    from: (&Met, Option<&RunFolder>, Option<Loaded>),
     started: Instant,
 ) -> std::result::Result<Run, (Box<Joined>, Error)> {
-    match connect(&request, &mut joined, &ready, (met, folder)) {
+    match connect(&request, &mut joined, &ready, from) {
         Ok(Connected { begun, stepper, writer, books, share, mesh, transport, all, f32_bytes, codecs, tracing }) => {
             let Joined { control, ender, stop, .. } = joined;
             let (saving, committing, writing, bytes) = Default::default();
@@ -249,7 +252,7 @@ fn connect(
     request: &Request,
     joined: &mut Joined,
     ready: &Ready,
-    (met, folder): (&Met, Option<&RunFolder>),
+    (met, folder, loaded): (&Met, Option<&RunFolder>, Option<Loaded>),
 ) -> Result<Connected> {
     let (rank, recipe) = (joined.rank(), &request.recipe);
     let path = recipe.metrics.runs_dir.join(&request.name);
@@ -261,7 +264,7 @@ fn connect(
     let open = |_| Checkpoint::open(&checkpoints.join(checkpoint::layout::committed(from)));
     let explain = |error| newest::explain(&request.name, from, error);
     let newest = met.start.from.as_ref().map(open).transpose().map_err(|error| explain(error.into()))?;
-    let begun = ready.begin(request, newest.as_ref()).map_err(explain)?;
+    let begun = ready.begin(request, newest.as_ref(), loaded).map_err(explain)?;
     let held = newest.as_ref().map(state::held).transpose()?.unwrap_or_default();
     let one_machine = recipe.parallel.group == met.lead_of.len();
     let codec = if one_machine { CodecChoice::Fixed(Codec::Fp32) } else { recipe.compression.codec };
