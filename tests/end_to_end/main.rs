@@ -24,4 +24,5 @@ mod schedulers;
 mod secured;
 mod siege;
 mod support;
+mod tensor;
 mod traces;
