@@ -88,7 +88,7 @@ impl Checkpoint {
     /// A checkpoint that is somewhere else, of which only the manifest is here: what needs its files is an error.
     #[must_use]
     pub fn described(path: PathBuf, manifest: Manifest) -> Self {
-        Self { path, manifest, shards: Mutex::default() }
+        Self { path, manifest, files: Mutex::default() }
     }
 
     /// The manifest of the checkpoint in the folder `path`; its files may be there or not.

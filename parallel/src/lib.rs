@@ -8,6 +8,7 @@
 //! - [`pipeline`]: which rank computes what, in which order, where a model is cut into stages.
 //! - [`data`]: data parallelism: the static plan of buckets, the buckets, and the stream that hands back the sum.
 //! - [`note`]: small messages between ranks: votes, and numbers that all of them gather.
+//! - [`tensor`]: tensor parallelism: what ranks that hold one model together exchange inside a forward and a backward pass.
 //! - [`transport`]: the way to the other ranks.
 //! - [`progress`]: how far a rank is; [`trace`]: what it does when, for a picture.
 //!
@@ -28,6 +29,7 @@ pub mod progress;
 #[cfg(test)]
 mod simulation;
 pub mod tap;
+pub mod tensor;
 pub mod trace;
 pub mod transport;
 pub mod wire;

@@ -26,4 +26,5 @@ mod secured;
 mod siege;
 mod stored;
 mod support;
+mod tensor;
 mod traces;

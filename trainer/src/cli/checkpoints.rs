@@ -198,9 +198,11 @@ fn mesh_of(checkpoint: &Checkpoint) -> Option<String> {
         let (raw, _) = raw::read(&String::from_utf8_lossy(&checkpoint.attachment("recipe.toml").ok()?), &[]);
         Reader(&raw).count("parallel.data")
     };
-    let data = checkpoint.state().pointer("/mesh/data").and_then(Value::as_u64);
-    let data = data.or_else(|| Some(recipe()? as u64))?;
-    Some(format!("{data} x 1 x 1"))
+    let count = |axis: &str| checkpoint.state().pointer(&format!("/mesh/{axis}")).and_then(Value::as_u64);
+    let data = count("data").or_else(|| Some(recipe()? as u64))?;
+    // Versions that wrote none had none.
+    let tensor = count("tensor").unwrap_or(1);
+    Some(format!("{data} x 1 x {tensor}"))
 }
 
 pub(super) fn verify(args: &Verify, settings: &Settings) -> Result<ExitCode> {

@@ -14,6 +14,7 @@ use crate::log::say;
 use crate::model::Config;
 use crate::run::folder::Folder;
 use crate::state::{self, Meta, State};
+use crate::tensor::parts::parts;
 
 /// What a checkpoint held, read and verified in one pass.
 #[derive(Debug)]
@@ -67,11 +68,16 @@ impl Books {
     }
 }
 
-/// The newest checkpoint of a run, verified whole, and loaded in the same pass.
+/// The newest checkpoint of a run, verified whole, and loaded in the same pass. `tensor` ranks hold one model together.
 ///
 /// # Errors
 /// It is damaged, and nobody said that an earlier one will do; or none is whole.
-pub fn newest(folder: &Folder, from_earlier: bool) -> Result<Newest> {
+pub fn newest(folder: &Folder, from_earlier: bool, tensor: usize) -> Result<Newest> {
+    // Where ranks hold parts of the model, none has room for all of it.
+    let load = |checkpoint: &Checkpoint| match tensor {
+        1 => load(checkpoint),
+        _ => checkpoint.verify().map(|_| None),
+    };
     let Survey { good, damaged } = damaged::survey(&folder.checkpoints(), load)?;
     let (checkpoint, loaded) = good.map_or((None, None), |(good, loaded)| (Some(good), loaded));
     let Some(first) = damaged.first() else { return Ok(Newest { checkpoint, loaded, set_aside: Vec::new() }) };
@@ -106,7 +112,8 @@ fn load(checkpoint: &Checkpoint) -> std::result::Result<Option<Loaded>, Checkpoi
     let verify = || checkpoint.verify().map(|_| None);
     // What is no state of a run, or not all of one, is told as that, and only once it is known to be whole.
     let Ok(meta) = state::meta(checkpoint) else { return verify() };
-    match State::load(checkpoint, (&meta, &meta.model), Checkpoint::load_and_verify) {
+    let Ok(parts) = parts(&meta.model, 0, 1) else { return verify() };
+    match State::load(checkpoint, (&meta, &parts), Checkpoint::load_and_verify) {
         Ok(state) => Ok(Some(Loaded { of: (checkpoint.step(), checkpoint.id().to_owned()), state, meta })),
         Err(
             CheckpointError::NoTensor { .. } | CheckpointError::TensorShape { .. } | CheckpointError::Absent { .. },

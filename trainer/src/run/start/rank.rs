@@ -9,17 +9,18 @@ use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
 use checkpoint::store::{Seat, Uploader};
 use checkpoint::writer::{Member, Writer};
-use compression::{BLOCK, Codec, Workers};
+use compression::Codec;
 use parallel::collective::{CollectiveError, Collectives, Mailbox, Place, SubGroup};
 use parallel::control::{ControlError, beat};
-use parallel::data::engine::{Engine, Inbox};
-use parallel::data::exchange::{self, Exchange};
+use parallel::data::engine::{Engine, Inbox, Members};
 use parallel::data::plan::Plan;
+use parallel::mesh::Axis;
 use parallel::trace::Trace;
 use parallel::transport::grpc::{self, GrpcTransport};
 use parallel::transport::{Incoming, Sink};
 use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start};
 
+use super::exchange::{exchange, group};
 use super::newest::{self, Loaded, SetAside};
 use super::restart::{self, Restart};
 use super::share::{f32_bytes, share};
@@ -27,8 +28,7 @@ use super::{Begun, Books, Parts, Ready, begin_trace, bring, make_runs, peek, pre
 use crate::device;
 use crate::error::{Error, Result};
 use crate::log::say;
-use crate::recipe::Recipe;
-use crate::recipe::resolved::{CodecChoice, Parallel};
+use crate::recipe::resolved::CodecChoice;
 use crate::run::codec::Codecs;
 use crate::run::folder::Folder;
 use crate::run::group::Group;
@@ -39,6 +39,8 @@ use crate::run::{Ended, Left, Request, Run, upload};
 use crate::state::mesh::Mesh;
 use crate::state::{self, Share};
 use crate::step::Stepper;
+use crate::tensor::Slice;
+use crate::tensor::parts::parts;
 
 /// Trains as one rank of several.
 ///
@@ -159,7 +161,7 @@ fn hold(
         // A lead's writer puts the folder in order: what was set aside counts under its own name from then on.
         let member = Member { rank: 0, lead: true };
         drop(Writer::member(Arc::new(RealDisk), folder.checkpoints(), Vec::new(), member, retention(&request.recipe))?);
-        let newest = newest::newest(&folder, request.resume_from_earlier)?;
+        let newest = newest::newest(&folder, request.resume_from_earlier, request.recipe.parallel.tensor)?;
         (set_aside, loaded) = (newest.set_aside, newest.loaded);
         let verified = newest.checkpoint.map(|newest| newest.step());
         let open = |(step, path): (u64, std::path::PathBuf)| {
@@ -237,14 +239,14 @@ fn open_rank(
             share,
             mesh,
             transport,
-            all,
+            sums,
             f32_bytes,
             codecs,
             tracing,
         }) => {
             let Joined { control, ender, stop, .. } = joined;
             let (saving, committing, writing, bytes) = Default::default();
-            let group = Group { share, control, transport, all, ender, f32_bytes, saving, committing, writing, bytes };
+            let group = Group { share, control, transport, sums, ender, f32_bytes, saving, committing, writing, bytes };
             let group = Some(group);
             let parts = Parts {
                 request,
@@ -277,7 +279,7 @@ struct Connected {
     share: Share,
     mesh: Mesh,
     transport: Arc<GrpcTransport>,
-    all: SubGroup,
+    sums: SubGroup,
     f32_bytes: Option<u64>,
     codecs: Option<Codecs>,
     tracing: Option<Tracing>,
@@ -299,29 +301,31 @@ fn connect(
     let open = |_| Checkpoint::open(&checkpoints.join(checkpoint::layout::committed(from)));
     let explain = |error| newest::explain(&request.name, from, error);
     let newest = met.start.from.as_ref().map(open).transpose().map_err(|error| explain(error.into()))?;
-    let begun = ready.begin(request, newest.as_ref(), loaded).map_err(explain)?;
+    let axes = recipe.parallel.mesh();
+    let at = |axis| (axes.coordinates(rank).on(axis), axes.size(axis));
+    let ((data, replicas), (slice, slices)) = (at(Axis::Data), at(Axis::Tensor));
+    let parts = parts(&ready.config, slice, slices)?;
+    let begun = ready.begin(request, (newest.as_ref(), loaded), &parts).map_err(explain)?;
     let held = newest.as_ref().map(state::held).transpose()?.unwrap_or_default();
-    let one_machine = recipe.parallel.group == met.lead_of.len();
+    let one_machine = recipe.parallel.group == replicas;
     let codec = if one_machine { CodecChoice::Fixed(Codec::Fp32) } else { recipe.compression.codec };
-    let share = share(met, rank, codec, (recipe.checkpoint.residuals, held));
+    let share = share((met, &ready.config), (axes, rank), codec, (recipe.checkpoint.residuals, held))?;
     let mesh = restart::mesh(recipe, &met.start);
     // What was measured with other ranks says nothing of these.
     let others = newest.as_ref().map(|newest| restart::is_of_others(newest, &mesh)).transpose()?.unwrap_or(false);
-    // With one rank nothing travels, and nothing is encoded.
+    // With one replica nothing travels, and nothing is encoded.
     let chosen = held.chosen.filter(|_| !request.choose_codec_anew && !others);
-    let codecs = (share.ranks > 1).then(|| Codecs::new(recipe.compression, chosen));
+    let codecs = (replicas > 1).then(|| Codecs::new(recipe.compression, chosen));
     let codecs = if one_machine { codecs.map(Codecs::on_one_machine) } else { codecs };
     let codec = codecs.as_ref().map_or(Codec::Fp32, |codecs| codecs.codec(begun.state.step + 1));
-    let plan = Plan::new(ready.config.parameters(), recipe.parallel.bucket_bytes_max);
+    let plan = Plan::of_parts(parts, recipe.parallel.bucket_bytes_max);
     let plan = Arc::new(plan.map_err(|error| Error::Usage(error.to_string()))?);
-    let f32_bytes = (share.ranks > 1).then(|| f32_bytes(&plan, &share));
-    let mut exchange = Exchange::new(plan.clone(), group(recipe, rank, met), codec).with_workers(workers(recipe)?);
-    if request.tamper.no_feedback {
-        exchange = exchange.without_feedback();
-    }
+    // Between slices other things travel too.
+    let f32_bytes = (replicas > 1 && slices == 1).then(|| f32_bytes(&plan, data, replicas));
+    let mut exchange = exchange(request, plan.clone(), group(recipe, (axes, rank), met), codec)?;
     // The lead's writer puts the folder in order before any other rank can write: all wait for each other below.
     let member = Member { rank, lead: met.lead_of[rank] == rank };
-    let pieces = state::pieces(&ready.config, &share);
+    let pieces = state::pieces(&share);
     let writer = Writer::member(Arc::new(RealDisk), checkpoints.clone(), pieces, member, retention(recipe))?;
     writer.pack(recipe.checkpoint.zstd);
     let apart = met.lead_of.iter().any(|&lead| lead != met.lead_of[0]);
@@ -337,12 +341,15 @@ fn connect(
     let transport = Arc::new(meet_peers(joined, &met.start, mailbox.sink(inbox.sink()), trace.clone())?);
     let collectives = Collectives::new(mailbox, transport.clone());
     let all = collectives.sub_group(&(0..share.ranks).collect::<Vec<_>>())?;
+    let sums = collectives.sub_group(&axes.group(Axis::Data, rank))?;
     let restart = Restart { request, mesh: &mesh, rank, others: apart.then_some(&all) };
     let regained = newest.as_ref().map(|newest| restart.give(newest, held, &mut exchange)).transpose()?;
     let regained = regained.unwrap_or_default();
-    let engine = Engine::start(exchange, transport.clone(), inbox, joined.progress.clone())
+    let members = Members::new(rank, share.ranks, &axes.group(Axis::Data, rank));
+    let engine = Engine::start_among((exchange, members), transport.clone(), inbox, joined.progress.clone())
         .map_err(Error::io("start a thread in", "this process"))?;
-    let stepper = Stepper::across(&ready.config, &ready.device, engine).traced(trace);
+    let slice = Slice::new(&collectives, (axes, rank), &ready.config, recipe.parallel.sequence)?;
+    let stepper = Stepper::across(&ready.config, &ready.device, engine, slice).traced(trace);
     request.tamper.prepare(&stepper);
     let mut books = match folder {
         Some(folder) if rank == 0 => Some(Books::of_ranks(
@@ -357,33 +364,7 @@ fn connect(
         Some(books) => books.regained(&regained, begun.state.step),
         None => regained.log(),
     }
-    Ok(Connected { begun, stepper, writer, uploader, books, share, mesh, transport, all, f32_bytes, codecs, tracing })
-}
-
-/// How this rank's gradients are cut, and with whom they are summed.
-fn group(recipe: &Recipe, rank: usize, met: &Met) -> exchange::Group {
-    let Parallel { group, chunk_elements, window_chunks, .. } = recipe.parallel;
-    let of = |rank: usize| met.start.peers.get(rank).map_or("", |peer| &peer.host);
-    let first = rank / group * group;
-    if let Some(other) = (first..first + group).find(|&other| of(other) != of(first)) {
-        let (here, there) = (of(first), of(other));
-        tracing::warn!(
-            "parallel.group = {group}: rank {first} is on {here} and rank {other} on {there}; between them gradients travel as f32"
-        );
-    }
-    let (ranks, epoch, chunk_blocks) = (met.lead_of.len(), met.start.epoch, chunk_elements / BLOCK);
-    exchange::Group { rank, ranks, members: group, epoch, chunk_blocks, window: window_chunks }
-}
-
-/// The threads that encode. Beside a processor that computes, more than one would only take its cores away.
-fn workers(recipe: &Recipe) -> Result<Workers> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = match (recipe.compression.threads, device::is_host(&recipe.device.backend)) {
-        (0, true) => 1,
-        (0, false) => cores.min(4),
-        (threads, _) => threads,
-    };
-    Workers::new(threads).map_err(|error| Error::Usage(format!("compression.threads = {threads}: {error}")))
+    Ok(Connected { begun, stepper, writer, uploader, books, share, mesh, transport, sums, f32_bytes, codecs, tracing })
 }
 
 /// Connects with all other ranks.
