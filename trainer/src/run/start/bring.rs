@@ -105,7 +105,8 @@ fn copies(remote: &Remote, there: &[At], step: u64) -> Result<Copies> {
     let ranks = on("data").map_or(0, |data| data.saturating_mul(on("tensor").unwrap_or(1)));
     let is_there =
         |&rank: &usize| [layout::shard(rank), layout::packed_shard(rank)].iter().any(|name| files.contains(name));
-    let missing = (0..ranks as usize).filter(|rank| !is_there(rank)).collect();
+    // No run has more, whatever stands there.
+    let missing = (0..ranks.min(parallel::mesh::RANKS_MAX as u64) as usize).filter(|rank| !is_there(rank)).collect();
     Ok(Copies { step, seats, missing })
 }
 
