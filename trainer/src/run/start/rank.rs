@@ -9,7 +9,7 @@ use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
 use checkpoint::store::{Seat, Uploader};
 use checkpoint::writer::{Member, Writer};
-use compression::{BLOCK, Codec, Workers};
+use compression::{BLOCK, Codec};
 use parallel::collective::{CollectiveError, Collectives, Mailbox, Place, SubGroup};
 use parallel::control::{ControlError, beat};
 use parallel::data::engine::{Engine, Inbox};
@@ -22,7 +22,7 @@ use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start};
 
 use super::newest::{self, SetAside};
 use super::restart::{self, Restart};
-use super::share::{f32_bytes, share};
+use super::share::{f32_bytes, share, workers};
 use super::{Begun, Books, Parts, Ready, begin_trace, bring, make_runs, peek, prepare, retention, work};
 use crate::device;
 use crate::error::{Error, Result};
@@ -370,17 +370,6 @@ fn group(recipe: &Recipe, rank: usize, met: &Met) -> exchange::Group {
     }
     let (ranks, epoch, chunk_blocks) = (met.lead_of.len(), met.start.epoch, chunk_elements / BLOCK);
     exchange::Group { rank, ranks, members: group, epoch, chunk_blocks, window: window_chunks }
-}
-
-/// The threads that encode. Beside a processor that computes, more than one would only take its cores away.
-fn workers(recipe: &Recipe) -> Result<Workers> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = match (recipe.compression.threads, device::is_host(&recipe.device.backend)) {
-        (0, true) => 1,
-        (0, false) => cores.min(4),
-        (threads, _) => threads,
-    };
-    Workers::new(threads).map_err(|error| Error::Usage(format!("compression.threads = {threads}: {error}")))
 }
 
 /// Connects with all other ranks.

@@ -1,9 +1,12 @@
 //! What of a checkpoint is a rank's to write, and what of a gradient to send.
 
-use compression::Codec;
+use compression::{Codec, Workers};
 use parallel::data::plan::{Parameter, Plan};
 use parallel::data::shard::payload_bytes_sent;
 
+use crate::device;
+use crate::error::{Error, Result};
+use crate::recipe::Recipe;
 use crate::recipe::resolved::{CodecChoice, Residuals};
 use crate::run::join::Met;
 use crate::state::residuals::Kept;
@@ -29,4 +32,18 @@ pub fn f32_bytes(plan: &Plan, share: &Share) -> u64 {
     let elements = |parameter: &Parameter| parameter.shape.iter().product();
     let tensors: Vec<_> = plan.parameters().iter().map(|parameter| (elements(parameter), Codec::Fp32)).collect();
     payload_bytes_sent(&tensors, share.rank, share.ranks) as u64
+}
+
+/// The threads that encode. Beside a processor that computes, more than one would only take its cores away.
+///
+/// # Errors
+/// The system refuses them.
+pub fn workers(recipe: &Recipe) -> Result<Workers> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = match (recipe.compression.threads, device::is_host(&recipe.device.backend)) {
+        (0, true) => 1,
+        (0, false) => cores.min(4),
+        (threads, _) => threads,
+    };
+    Workers::new(threads).map_err(|error| Error::Usage(format!("compression.threads = {threads}: {error}")))
 }
