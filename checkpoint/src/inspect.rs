@@ -5,10 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::error::CheckpointError;
 use crate::manifest::TensorEntry;
-use crate::reader::Checkpoint;
-
-/// Elements that are in memory at a time: 4 MiB.
-const CHUNK: usize = 1 << 20;
+use crate::reader::{Checkpoint, chunks};
 
 /// Tensors of one shape whose names differ in numbers alone, as those of all layers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,13 +85,9 @@ pub fn crc32(checkpoint: &Checkpoint, tensor: &str) -> Result<u32, CheckpointErr
         CheckpointError::NoTensor { path, tensor, count: tensors.len() }
     };
     let entry = tensors.get(tensor).ok_or_else(missing)?;
-    for range in entry.held() {
-        for start in range.clone().step_by(CHUNK) {
-            let chunk = start..range.end.min(start + CHUNK);
-            values.resize(chunk.len(), 0.0);
-            checkpoint.region(tensor, &entry.shape, chunk, &mut values)?;
-            crc.update(bytemuck::cast_slice(&values));
-        }
+    for chunk in chunks(&entry.held()) {
+        checkpoint.ranges(tensor, &entry.shape, &chunk, &mut values)?;
+        crc.update(bytemuck::cast_slice(&values));
     }
     Ok(crc.finalize())
 }

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::disk::paced::{Limit, Paced, SystemClock};
+use crate::disk::paced::{Limit, SystemClock, paced};
 use crate::disk::{self, Disk};
 use crate::error::CheckpointError;
 
@@ -97,7 +97,7 @@ impl Writer {
         let ranges = part::buffer_ranges(&pieces, &folder)?;
         disk::ensure_folder(&*disk, &folder)?;
         let limit = Arc::new(Limit::default());
-        let disk = Arc::new(Paced::new(disk, Arc::clone(&limit), Arc::new(SystemClock::default())));
+        let disk = Arc::new(paced(disk, Arc::clone(&limit), Arc::new(SystemClock::default())));
         let packed = AtomicBool::new(false);
         let target =
             Target { disk, folder, pieces, ranges, role, retention, packed, abandoned: AtomicBool::new(false) };

@@ -1,9 +1,11 @@
 //! Checkpoints while training goes on: what happens when the disk is slow, full, or the process is killed, and which ones
 //! stay.
 //!
-//! - `killed`: SIGKILL in the middle of saves.
+//! - `killed`: SIGKILL in the middle of saves. `ranks`: the same of two ranks, whose disks are full, or whose newest checkpoint
+//!   is damaged.
 
 mod killed;
+mod ranks;
 
 use std::collections::BTreeSet;
 use std::process::{Command, Stdio};

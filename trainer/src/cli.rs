@@ -2,10 +2,12 @@
 //!
 //! - `checkpoints`: the commands on checkpoints that are there.
 //! - `models`: the commands on models that are there.
+//! - `plan`: what a recipe would take.
 //! - `secret`: what keeps strangers out of a run.
 
 mod checkpoints;
 mod models;
+mod plan;
 mod secret;
 
 use std::io::{Read as _, Write as _};
@@ -44,6 +46,8 @@ struct Cli {
 enum Command {
     /// Train as a recipe says
     Train(Train),
+    /// Say what a recipe would take, without running it: memory of every rank, bytes of a step, size of a checkpoint
+    Plan(plan::Args),
     /// Host the coordinator of a run whose workers join from other machines
     Coordinator(CoordinatorArgs),
     /// Be one rank of a run
@@ -83,6 +87,10 @@ struct Train {
     /// another name
     #[arg(long)]
     resume_from_earlier: bool,
+    /// As --resume; where a machine is gone that kept what its ranks had left out of gradients, without that. Such a part of the
+    /// gradients is lost, which the run says, and does not happen by itself
+    #[arg(long)]
+    resume_without_residuals: bool,
     /// Start again from the newest checkpoint, so many times, when a rank was lost
     #[arg(long, default_value_t = 0)]
     restarts: u32,
@@ -194,6 +202,7 @@ pub fn main_with(tamper: Tamper) -> ExitCode {
 fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     match command {
         Command::Train(args) => train(&args, log, tamper),
+        Command::Plan(args) => plan::plan(&args),
         Command::Coordinator(args) => coordinator(&args, log),
         Command::Worker(args) => worker(args, log, tamper),
         Command::Export(args) => models::export(&args),
@@ -212,12 +221,13 @@ fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
 fn train(args: &Train, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     let ranks = ranks(|name| std::env::var(name).ok())?;
     let request = request(args, log, tamper)?;
+    let several = request.recipe.parallel.mesh().ranks() > 1;
     let world = match ranks {
         // One rank needs nobody to join it.
-        Some(ranks) if ranks.ranks > 1 || request.recipe.parallel.data > 1 => World::Ranks(ranks),
+        Some(ranks) if ranks.ranks > 1 || several => World::Ranks(ranks),
         _ => World::Local,
     };
-    if world == World::Local && request.recipe.parallel.data == 1 && args.restarts == 0 {
+    if world == World::Local && !several && args.restarts == 0 {
         return Ok(code(run::start::train(request)?.ended));
     }
     launch(request, args, world)
@@ -255,13 +265,15 @@ fn request(args: &Train, log: RunLog, tamper: Tamper) -> Result<run::Request> {
     let by_set = raw.origin("compression.codec") == Origin::Set;
     let choose_codec_anew = by_set && recipe.compression.codec == CodecChoice::Auto;
     let (trace_steps, registry, resume_from_earlier) = (args.trace.steps(), registry(), args.resume_from_earlier);
-    let resume = args.resume || resume_from_earlier;
+    let resume_without_residuals = args.resume_without_residuals;
+    let resume = args.resume || resume_from_earlier || resume_without_residuals;
     Ok(run::Request {
         raw,
         recipe,
         name,
         resume,
         resume_from_earlier,
+        resume_without_residuals,
         trace_steps,
         choose_codec_anew,
         registry,
@@ -318,6 +330,7 @@ fn worker(args: WorkerArgs, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
         name: welcome.name.clone(),
         resume: welcome.resume,
         resume_from_earlier: welcome.resume_from_earlier,
+        resume_without_residuals: welcome.resume_without_residuals,
         trace_steps: args.trace.steps(),
         choose_codec_anew: welcome.choose_codec_anew,
         registry: registry(),

@@ -8,7 +8,9 @@
 //! - [`device`]: from `[device]` to a burn device.
 //! - [`step`]: one training step; [`optimizer`]: AdamW and the schedule; [`state`]: what a step changes.
 //! - [`run`]: a run from its folder to its end.
+//! - [`tensor`]: a model over the ranks of a tensor group.
 //! - [`weights`]: weights that exist already; [`export`]: Hugging Face's format; [`generate`]: text from a model.
+//! - [`plan`]: what a recipe would take, before anything is run.
 //! - [`launch`]: the process that starts the ranks and watches over them.
 //! - [`prometheus`]: the numbers of all ranks for Prometheus.
 //! - [`tamper`]: faults for tests.
@@ -31,6 +33,7 @@ pub mod launch;
 pub mod log;
 pub mod model;
 pub mod optimizer;
+pub mod plan;
 pub mod prometheus;
 pub mod recipe;
 pub mod rng;
@@ -38,6 +41,7 @@ pub mod run;
 pub mod state;
 pub mod step;
 pub mod tamper;
+pub mod tensor;
 pub mod weights;
 
 /// The version of this build.

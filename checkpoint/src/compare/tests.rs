@@ -6,6 +6,7 @@ use serde_json::json;
 use super::*;
 use crate::RealDisk;
 use crate::layout;
+use crate::reader::CHUNK;
 use crate::writer::{Attachment, Member, Outcome, PieceSpec, Retention, TensorSpec, Writer};
 
 const KEEP_ALL: Retention = Retention::last(0);
@@ -47,7 +48,7 @@ fn cut(values: &[f32; 12], cuts: &[usize], held: &[usize]) -> Saved {
     let mut lead = None;
     for (rank, bound) in bounds.windows(2).enumerate() {
         let range = bound[0]..bound[1];
-        let piece = PieceSpec { tensor: "w".into(), shape: vec![3, 4], range: range.clone() };
+        let piece = PieceSpec::interval("w", &[3, 4], range.clone());
         let member = Member { rank, lead: rank == 0 };
 
         let mut writer = Writer::member(Arc::new(RealDisk), root.path().into(), vec![piece], member, KEEP_ALL).unwrap();

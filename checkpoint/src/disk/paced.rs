@@ -1,12 +1,12 @@
 //! A disk that is written to no faster than so many bytes a second.
 
 use std::fmt::Debug;
-use std::io::{self, Read};
-use std::path::Path;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::watched::{Watch, Watched};
 use super::{Disk, DiskFile};
 
 /// Time as the pace needs it: the system's, or a test's.
@@ -71,31 +71,24 @@ impl Limit {
     }
 }
 
-/// `inner`, whose files take no more bytes a second than the limit says. Time in which nothing is written is not saved up.
+/// Holds files back so that they take no more bytes a second than the limit says. Time in which nothing is written is not
+/// saved up.
 #[derive(Debug)]
-pub struct Paced {
-    inner: Arc<dyn Disk>,
+pub struct Pace {
     limit: Arc<Limit>,
     clock: Arc<dyn Clock>,
 }
 
-struct PacedFile {
-    inner: Box<dyn DiskFile>,
-    limit: Arc<Limit>,
-    clock: Arc<dyn Clock>,
+/// A disk that is held back.
+pub fn paced(inner: Arc<dyn Disk>, limit: Arc<Limit>, clock: Arc<dyn Clock>) -> Watched<Pace> {
+    Watched::new(inner, Pace { limit, clock })
 }
 
-impl Paced {
-    pub fn new(inner: Arc<dyn Disk>, limit: Arc<Limit>, clock: Arc<dyn Clock>) -> Self {
-        Self { inner, limit, clock }
-    }
-}
-
-impl DiskFile for PacedFile {
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+impl Watch for Pace {
+    fn write(&self, file: &mut dyn DiskFile, bytes: &[u8]) -> io::Result<()> {
         for piece in bytes.chunks(PIECE) {
             let begun = self.clock.now();
-            self.inner.write_all(piece)?;
+            file.write_all(piece)?;
             self.limit.written_bytes.fetch_add(piece.len() as u64, Ordering::SeqCst);
             loop {
                 // Asked each time: the limit may have been lifted meanwhile.
@@ -108,57 +101,11 @@ impl DiskFile for PacedFile {
         }
         Ok(())
     }
-
-    fn sync(&mut self) -> io::Result<()> {
-        self.inner.sync()
-    }
-}
-
-impl Disk for Paced {
-    fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        let (inner, limit, clock) = (self.inner.create(path)?, Arc::clone(&self.limit), Arc::clone(&self.clock));
-        Ok(Box::new(PacedFile { inner, limit, clock }))
-    }
-
-    fn create_dir(&self, path: &Path) -> io::Result<()> {
-        self.inner.create_dir(path)
-    }
-
-    fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        self.inner.sync_dir(path)
-    }
-
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.inner.rename(from, to)
-    }
-
-    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
-        self.inner.remove_dir_all(path)
-    }
-
-    fn remove_file(&self, path: &Path) -> io::Result<()> {
-        self.inner.remove_file(path)
-    }
-
-    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
-        self.inner.list(path)
-    }
-
-    fn open(&self, path: &Path) -> io::Result<Box<dyn Read + Send>> {
-        self.inner.open(path)
-    }
-
-    fn exists(&self, path: &Path) -> io::Result<bool> {
-        self.inner.exists(path)
-    }
-
-    fn size(&self, path: &Path) -> io::Result<u64> {
-        self.inner.size(path)
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
     use std::sync::Mutex;
 
     use super::*;
@@ -194,7 +141,7 @@ mod tests {
         let (now, lift_at) = (Mutex::new(Duration::ZERO), Duration::from_secs_f64(lift_at_s));
         let clock = Arc::new(Forged { now, limit: Arc::clone(&limit), lift_at });
         let simulated = SimulatedDisk::new();
-        let paced = Paced::new(Arc::new(simulated.clone()), limit, Arc::clone(&clock) as Arc<dyn Clock>);
+        let paced = paced(Arc::new(simulated.clone()), limit, Arc::clone(&clock) as Arc<dyn Clock>);
         let mut file = paced.create(Path::new("/file")).unwrap();
         file.write_all(&vec![1; bytes]).unwrap();
         let first = clock.now().as_secs_f64();

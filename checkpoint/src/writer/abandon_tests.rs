@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use super::member_tests::{FOLDER, commit, dumped, failure, members, names, offer, part, parts, save, simulated};
 use super::tests::check_content;
 use super::*;
-use crate::disk::hooked::{Call, Fate, Hooked};
+use crate::disk::hooked::{Call, Fate, hooked};
 use crate::{Checkpoint, SimulatedDisk};
 
 #[test]
@@ -41,7 +41,7 @@ fn abandoning_lets_the_job_at_hand_finish_and_no_other_begin() {
     let theirs = Arc::clone(&target);
     let simulated = SimulatedDisk::new();
     simulated.create_dir(Path::new(FOLDER)).unwrap();
-    let disk = Hooked::new(&simulated, move |call| {
+    let disk = hooked(&simulated, move |call| {
         while call == Call::Sync && !theirs.get().is_some_and(|target| target.abandoned.load(Ordering::SeqCst)) {
             std::thread::yield_now();
         }
@@ -69,7 +69,7 @@ fn commit_with_a_stop(disk: &SimulatedDisk, meanwhile: impl FnOnce(&mut Writer))
     let (reached, wait_reached) = sync_channel(1);
     let (go_on, wait_go_on) = sync_channel::<()>(1);
     let wait_go_on = std::sync::Mutex::new(Some(wait_go_on));
-    let hooked = Hooked::new(disk, move |call| {
+    let hooked = hooked(disk, move |call| {
         if call == Call::Rename
             && let Some(wait) = wait_go_on.lock().unwrap().take()
         {
@@ -140,7 +140,7 @@ fn the_death_of_a_members_thread_is_told_and_its_step_can_be_settled() {
         }
     }
     let (disk, shared) = simulated();
-    let deadly: Arc<dyn Disk> = Hooked::new(&disk, |call| match call {
+    let deadly: Arc<dyn Disk> = hooked(&disk, |call| match call {
         Call::Sync => std::panic::panic_any(Bomb),
         _ => Fate::Pass,
     });

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::tests::{check_content, offer, writer};
 use super::*;
-use crate::disk::hooked::{Call, Fate, Hooked};
+use crate::disk::hooked::{Call, Fate, hooked};
 use crate::{Checkpoint, SimulatedDisk, list};
 
 pub(super) const FOLDER: &str = "/checkpoints";
@@ -73,7 +73,7 @@ fn crash_everywhere(step: u64, skipped: Option<usize>, packs: bool) -> Result<us
         let disk = base();
         disk.crash_at(crash);
         let syncs = AtomicUsize::new(0);
-        let hooked = Hooked::new(&disk, move |call| match call {
+        let hooked = hooked(&disk, move |call| match call {
             Call::Sync | Call::SyncDir if Some(syncs.fetch_add(1, Ordering::SeqCst)) == skipped => Fate::Skip,
             _ => Fate::Pass,
         });
@@ -107,7 +107,7 @@ fn a_crash_after_any_left_out_sync_is_noticed() {
 fn left_out_syncs_are_noticed(packs: bool) {
     let syncs = Arc::new(AtomicUsize::new(0));
     let theirs = Arc::clone(&syncs);
-    let counting = Hooked::new(&base(), move |call| {
+    let counting = hooked(&base(), move |call| {
         if matches!(call, Call::Sync | Call::SyncDir) {
             theirs.fetch_add(1, Ordering::SeqCst);
         }

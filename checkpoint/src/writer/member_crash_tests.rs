@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::crash_tests::{FOLDER, base, check, kinds, remains};
 use super::member_tests::{offer, part, try_members};
 use super::*;
-use crate::disk::hooked::{Call, Fate, Hooked};
+use crate::disk::hooked::{Call, Fate, hooked};
 
 /// Saves `step` by two ranks, packed or not, and says whether it was reported as committed.
 fn save(disk: &Arc<dyn Disk>, step: u64, seed: f32, packs: bool) -> bool {
@@ -47,7 +47,7 @@ fn crash_everywhere(step: u64, skipped: Option<usize>, packs: bool) -> Result<us
         let disk = base();
         disk.crash_at(crash);
         let syncs = AtomicUsize::new(0);
-        let hooked: Arc<dyn Disk> = Hooked::new(&disk, move |call| match call {
+        let hooked: Arc<dyn Disk> = hooked(&disk, move |call| match call {
             Call::Sync | Call::SyncDir if Some(syncs.fetch_add(1, Ordering::SeqCst)) == skipped => Fate::Skip,
             _ => Fate::Pass,
         });
@@ -85,7 +85,7 @@ fn a_crash_while_two_ranks_replace_a_step_leaves_one_or_the_other() {
 fn a_crash_after_any_left_out_sync_of_two_ranks_is_noticed() {
     let syncs = Arc::new(AtomicUsize::new(0));
     let theirs = Arc::clone(&syncs);
-    let counting: Arc<dyn Disk> = Hooked::new(&base(), move |call| {
+    let counting: Arc<dyn Disk> = hooked(&base(), move |call| {
         if matches!(call, Call::Sync | Call::SyncDir) {
             theirs.fetch_add(1, Ordering::SeqCst);
         }

@@ -6,7 +6,7 @@ use std::sync::{Condvar, Mutex};
 use serde_json::json;
 
 use super::*;
-use crate::disk::hooked::{Call, Fate, Hooked};
+use crate::disk::hooked::{Call, Fate, hooked};
 use crate::{Checkpoint, RealDisk, SimulatedDisk, list};
 
 pub(super) fn specs() -> Vec<TensorSpec> {
@@ -156,7 +156,7 @@ fn a_third_snapshot_is_refused_while_two_are_in_flight() {
     let theirs = Arc::clone(&gate);
     let simulated = SimulatedDisk::new();
     simulated.create_dir(Path::new("/c")).unwrap();
-    let disk = Hooked::new(&simulated, move |call| {
+    let disk = hooked(&simulated, move |call| {
         if call == Call::CreateDir {
             drop(theirs.1.wait_while(theirs.0.lock().unwrap(), |open| !*open).unwrap());
         }
@@ -188,7 +188,7 @@ fn dropping_the_writer_finishes_what_is_in_flight() {
 #[test]
 fn a_panic_in_the_thread_fails_its_snapshot_alone() {
     let armed = Arc::new(AtomicBool::new(true));
-    let disk = Hooked::new(&SimulatedDisk::new(), move |call| {
+    let disk = hooked(&SimulatedDisk::new(), move |call| {
         assert!(call != Call::Sync || !armed.swap(false, Ordering::SeqCst), "the disk is on fire");
         Fate::Pass
     });
@@ -211,7 +211,7 @@ impl Drop for Bomb {
 
 #[test]
 fn the_death_of_the_thread_is_told_and_nothing_hangs() {
-    let disk = Hooked::new(&SimulatedDisk::new(), |call| match call {
+    let disk = hooked(&SimulatedDisk::new(), |call| match call {
         Call::Sync => std::panic::panic_any(Bomb),
         Call::CreateDir | Call::SyncDir | Call::Rename => Fate::Pass,
     });

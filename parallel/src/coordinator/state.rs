@@ -38,6 +38,8 @@ pub struct Options {
     pub resume: bool,
     /// Whether an earlier one will do, where the newest is damaged.
     pub resume_from_earlier: bool,
+    /// Whether to go on without what ranks had left out of gradients, where nobody has that any more.
+    pub resume_without_residuals: bool,
     /// How often the run was started again after it had lost a peer.
     pub restart: u32,
     /// Whether a codec that the run chose before is to be chosen anew.
@@ -274,6 +276,7 @@ impl State {
                     name: self.options.name.clone(),
                     resume: self.options.resume,
                     resume_from_earlier: self.options.resume_from_earlier,
+                    resume_without_residuals: self.options.resume_without_residuals,
                     peer_timeout_s: self.options.peer_timeout.as_secs_f64(),
                     restart: self.options.restart,
                     host: self.options.host.clone(),

@@ -34,6 +34,7 @@ fn coordinator_with(ranks: usize, security: Security) -> Coordinator {
         name: "run".into(),
         resume: false,
         resume_from_earlier: false,
+        resume_without_residuals: false,
         restart: 0,
         choose_codec_anew: false,
         metrics_address: None,

@@ -9,11 +9,13 @@
 //!
 //! - `work`: what the thread does, one event after the other; `burst`: how it measures the rate of a link.
 //! - `replies`: what the thread has said, at the other end.
+//! - `members`: which ranks of the run sum together, where not all of them do.
 //!
 //! A rank can be ahead of another by one step at the most, because every step ends with the votes of all: what comes for
 //! the next step is kept until it begins. So everything that waits here is bounded by what a step sends.
 
 mod burst;
+mod members;
 pub mod packing;
 mod replies;
 mod work;
@@ -26,6 +28,7 @@ use std::time::Instant;
 
 use thiserror::Error;
 
+pub use self::members::Members;
 use self::packing::Packing;
 use self::replies::Replies;
 use super::exchange::{Exchange, ExchangeError, Group, Verdict};
@@ -143,6 +146,7 @@ pub struct Engine {
     transport: Arc<dyn Transport>,
     handed: Arc<AtomicU64>,
     progress: Arc<Progress>,
+    members: Members,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -194,7 +198,24 @@ impl Engine {
         inbox: Inbox,
         progress: Arc<Progress>,
     ) -> std::io::Result<Self> {
-        let (mut engine, work, incoming) = Self::idle(exchange, transport, inbox, progress);
+        let members = Members::all(exchange.group());
+        Self::start_among((exchange, members), transport, inbox, progress)
+    }
+
+    /// As [`start`](Self::start), where some ranks of the run sum together and all of them vote.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    ///
+    /// # Panics
+    /// When the members are not those of the exchange.
+    pub fn start_among(
+        (exchange, members): (Exchange, Members),
+        transport: Arc<dyn Transport>,
+        inbox: Inbox,
+        progress: Arc<Progress>,
+    ) -> std::io::Result<Self> {
+        let (mut engine, work, incoming) = Self::idle((exchange, members), transport, inbox, progress);
         let thread = std::thread::Builder::new().name("gradients".into()).spawn(move || work.run(&incoming))?;
         engine.thread = Some(thread);
         Ok(engine)
@@ -202,11 +223,12 @@ impl Engine {
 
     /// An engine, what its thread is to do, and where that hears of it.
     fn idle(
-        exchange: Exchange,
+        (exchange, members): (Exchange, Members),
         transport: Arc<dyn Transport>,
         inbox: Inbox,
         progress: Arc<Progress>,
     ) -> (Self, work::Work, Receiver<Event>) {
+        assert!(members.fit(exchange.group()), "{members:?} and {:?}", exchange.group());
         let Inbox { events, incoming, trace } = inbox;
         let exchange = Arc::new(Mutex::new(exchange));
         let handed = Arc::new(AtomicU64::new(0));
@@ -216,12 +238,13 @@ impl Engine {
             transport: transport.clone(),
             progress: progress.clone(),
             handed: handed.clone(),
+            members: members.clone(),
             trace,
         };
         let work = work::Work::new(shared, answer);
         let tensors = exchange.lock().unwrap_or_else(PoisonError::into_inner).plan().parameters().len();
         let replies = Mutex::new(Replies::new(replies, tensors));
-        (Self { events, replies, exchange, transport, handed, progress, thread: None }, work, incoming)
+        (Self { events, replies, exchange, transport, handed, progress, members, thread: None }, work, incoming)
     }
 
     /// Starts a step. The one before it is [settled](Self::settled).
@@ -318,7 +341,13 @@ impl Engine {
         self.handed.load(Ordering::SeqCst)
     }
 
-    /// Who this rank is.
+    /// Which ranks sum together, of all that vote.
+    #[must_use]
+    pub const fn members(&self) -> &Members {
+        &self.members
+    }
+
+    /// Who this rank is among those that sum together.
     pub fn group(&self) -> Group {
         self.exchange().group()
     }

@@ -181,14 +181,14 @@ impl Exchange {
         assert!(group.rank < group.ranks && (1..=CHUNK_BLOCKS_MAX).contains(&group.chunk_blocks), "{group:?}");
         assert!(group.members > 0 && group.ranks.is_multiple_of(group.members) && group.window > 0, "{group:?}");
         let nodes = group.nodes();
-        let tensors = plan.parameters().iter().map(|parameter| {
-            let elements = parameter.elements();
+        let tensors = plan.parts().iter().map(|part| {
+            let elements = part.region.len();
             let chunks = |owner| chunks(shard(elements, owner, group.ranks), group.chunk_blocks).count();
             // A rank without mates waits for none.
             let places = if nodes.members > 1 { nodes.members } else { 0 };
             let inner = Inner { parts: vec![None; places], summed: false };
             Tensor {
-                codec: codec_of(parameter, codec),
+                codec: codec_of(&part.whole, codec),
                 inner: (0..nodes.count()).map(|node| vec![inner.clone(); chunks(nodes.peer(node))]).collect(),
                 owner: Vec::new(),
                 reduced: Vec::new(),
@@ -295,8 +295,8 @@ impl Exchange {
         // Inside a node everything travels as it is.
         let codec = if self.group.members > 1 && self.group.nodes().count() == 1 { Codec::Fp32 } else { self.codec };
         self.buckets.iter_mut().for_each(|bucket| bucket.given = None);
-        for (tensor, parameter) in self.tensors.iter_mut().zip(self.plan.parameters()) {
-            tensor.codec = if flushes { Codec::Fp32 } else { codec_of(parameter, codec) };
+        for (tensor, part) in self.tensors.iter_mut().zip(self.plan.parts()) {
+            tensor.codec = if flushes { Codec::Fp32 } else { codec_of(&part.whole, codec) };
             tensor.parts.iter_mut().flatten().for_each(|part| *part = None);
             for inner in tensor.inner.iter_mut().flatten() {
                 inner.parts.fill(None);
@@ -427,8 +427,8 @@ impl Exchange {
         std::mem::take(&mut self.completed)
     }
 
-    /// What the sums that this rank owns add to the squared norm; of all ranks together it is the gradient's. It is whole
-    /// once the sums are [reduced](Self::is_reduced).
+    /// What the sums that this rank owns add to the squared norm; of all ranks together it is the gradient's. A part that
+    /// others hold too is counted by one of them. It is whole once the sums are [reduced](Self::is_reduced).
     #[must_use]
     pub const fn norm(&self) -> SquaredNorm {
         self.norm
@@ -440,7 +440,7 @@ impl Exchange {
         Vote { step: self.step, finite: self.finite }
     }
 
-    /// Decides the step as all ranks' votes say, and gives back buffers for the next gradients, one a bucket. They may be
+    /// Decides the step as the votes of all ranks of the run say, which may be more than those of the group, and gives back buffers for the next gradients, one a bucket. They may be
     /// empty, and hold whatever they hold. Every rank has reduced what it owns by then, so that nobody needs a gradient any
     /// more; sums may still be on their way, in either direction.
     ///
@@ -448,7 +448,7 @@ impl Exchange {
     /// When something of this rank is not reduced or encoded, or the votes are not one of each rank for this step.
     pub fn close(&mut self, votes: &[Vote]) -> (Verdict, Vec<Vec<f32>>) {
         assert!(self.is_reduced(), "{} chunks are not reduced, {} not encoded", self.own_missing, self.unsent);
-        assert!(votes.len() == self.group.ranks && votes.iter().all(|vote| vote.step == self.step), "{votes:?}");
+        assert!(votes.len() >= self.group.ranks && votes.iter().all(|vote| vote.step == self.step), "{votes:?}");
         self.decided = true;
         let verdict = if votes.iter().all(|vote| vote.finite) { Verdict::Commit } else { Verdict::Skip };
         if verdict == Verdict::Commit {

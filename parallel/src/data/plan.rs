@@ -4,10 +4,14 @@
 //! is the reverse of the order in which the model declares its parameters. The plan depends on names and shapes alone,
 //! so that every rank makes the same one without talking, and a parameter that gets no gradient in some step (an expert
 //! that saw no token) still has its place.
+//!
+//! Where several ranks hold one model together, each has a plan of its own [parts](Part).
 
 use std::ops::Range;
 
 use compression::region::{RegionError, elements};
+
+use super::part::Part;
 
 /// A parameter as the rest of the house knows it: by logical name and shape. burn's `ParamId` is random per process and
 /// never leaves the trainer.
@@ -49,6 +53,7 @@ pub struct Bucket {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     parameters: Vec<Parameter>,
+    parts: Vec<Part>,
     slots: Vec<Slot>,
     buckets: Vec<Bucket>,
 }
@@ -60,6 +65,16 @@ impl Plan {
     /// # Errors
     /// A shape whose number of elements does not fit the address space.
     pub fn new(parameters: Vec<Parameter>, bucket_bytes_max: usize) -> Result<Self, RegionError> {
+        let parts = parameters.into_iter().map(Part::whole).collect::<Result<Vec<_>, _>>()?;
+        Self::of_parts(parts, bucket_bytes_max)
+    }
+
+    /// As [`new`](Self::new), of what this rank holds of each parameter.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn of_parts(parts: Vec<Part>, bucket_bytes_max: usize) -> Result<Self, RegionError> {
+        let parameters: Vec<Parameter> = parts.iter().map(Part::parameter).collect();
         let bucket_elements_max = (bucket_bytes_max / size_of::<f32>()).max(1);
         let mut slots = vec![Slot { bucket: 0, range: 0..0 }; parameters.len()];
         let mut buckets: Vec<Bucket> = Vec::new();
@@ -75,13 +90,20 @@ impl Plan {
             bucket.parameters.push(index);
             bucket.elements += count;
         }
-        Ok(Self { parameters, slots, buckets })
+        Ok(Self { parameters, parts, slots, buckets })
     }
 
-    /// The parameters in the order of the forward pass, which is the logical order of every sum over parameters.
+    /// The parameters in the order of the forward pass, which is the logical order of every sum over parameters. Where this
+    /// rank holds a part of one, it has that part's shape.
     #[must_use]
     pub fn parameters(&self) -> &[Parameter] {
         &self.parameters
+    }
+
+    /// What this rank holds of each parameter.
+    #[must_use]
+    pub fn parts(&self) -> &[Part] {
+        &self.parts
     }
 
     /// Where the gradient of parameter `index` lies.

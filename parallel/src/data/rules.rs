@@ -4,6 +4,7 @@
 use compression::Codec;
 use compression::cost::{Elements, int8_at_least};
 
+use super::part::Part;
 use super::plan::Parameter;
 
 /// Tensors of fewer elements travel as `fp32`: they are a small part of the bytes and sensitive.
@@ -50,17 +51,17 @@ pub fn may_be_lossy(parameter: &Parameter) -> bool {
     rule(parameter) != Rule::Fp32
 }
 
-/// How many elements of these parameters travel under which rule.
+/// How many elements of these parts travel under which rule.
 #[must_use]
-pub fn count<'a>(parameters: impl IntoIterator<Item = &'a Parameter>) -> Elements {
+pub fn count<'a>(parts: impl IntoIterator<Item = &'a Part>) -> Elements {
     let mut elements = Elements::default();
-    for parameter in parameters {
-        let count = match rule(parameter) {
+    for part in parts {
+        let count = match rule(&part.whole) {
             Rule::Any => &mut elements.any,
             Rule::Int8AtLeast => &mut elements.int8_at_least,
             Rule::Fp32 => &mut elements.fp32,
         };
-        *count += parameter.elements() as u64;
+        *count += part.region.len() as u64;
     }
     elements
 }
@@ -100,6 +101,10 @@ mod tests {
     fn every_element_is_counted_under_its_rule() {
         let parameters =
             [parameter("lm_head.weight", &[300, 256]), parameter("up", &[256, 512]), parameter("norm", &[256])];
-        assert_eq!(count(&parameters), Elements { any: 256 * 512, int8_at_least: 300 * 256, fp32: 256 });
+        let parts = parameters.map(|parameter| Part::whole(parameter).expect("small"));
+        assert_eq!(count(&parts), Elements { any: 256 * 512, int8_at_least: 300 * 256, fp32: 256 });
+        // A slice goes the way of its tensor, however small it is.
+        let slice = Part::slice(parameter("up", &[256, 512]), 1, 0..4).expect("inside");
+        assert_eq!(count([&slice]), Elements { any: 1024, ..Elements::default() });
     }
 }

@@ -179,6 +179,7 @@ impl World {
             name: "run".into(),
             resume: false,
             resume_from_earlier: false,
+            resume_without_residuals: false,
             restart: 0,
             choose_codec_anew: false,
             peer_timeout: PEER_TIMEOUT,

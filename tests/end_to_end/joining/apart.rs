@@ -101,6 +101,39 @@ fn what_a_machine_had_that_is_gone_is_named_with_its_host_and_nothing_starts() {
     assert_eq!(place.names("runs/one/a/checkpoints"), before);
     // The control: with the machine that has it.
     all_ok(gather(&place, &["one", "three", "two"], 9, "", &["--resume"]));
+    let lost = place.events("one/a").into_iter().filter(|event| event["event"] == "residuals_lost");
+    assert_eq!(lost.count(), 0);
+}
+
+#[test]
+fn what_a_machine_had_that_is_gone_for_ever_is_given_up_when_that_is_said_and_in_no_other_way() {
+    let place = Place::with(RANKS);
+    all_ok(gather(&place, &["one", "two"], 5, "", &[]));
+    std::fs::remove_dir_all(place.path("runs/two")).expect("a folder");
+    let copy =
+        std::process::Command::new("cp").args(["-r", "runs/one", "runs/four"]).current_dir(place.path("")).status();
+    assert!(copy.expect("cp").success());
+    for ran in gather(&place, &["one", "one", "one"], 9, "", &["--resume"]) {
+        ran.failed(2, &["what rank 1 wrote on host", "--resume-without-residuals goes on without it"]);
+    }
+    // Three ranks of one machine, where two of two machines were; and one alone.
+    let rans = gather(&place, &["one", "one", "one"], 9, "", &["--resume-without-residuals"]);
+    let said = "LOST: what rank 1 on host";
+    assert!(rans.iter().any(|ran| ran.stderr.contains(said)), "{}", rans[0].stderr);
+    all_ok(rans);
+    let alone = until(1, 9);
+    let alone =
+        alone.iter().map(String::as_str).chain(["--resume-without-residuals", "--set", "metrics.runs_dir=runs/four"]);
+    let ran = place.train("a", &alone.collect::<Vec<_>>()).ok();
+    assert!(ran.stderr.contains(said), "{}", ran.stderr);
+    for run in ["one/a", "four/a"] {
+        let events = place.events(run);
+        let lost: Vec<_> = events.iter().filter(|event| event["event"] == "residuals_lost").collect();
+        assert!(lost.len() == 1 && lost[0]["ranks"] == serde_json::json!([1]) && lost[0]["step"] == 5, "{lost:?}");
+        assert_eq!(place.summary(run)["step"], 9);
+    }
+    // From then on nothing is missing: a plain resume goes on.
+    all_ok(gather(&place, &["one", "one", "one"], 12, "", &["--resume"]));
 }
 
 /// The checkpoints that both machines have, the newest first: when a disk is slow, some steps are left out.

@@ -17,13 +17,13 @@ const KILLS_OF_A_RUN: usize = 4;
 const ONE_IN: usize = 2;
 
 /// Somebody else's work: a core that computes, and a disk that syncs.
-struct Load {
+pub struct Load {
     over: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Load {
-    fn begin(place: &Place) -> Self {
+    pub fn begin(place: &Place) -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let (computing, syncing, file) = (Arc::clone(&over), Arc::clone(&over), place.path("somebody-elses"));
         let compute = move || {
@@ -48,7 +48,7 @@ impl Drop for Load {
     }
 }
 
-fn half_written(place: &Place) -> bool {
+pub fn half_written(place: &Place) -> bool {
     let names = place.names("runs/a/checkpoints");
     names.iter().any(|name| name.ends_with(".partial") || name.ends_with(".replaced"))
 }
@@ -92,8 +92,14 @@ fn run(seed: u64, kills: usize) -> (usize, usize) {
 /// `TRIBUTARY_KILLS=200 cargo test --workspace --test end_to_end saving::killed -- --nocapture`
 #[test]
 fn twenty_kills_in_saves_or_as_many_as_are_wanted_end_at_the_same_parameters() {
+    as_many_as_are_wanted(20, run);
+}
+
+/// Has runs killed until there were `TRIBUTARY_KILLS` kills, or so many. `run` is given its seed and the most kills of it, and
+/// returns how many there were, and how many of them left a checkpoint half-written.
+pub fn as_many_as_are_wanted(unless_written: usize, run: impl Fn(u64, usize) -> (usize, usize)) {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<usize>().expect("a number"));
-    let (wanted, first) = (number("TRIBUTARY_KILLS").unwrap_or(20), number("TRIBUTARY_SEED").unwrap_or(1));
+    let (wanted, first) = (number("TRIBUTARY_KILLS").unwrap_or(unless_written), number("TRIBUTARY_SEED").unwrap_or(1));
     let (mut killed, mut hit) = (0, 0);
     for seed in first..first + 2 * wanted {
         if killed >= wanted {

@@ -8,7 +8,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::error::{Error, Result};
@@ -48,7 +48,7 @@ pub struct Children(Arc<Mutex<Vec<Running>>>);
 #[derive(Debug)]
 struct Running {
     child: Child,
-    /// Since when it is stopped (SIGSTOP), as far as the system tells.
+    /// Since when it is stopped (SIGSTOP).
     stopped: Option<Instant>,
 }
 
@@ -107,9 +107,10 @@ impl Children {
                 false
             }
             _ => {
-                match is_stopped(running.child.id()) {
-                    true => _ = running.stopped.get_or_insert_with(Instant::now),
-                    false => running.stopped = None,
+                match stopped_or_continued(&running.child) {
+                    Some(true) => _ = running.stopped.get_or_insert_with(Instant::now),
+                    Some(false) => running.stopped = None,
+                    None => {}
                 }
                 true
             }
@@ -180,11 +181,12 @@ fn signal_name(signal: i32) -> String {
     signal_hook::low_level::signal_name(signal).map_or_else(|| format!("signal {signal}"), str::to_owned)
 }
 
-/// Whether the system has stopped the process, where it tells.
-fn is_stopped(pid: u32) -> bool {
-    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    // The state follows the name, which is in parentheses and may hold any character.
-    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+/// Whether the child was stopped, or went on, since this was asked last; of several such changes the last. A system call
+/// each, as this is asked fifty times a second on a core that the model may be using; its end is for others to see.
+fn stopped_or_continued(child: &Child) -> Option<bool> {
+    let changes = WaitIdOptions::STOPPED | WaitIdOptions::CONTINUED | WaitIdOptions::NOHANG;
+    let ask = || waitid(WaitId::Pid(Pid::from_child(child)), changes).ok().flatten();
+    std::iter::from_fn(ask).last().map(|change| change.stopped())
 }
 
 /// Keeps this thread, and what it starts, to one part of the cores that it has.

@@ -52,7 +52,7 @@ fn export(run: &Run, folder: &Folder) -> Result<()> {
     }
     let export = Export {
         config: &run.config,
-        weights: &run.state.weights,
+        weights: run.whole_weights(),
         tokenizer: &run.data.tokenizer.json(),
         end_of_text: run.data.tokenizer.end_of_text_name(),
         end_of_text_id: run.data.tokenizer.end_of_text(),
@@ -100,7 +100,7 @@ fn report(run: &Run, folder: &Folder, summary: &Summary, held_out: Option<(f64, 
 
 fn sample(run: &Run, prompt: &str) -> Result<String> {
     let keys = &run.recipe.export;
-    let model = plain_model(&run.config, &run.device, &run.state.weights);
+    let model = plain_model(&run.config, &run.device, run.whole_weights());
     let sampling = Sampling { temperature: keys.temperature, top_p: 0.95, seed: run.recipe.train.seed };
     let longest = run.config.max_position_embeddings;
     let ids = prompt_tokens(&run.data.tokenizer, "export.prompt", prompt, longest)?;

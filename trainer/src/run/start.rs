@@ -2,10 +2,12 @@
 //!
 //! - `newest`: the checkpoint to go on from; `bring`: where it is in a store alone.
 //! - `rank`: what is different for one rank of several; `restart`: what a checkpoint of other ranks had left out;
-//!   `share`: its part of what all write and send. `books`: what is written for people.
+//!   `share`: its part of what all write and send; `exchange`: how its gradients are summed. `books`: what is written for
+//!   people.
 
 mod books;
 mod bring;
+mod exchange;
 mod newest;
 pub mod rank;
 mod restart;
@@ -22,7 +24,8 @@ use checkpoint::reader::{self, Checkpoint};
 use checkpoint::store::{Seat, Uploader};
 use checkpoint::writer::{Retention, Writer};
 use parallel::coordinator::state::RankNumbers;
-use parallel::data::Plan;
+use parallel::data::{Part, Plan};
+use parallel::mesh;
 use parallel::progress::Progress;
 
 use super::codec::Codecs;
@@ -45,11 +48,12 @@ use crate::recipe::resolved::TokenizerSource;
 use crate::state::mesh::Mesh;
 use crate::state::{self, State};
 use crate::step::Stepper;
+use crate::tensor::parts::parts;
 use crate::weights::Weights;
 
 use books::Books;
 pub use bring::bring;
-use newest::Newest;
+use newest::{Loaded, Newest};
 pub use rank::train_rank;
 use restart::Restart;
 
@@ -75,25 +79,25 @@ pub fn train(request: Request) -> Result<Left> {
     }
     make_runs(&runs)?;
     let port = Port::open(request.recipe.metrics.prometheus_port)?;
-    let Newest { checkpoint: newest, set_aside } = match &existing {
-        Some((folder, _)) => newest::newest(folder, request.resume_from_earlier)?,
+    let Newest { checkpoint: newest, loaded, set_aside } = match &existing {
+        Some((folder, _)) => newest::newest(folder, request.resume_from_earlier, 1)?,
         None => Newest::default(),
     };
     let ready = prepare(&request, newest.as_ref())?;
-    let begun = ready.begin(&request, newest.as_ref())?;
+    let begun = ready.begin(&request, (newest.as_ref(), loaded), &parts(&ready.config, 0, 1)?)?;
     let resumed = existing.is_some();
     let (folder, changed) = match existing {
         Some(existing) => existing,
         None => (Folder::create(&runs, &request.name)?, Vec::new()),
     };
-    let mesh = Mesh { data: 1, group: 1, hosts: vec![host()] };
+    let mesh = Mesh { data: 1, tensor: 1, group: 1, hosts: vec![host()] };
     let open = || {
         folder.keep_recipe(&request.raw)?;
         request.log.open(&folder.file("logs/rank-0.log"))?;
         let stepper = Stepper::new(&ready.config, &ready.device, request.recipe.parallel.bucket_bytes_max)?;
         request.tamper.prepare(&stepper);
         let restart = Restart { request: &request, mesh: &mesh, rank: 0, others: None };
-        let (owed, recut) = restart.owed(newest.as_ref(), stepper.plan())?;
+        let (owed, regained) = restart.owed(newest.as_ref(), stepper.plan())?;
         let owes = owed.has_place();
         stepper.stream().owe(owed);
         let tracing = begin_trace(&request, folder.path(), 0, stepper.plan(), begun.state.step)?;
@@ -107,7 +111,7 @@ pub fn train(request: Request) -> Result<Left> {
         let uploader = upload::start(&request, folder.checkpoints(), Seat::Shared)?;
         let mut books = Books::open(&request, &folder, resumed.then_some(begun.state.step), &changed)?;
         books.set_aside(&set_aside);
-        books.recut(recut.as_ref(), begun.state.step);
+        books.regained(&regained, begun.state.step);
         Ok((stepper, (writer, uploader), books, tracing))
     };
     let (stepper, (writer, uploader), mut books, tracing) = match open() {
@@ -163,7 +167,7 @@ fn work(run: &mut Run, folder: Option<&Folder>) -> Result<Left> {
         }
     }
     let ended = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    let parameter_hash = run.state.parameter_hash(&run.config).to_hex().to_string();
+    let parameter_hash = run.parameter_hash().expect("a run that ends in good order has put its parts together");
     Ok(Left { ended, step: run.state.step, parameter_hash })
 }
 
@@ -270,16 +274,29 @@ fn peek(request: &Request) -> Result<Option<Checkpoint>> {
 }
 
 impl Ready {
-    fn begin(&self, request: &Request, newest: Option<&Checkpoint>) -> Result<Begun> {
+    /// Where a rank that holds these parts starts. `loaded` is what `newest` holds, where it was read before.
+    fn begin(
+        &self,
+        request: &Request,
+        (newest, loaded): (Option<&Checkpoint>, Option<Loaded>),
+        parts: &[Part],
+    ) -> Result<Begun> {
         not_behind(request, newest)?;
         let (state, tokens, last_loss) = match (newest, &self.from) {
             (Some(newest), _) => {
                 same_text(&request.name, newest, &self.data)?;
-                let (state, meta) = State::load(newest, &self.config)?;
+                let whole = parts.iter().all(Part::is_whole);
+                let (state, meta) = match loaded.filter(|loaded| whole && loaded.is_of(newest, &self.config)) {
+                    Some(Loaded { state, meta, .. }) => (state, meta),
+                    None => {
+                        let meta = state::meta(newest)?;
+                        (State::load(newest, (&meta, parts), Checkpoint::load)?, meta)
+                    }
+                };
                 (state, meta.tokens, meta.loss)
             }
-            (None, Some(from)) => (State::fresh(from.read(&self.config)?), 0, None),
-            (None, None) => (State::initial(&self.config, request.recipe.train.seed), 0, None),
+            (None, Some(from)) => (State::fresh(from.read_parts(&self.config, parts)?), 0, None),
+            (None, None) => (State::initial_parts(&self.config, parts, request.recipe.train.seed), 0, None),
         };
         Ok(Begun { state, tokens, last_loss, committed: newest.map(Checkpoint::step) })
     }
@@ -340,6 +357,7 @@ impl Parts {
             failure: None,
             first: true,
             evaluated: None,
+            merged: None,
         }
     }
 }
@@ -373,7 +391,10 @@ fn fits(recipe: &Recipe, from: &Weights) -> Result<()> {
 }
 
 /// The model's shape, compared with the weights that it starts from.
-fn shape(recipe: &Recipe, vocab_size: usize, from: Option<&Weights>) -> Result<Config> {
+///
+/// # Errors
+/// Sizes that are missing or make no model.
+pub fn shape(recipe: &Recipe, vocab_size: usize, from: Option<&Weights>) -> Result<Config> {
     let known = from.map(|from| &from.config);
     let config = Config::from_keys(&recipe.model, vocab_size, recipe.train.seq_len, known)
         .ok_or_else(|| Error::Usage("[model]: expected every size, or `model.from`".into()))?;
@@ -384,5 +405,16 @@ fn shape(recipe: &Recipe, vocab_size: usize, from: Option<&Weights>) -> Result<C
             config.max_position_embeddings, recipe.train.seq_len
         )));
     }
+    let mesh = recipe.parallel.mesh();
+    let shape = mesh::Shape {
+        heads: config.num_attention_heads,
+        key_value_heads: config.num_key_value_heads,
+        layers: config.num_hidden_layers,
+        vocabulary: config.vocab_size,
+        feed_forward: config.intermediate_size,
+        sequence: recipe.parallel.sequence.then_some(recipe.train.seq_len),
+    };
+    let fits = mesh.check(mesh.ranks(), &shape, 1);
+    fits.map_err(|faults| Error::Usage(format!("parallel.tensor = {}: {faults}", recipe.parallel.tensor)))?;
     Ok(config)
 }

@@ -79,6 +79,8 @@ pub struct Way<'a> {
     pub rank: usize,
     /// All ranks, where they do not all see one folder.
     pub others: Option<&'a SubGroup>,
+    /// Whether to go on without what nobody has any more.
+    pub without_lost: bool,
     /// Counts twice what the first sender left out: the control of a test, and of no other use.
     pub twice: bool,
 }
@@ -100,22 +102,31 @@ struct Holdings {
     has: Vec<Vec<bool>>,
 }
 
+impl Holdings {
+    /// The writers of whom nobody has everything.
+    fn lost(&self) -> Vec<usize> {
+        let writers = self.has.first().map_or(0, Vec::len);
+        (0..writers).filter(|&writer| self.has.iter().all(|row| !row[writer])).collect()
+    }
+}
+
 impl Way<'_> {
     /// Takes back what was left out: hands to `take`, for every tensor that may travel in a lossy codec, its index, this
-    /// rank's side as a sender over the whole tensor, and its side as the owner of its shard.
+    /// rank's side as a sender over the whole tensor, and its side as the owner of its shard. Returns the ranks of the
+    /// checkpoint without whose part the run goes on, because it is in no folder.
     ///
     /// # Errors
-    /// Some of it is in no folder of these ranks, or damaged; a rank is lost.
-    pub fn restore(&self, plan: &Plan, mut take: impl FnMut(usize, Vec<f32>, Vec<f32>)) -> Result<()> {
+    /// Some of it is in no folder of these ranks, and nobody said that it may be lost; it is damaged; a rank is lost.
+    pub fn restore(&self, plan: &Plan, mut take: impl FnMut(usize, Vec<f32>, Vec<f32>)) -> Result<Vec<usize>> {
         let lossy = || plan.parameters().iter().enumerate().filter(|(_, parameter)| may_be_lossy(parameter));
         let holdings = self.holdings(lossy().map(|(_, parameter)| parameter))?;
-        let same = self.before.cuts_like(self.after) && !self.folded;
+        let (same, lost) = (self.before.cuts_like(self.after) && !self.folded, holdings.lost());
         for (index, parameter) in lossy() {
             let all = parameter.elements();
             let own = shard(all, self.rank, self.after.data);
             let (mut sender, mut owner) = (vec![0.0; all], vec![0.0; own.len()]);
             let mut kept: Vec<Residual> = Vec::new();
-            for piece in self.pieces(parameter) {
+            for piece in self.pieces(parameter).into_iter().filter(|piece| !lost.contains(&piece.writer)) {
                 let wanted = |rank| self.wanted(&piece, rank, same);
                 let Some(values) = self.bring(&piece, &holdings, wanted)? else { continue };
                 let range = wanted(self.rank);
@@ -130,7 +141,7 @@ impl Way<'_> {
             }
             take(index, sender, owner);
         }
-        Ok(())
+        Ok(lost)
     }
 
     /// What all sides left out of this rank's shard, added up.
@@ -196,9 +207,10 @@ impl Way<'_> {
             None => all.copy_from_slice(&here),
         }
         let has: Vec<Vec<bool>> = all.chunks(writers).map(|row| row.iter().map(|&has| has == 1).collect()).collect();
-        match (0..writers).find(|&writer| has.iter().all(|row| !row[writer])) {
-            Some(writer) => Err(self.gone(writer, &missing(writer))),
-            None => Ok(Holdings { has }),
+        let holdings = Holdings { has };
+        match holdings.lost().first() {
+            Some(&writer) if !self.without_lost => Err(self.gone(writer, &missing(writer))),
+            _ => Ok(holdings),
         }
     }
 
@@ -225,7 +237,7 @@ impl Way<'_> {
             what: format!(
                 "its checkpoint of step {step} is of {}, and what rank {writer} wrote on host {host} is in no run folder of \
                  the ranks that are here: {what}\nstart a worker on that machine too, or copy its folder of that checkpoint \
-                 to a machine that takes part",
+                 to a machine that takes part; if it is gone for ever, --resume-without-residuals goes on without it",
                 self.before
             ),
         }

@@ -3,6 +3,7 @@
 
 use std::time::Instant;
 
+use super::Members;
 use crate::data::exchange::Group;
 use crate::note::{FILLER_BYTES, Note};
 use crate::transport::Transport;
@@ -27,9 +28,9 @@ impl Burst {
     }
 
     /// Sends this rank's burst.
-    pub(super) fn send(&self, transport: &dyn Transport) {
+    pub(super) fn send(&self, transport: &dyn Transport, members: &Members) {
         let Group { rank, ranks, epoch, .. } = self.group;
-        let next = (rank + self.distance()) % ranks;
+        let next = members.members()[(rank + self.distance()) % ranks];
         (0..NOTES).for_each(|note| transport.send(next, Note::Filler.write(epoch, note)));
     }
 
@@ -54,8 +55,8 @@ impl Burst {
     }
 
     /// What is still to come, for people.
-    pub(super) fn missing(&self) -> String {
-        format!("rank {}'s burst, of which {} of {NOTES} parts are here", self.before(), self.taken)
+    pub(super) fn missing(&self, members: &Members) -> String {
+        format!("rank {}'s burst, of which {} of {NOTES} parts are here", members.members()[self.before()], self.taken)
     }
 
     const fn before(&self) -> usize {

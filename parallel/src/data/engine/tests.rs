@@ -12,6 +12,8 @@ use crate::data::{Gradient, GradientStream, Parameter, Plan};
 use crate::note::Note;
 use crate::transport::channel::{ChannelTransport, network};
 
+mod among;
+
 const RANKS: usize = 3;
 
 fn plan() -> Arc<Plan> {

@@ -19,7 +19,8 @@ impl Engine {
         inbox: Inbox,
         progress: Arc<Progress>,
     ) -> (Self, Turns) {
-        let (engine, work, incoming) = Self::idle(exchange, transport, inbox, progress);
+        let members = Members::all(exchange.group());
+        let (engine, work, incoming) = Self::idle((exchange, members), transport, inbox, progress);
         (engine, Turns { work, incoming, waiting: VecDeque::new() })
     }
 

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use super::burst::Burst;
 use super::packing::Packing;
 use super::replies::Reply;
-use super::{EngineError, Event, Packed, Settled, Voted};
+use super::{EngineError, Event, Members, Packed, Settled, Voted};
 use crate::data::exchange::{Exchange, Group, Outgoing, Vote};
 use crate::data::nodes::Nodes;
 use crate::data::norm::SquaredNorm;
@@ -34,6 +34,7 @@ pub(super) struct Work {
     trace: Option<Arc<Trace>>,
     replies: Sender<Result<Reply, EngineError>>,
     group: Group,
+    members: Members,
     /// The step under way, or the last one.
     step: u64,
     open: bool,
@@ -64,21 +65,22 @@ pub(super) struct Shared {
     pub(super) transport: Arc<dyn Transport>,
     pub(super) progress: Arc<Progress>,
     pub(super) handed: Arc<AtomicU64>,
+    pub(super) members: Members,
     pub(super) trace: Option<Arc<Trace>>,
 }
 
 impl Work {
     pub(super) fn new(shared: Shared, replies: Sender<Result<Reply, EngineError>>) -> Self {
-        let Shared { exchange, transport, progress, handed, trace } = shared;
+        let Shared { exchange, transport, progress, handed, members, trace } = shared;
         let (group, elements) = {
             let exchange = lock(&exchange);
             (exchange.group(), exchange.plan().elements())
         };
         Self {
             early_bytes_max: 2 * size_of::<f32>() * elements + PAYLOAD_BYTES_MAX,
-            ballots: vec![None; group.ranks],
-            early_bytes: vec![0; group.ranks],
-            values: vec![VecDeque::new(); group.ranks],
+            ballots: vec![None; members.ranks()],
+            early_bytes: vec![0; members.ranks()],
+            values: vec![VecDeque::new(); members.ranks()],
             exchange,
             transport,
             progress,
@@ -86,6 +88,7 @@ impl Work {
             trace,
             replies,
             group,
+            members,
             step: 0,
             open: false,
             own: None,
@@ -151,12 +154,12 @@ impl Work {
             Event::Gather(values) => {
                 let note = Note::Values(values.clone()).write(self.group.epoch, self.round);
                 self.to_all(&note);
-                self.values[self.group.rank].push_back((self.round, values));
+                self.values[self.members.rank()].push_back((self.round, values));
                 self.gathering = true;
                 Ok(())
             }
             Event::Burst => {
-                self.burst.send(&*self.transport);
+                self.burst.send(&*self.transport, &self.members);
                 self.bursting = true;
                 Ok(())
             }
@@ -167,7 +170,9 @@ impl Work {
                 self.message(from, bytes)
             }
             Event::Incoming(Incoming::Left { to }, _) => {
-                self.encoding(None, |exchange, out| exchange.left(to, out));
+                if let Some(to) = self.members.index_of(to) {
+                    self.encoding(None, |exchange, out| exchange.left(to, out));
+                }
                 self.progress.advance();
                 Ok(())
             }
@@ -211,8 +216,13 @@ impl Work {
     fn encoding(&mut self, bucket: Option<usize>, work: impl FnOnce(&mut Exchange, &mut dyn FnMut(Outgoing))) {
         let start = Instant::now();
         let (mut bytes, mut of) = (0, bucket);
-        let (transport, handed, nodes) = (&*self.transport, &*self.handed, self.group.nodes());
-        let mut way = Way { transport, handed, packing: &mut self.packing, nodes };
+        let mut way = Way {
+            transport: &*self.transport,
+            handed: &self.handed,
+            members: &self.members,
+            packing: &mut self.packing,
+            nodes: self.group.nodes(),
+        };
         work(&mut lock(&self.exchange), &mut |out| {
             if out.phase != Phase::Gather {
                 (bytes, of) = (bytes + out.frame.len(), of.or(Some(out.bucket)));
@@ -241,7 +251,11 @@ impl Work {
             return self.keep(from, bytes);
         }
         let start = self.trace.as_ref().map(|_| Instant::now());
-        let phase = lock(&self.exchange).take(from, &bytes)?;
+        let Some(index) = self.members.index_of(from) else {
+            let what = format!("a gradient, and this rank sums its own with ranks {:?}", self.members.members());
+            return Err(EngineError::OutOfTurn { from, step, what });
+        };
+        let phase = lock(&self.exchange).take(index, &bytes).map_err(|error| error.sent_by(from))?;
         self.progress.advance();
         if let (Some(trace), Some(start)) = (&self.trace, start) {
             let name = match phase {
@@ -258,7 +272,7 @@ impl Work {
         let (note, epoch, number) =
             Note::read(&bytes).map_err(|error| EngineError::Note { from, step: self.step, error })?;
         let out_of_turn = |what: String| Err(EngineError::OutOfTurn { from, step: self.step, what });
-        if epoch != self.group.epoch || from >= self.group.ranks || from == self.group.rank {
+        if epoch != self.group.epoch || from >= self.members.ranks() || from == self.members.rank() {
             return out_of_turn(format!("a message of epoch {epoch}, expected epoch {}", self.group.epoch));
         }
         match note {
@@ -270,13 +284,17 @@ impl Work {
                 queue.push_back((number, values));
                 Ok(())
             }
-            Note::Filler => match self.burst.take(from, number, Instant::now()) {
-                Ok(()) => {
-                    self.progress.advance();
-                    Ok(())
+            Note::Filler => {
+                // Of a rank that sums with others no note is due.
+                let from = self.members.index_of(from).unwrap_or(usize::MAX);
+                match self.burst.take(from, number, Instant::now()) {
+                    Ok(()) => {
+                        self.progress.advance();
+                        Ok(())
+                    }
+                    Err(what) => out_of_turn(what),
                 }
-                Err(what) => out_of_turn(what),
-            },
+            }
             Note::Ballot(..) if !self.open || number == self.step + 1 => self.keep(from, bytes),
             Note::Ballot(ballot, norm) if number == self.step && self.ballots[from].is_none() => {
                 self.ballots[from] = Some((ballot, norm));
@@ -325,7 +343,7 @@ impl Work {
     /// Votes when everything that the vote is about is known, and decides the step when all have.
     fn vote(&mut self) -> Result<(), EngineError> {
         let Some((ballot, sent)) = self.own else { return Ok(()) };
-        let rank = self.group.rank;
+        let rank = self.members.rank();
         if !sent {
             let exchange = lock(&self.exchange);
             if !exchange.is_reduced() {
@@ -363,8 +381,13 @@ impl Work {
         let completed = exchange.take_completed();
         let is_complete = exchange.is_complete();
         if is_complete {
-            let (transport, handed, nodes) = (&*self.transport, &*self.handed, self.group.nodes());
-            let mut way = Way { transport, handed, packing: &mut self.packing, nodes };
+            let mut way = Way {
+                transport: &*self.transport,
+                handed: &self.handed,
+                members: &self.members,
+                packing: &mut self.packing,
+                nodes: self.group.nodes(),
+            };
             exchange.release(&mut |out| way.hand(out));
         }
         drop(exchange);
@@ -395,8 +418,7 @@ impl Work {
     }
 
     fn to_all(&self, message: &Bytes) {
-        let Group { rank, ranks, .. } = self.group;
-        (1..ranks).for_each(|k| self.transport.send((rank + k) % ranks, message.clone()));
+        self.members.others().for_each(|to| self.transport.send(to, message.clone()));
     }
 
     /// Writes down what this rank waits for, for the heartbeat.
@@ -415,11 +437,12 @@ impl Work {
             return Some(format!("rank {late}'s numbers"));
         }
         if self.bursting {
-            return Some(self.burst.missing());
+            return Some(self.burst.missing(&self.members));
         }
         let exchange = lock(&self.exchange);
         if let Some((rank, index)) = exchange.first_missing() {
             let plan = exchange.plan();
+            let rank = self.members.members()[rank];
             let (bucket, name) = (plan.slot(index).bucket, &plan.parameters()[index].name);
             // The training thread may be at the next step already.
             return Some(match self.voted {
@@ -436,6 +459,7 @@ impl Work {
 struct Way<'a> {
     transport: &'a dyn Transport,
     handed: &'a AtomicU64,
+    members: &'a Members,
     packing: &'a mut Option<Packing>,
     nodes: Nodes,
 }
@@ -448,7 +472,7 @@ impl Way<'_> {
             Some(packing) if crosses => packing.pack(bucket, frame, phase == Phase::Gather),
             _ => frame,
         };
-        self.transport.send(to, frame);
+        self.transport.send(self.members.members()[to], frame);
         self.handed.fetch_add(1, Ordering::SeqCst);
     }
 }

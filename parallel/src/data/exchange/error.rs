@@ -41,3 +41,13 @@ pub enum ExchangeError {
         what: String,
     },
 }
+
+impl ExchangeError {
+    /// The same, of the rank that sent it as the run counts ranks.
+    #[must_use]
+    pub(crate) fn sent_by(mut self, rank: usize) -> Self {
+        let (Self::Frame { from, .. } | Self::Payload { from, .. } | Self::Place { from, .. }) = &mut self;
+        *from = rank;
+        self
+    }
+}

@@ -49,7 +49,7 @@ impl Calibration {
     }
 
     /// All of it, for the coordinator.
-    pub(super) fn facts(self, plan: &Plan, members: usize) -> CodecFacts {
+    pub(super) fn facts(self, plan: &Plan, members: usize, ranks: usize) -> CodecFacts {
         let message = |Elements { any, int8_at_least, fp32 }| CodecElements { any, int8_at_least, fp32 };
         let last = plan.buckets().last().map_or(&[][..], |bucket| &bucket.parameters);
         CodecFacts {
@@ -58,8 +58,9 @@ impl Calibration {
             window_s: median(self.windows_s),
             speeds: self.speeds,
             members: members as u32,
-            elements: Some(message(count(plan.parameters()))),
-            last_bucket: Some(message(count(last.iter().map(|&index| &plan.parameters()[index])))),
+            ranks: ranks as u32,
+            elements: Some(message(count(plan.parts()))),
+            last_bucket: Some(message(count(last.iter().map(|&index| &plan.parts()[index])))),
         }
     }
 }
@@ -126,7 +127,7 @@ mod tests {
             calibration.step(step_s, Some(step_s / 2.0));
         }
         assert!(calibration.is_complete());
-        let facts = calibration.facts(&Plan::new(Vec::new(), 1).expect("empty"), 1);
+        let facts = calibration.facts(&Plan::new(Vec::new(), 1).expect("empty"), 1, 2);
         assert_eq!((facts.step_s, facts.window_s), (1.5, 0.75));
         assert_eq!(median(Vec::new()), 0.0);
     }

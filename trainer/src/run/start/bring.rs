@@ -100,7 +100,9 @@ fn copies(remote: &Remote, there: &[At], step: u64) -> Result<Copies> {
             files.extend(manifest.files.into_keys());
         }
     }
-    let ranks = first.and_then(|first| first.state.pointer("/mesh/data")?.as_u64()).unwrap_or(0);
+    // What an older version wrote has one axis.
+    let on = |axis: &str| first.as_ref().and_then(|first| first.state.pointer("/mesh")?.get(axis)?.as_u64());
+    let ranks = on("data").map_or(0, |data| data.saturating_mul(on("tensor").unwrap_or(1)));
     let is_there =
         |&rank: &usize| [layout::shard(rank), layout::packed_shard(rank)].iter().any(|name| files.contains(name));
     let missing = (0..ranks as usize).filter(|rank| !is_there(rank)).collect();

@@ -1,49 +1,55 @@
 //! What of a checkpoint is a rank's to write, and what of a gradient to send.
 
-use compression::{Codec, Workers};
+use compression::Codec;
+use parallel::data::Part;
 use parallel::data::plan::{Parameter, Plan};
-use parallel::data::shard::payload_bytes_sent;
+use parallel::data::shard::{payload_bytes_sent, shard};
+use parallel::mesh::{Axis, Mesh};
 
-use crate::device;
-use crate::error::{Error, Result};
-use crate::recipe::Recipe;
+use crate::error::Result;
+use crate::model::Config;
 use crate::recipe::resolved::{CodecChoice, Residuals};
 use crate::run::join::Met;
 use crate::state::residuals::Kept;
+use crate::state::share::Own;
 use crate::state::{Held, Share};
+use crate::tensor::parts::parts;
 
 /// Which part of a checkpoint this rank writes. `held` is what the checkpoint that it goes on from has.
-pub fn share(met: &Met, rank: usize, codec: CodecChoice, (residuals, held): (Residuals, Held)) -> Share {
-    let ranks = met.lead_of.len();
-    let mates: Vec<usize> = (0..ranks).filter(|&other| met.lead_of[other] == met.lead_of[rank]).collect();
-    let index = mates.iter().position(|&mate| mate == rank).unwrap_or(0);
-    // What a checkpoint kept is sent with the first step that counts; until then it has to be kept on.
-    let kept = match held.has_unsent() || (ranks > 1 && codec != CodecChoice::Fixed(Codec::Fp32)) {
-        false => Kept::Nothing,
-        // One rank has no sum to take.
-        true if residuals == Residuals::Folded && ranks > 1 => Kept::Folded,
-        true => Kept::Exact,
-    };
-    Share { rank, ranks, index, of: mates.len(), kept }
-}
-
-/// Bytes that a rank would send a step if everything travelled as f32.
-pub fn f32_bytes(plan: &Plan, share: &Share) -> u64 {
-    let elements = |parameter: &Parameter| parameter.shape.iter().product();
-    let tensors: Vec<_> = plan.parameters().iter().map(|parameter| (elements(parameter), Codec::Fp32)).collect();
-    payload_bytes_sent(&tensors, share.rank, share.ranks) as u64
-}
-
-/// The threads that encode. Beside a processor that computes, more than one would only take its cores away.
 ///
 /// # Errors
-/// The system refuses them.
-pub fn workers(recipe: &Recipe) -> Result<Workers> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = match (recipe.compression.threads, device::is_host(&recipe.device.backend)) {
-        (0, true) => 1,
-        (0, false) => cores.min(4),
-        (threads, _) => threads,
+/// A model whose parameters do not fit the address space.
+pub fn share(
+    (met, config): (&Met, &Config),
+    (axes, rank): (Mesh, usize),
+    codec: CodecChoice,
+    (residuals, held): (Residuals, Held),
+) -> Result<Share> {
+    let (ranks, replicas, slices) = (axes.ranks(), axes.size(Axis::Data), axes.size(Axis::Tensor));
+    let at = |rank: usize, axis| axes.coordinates(rank).on(axis);
+    let mates: Vec<usize> = (0..ranks).filter(|&other| met.lead_of[other] == met.lead_of[rank]).collect();
+    let all: Vec<Vec<Part>> = (0..slices).map(|slice| parts(config, slice, slices)).collect::<Result<_>>()?;
+    let of = |rank: usize| &all[at(rank, Axis::Tensor)];
+    let own = |(index, part): (usize, &Part)| {
+        let holds = |&mate: &usize| of(mate)[index].region == part.region;
+        let holders: Vec<usize> = mates.iter().copied().filter(holds).collect();
+        let place = holders.iter().position(|&holder| holder == rank).unwrap_or(0);
+        Own { part: part.clone(), range: shard(part.region.len(), place, holders.len()) }
     };
-    Workers::new(threads).map_err(|error| Error::Usage(format!("compression.threads = {threads}: {error}")))
+    let own = of(rank).iter().enumerate().map(own).collect();
+    // What a checkpoint kept is sent with the first step that counts; until then it has to be kept on.
+    let kept = match held.has_unsent() || (replicas > 1 && codec != CodecChoice::Fixed(Codec::Fp32)) {
+        false => Kept::Nothing,
+        // One replica has no sum to take.
+        true if residuals == Residuals::Folded && replicas > 1 => Kept::Folded,
+        true => Kept::Exact,
+    };
+    Ok(Share { rank, ranks, data: at(rank, Axis::Data), replicas, own, kept })
+}
+
+/// Bytes that one of so many replicas would send a step if everything travelled as f32.
+pub fn f32_bytes(plan: &Plan, rank: usize, ranks: usize) -> u64 {
+    let elements = |parameter: &Parameter| parameter.shape.iter().product();
+    let tensors: Vec<_> = plan.parameters().iter().map(|parameter| (elements(parameter), Codec::Fp32)).collect();
+    payload_bytes_sent(&tensors, rank, ranks) as u64
 }

@@ -1,0 +1,206 @@
+//! `tributary plan` says what runs take.
+
+use std::path::Path;
+use std::sync::OnceLock;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::support::{Place, Ran};
+
+/// Tokens are made once for all recipes with the same vocabulary.
+fn cache() -> &'static Path {
+    static CACHE: OnceLock<TempDir> = OnceLock::new();
+    CACHE.get_or_init(|| tempfile::tempdir().expect("a folder")).path()
+}
+
+/// One recipe of the comparison.
+struct Case {
+    name: &'static str,
+    model: &'static str,
+    vocabulary: usize,
+    train: &'static str,
+    parallel: &'static str,
+    compression: &'static str,
+}
+
+const CASES: [Case; 5] = [
+    Case {
+        name: "the quickstart's shape, two ranks",
+        model: "hidden_size = 256\nintermediate_size = 688\nnum_hidden_layers = 4\nnum_attention_heads = 4\n\
+                num_key_value_heads = 2",
+        vocabulary: 2048,
+        train: "seq_len = 256\nmicro_batch_size = 2",
+        parallel: "data = 2",
+        compression: "codec = \"int8\"",
+    },
+    Case {
+        name: "long sequences and many heads",
+        model: "hidden_size = 128\nintermediate_size = 352\nnum_hidden_layers = 2\nnum_attention_heads = 8\n\
+                num_key_value_heads = 2\ntie_word_embeddings = false",
+        vocabulary: 600,
+        train: "seq_len = 512\nmicro_batch_size = 2",
+        parallel: "",
+        compression: "",
+    },
+    Case {
+        name: "a wide feed-forward layer, two micro-batches",
+        model: "hidden_size = 256\nintermediate_size = 3000\nnum_hidden_layers = 2\nnum_attention_heads = 4",
+        vocabulary: 600,
+        train: "seq_len = 128\nmicro_batch_size = 4\nmicro_batches = 2",
+        parallel: "",
+        compression: "",
+    },
+    Case {
+        name: "the two hosts' shape with fewer layers, in a sparse codec",
+        model: "hidden_size = 512\nintermediate_size = 1376\nnum_hidden_layers = 3\nnum_attention_heads = 8\n\
+                tie_word_embeddings = false",
+        vocabulary: 2048,
+        train: "seq_len = 256\nmicro_batch_size = 2",
+        parallel: "data = 2",
+        compression: "codec = \"sparse24-int8\"\nwarmup_steps = 0",
+    },
+    Case {
+        name: "two machines of two ranks and a large vocabulary",
+        model: "hidden_size = 256\nintermediate_size = 512\nnum_hidden_layers = 1\nnum_attention_heads = 4",
+        vocabulary: 4000,
+        train: "seq_len = 64\nmicro_batch_size = 1",
+        parallel: "data = 4\ngroup = 2",
+        compression: "codec = \"int8\"",
+    },
+];
+
+impl Case {
+    fn place(&self) -> Place {
+        let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+        let texts =
+            ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/testing.md", "docs/recipe.md", "docs/benchmarks.md"];
+        let texts: Vec<String> =
+            texts.iter().map(|name| format!("{:?}", root.join(name).display().to_string())).collect();
+        let Self { model, vocabulary, train, parallel, compression, .. } = self;
+        Place::with(&format!(
+            "[model]\n{model}\n[tokenizer]\nvocab_size = {vocabulary}\n[data]\nsource = \"text\"\ntrain = [{}]\n\
+             cache_dir = {:?}\n[train]\nsteps = 6\n{train}\n[schedule]\nlearning_rate = 1e-3\n\
+             [parallel]\n{parallel}\n[compression]\n{compression}\n[checkpoint]\nevery = 0\n",
+            texts.join(", "),
+            cache().display().to_string()
+        ))
+    }
+}
+
+fn plan(place: &Place, more: &[&str]) -> Value {
+    let ran = place.run(&[&["plan", "small.toml", "--json"], more].concat()).ok();
+    serde_json::from_str(&ran.stdout).expect("JSON")
+}
+
+/// The most memory of each process that trained.
+fn measured(place: &Place) -> Vec<usize> {
+    let folder = place.path("memory");
+    std::fs::create_dir(&folder).expect("a folder");
+    let mut command = place.command(&["train", "small.toml", "--name", "a"]);
+    Ran::from(command.env("TRIBUTARY_MEMORY", &folder).output().expect("it starts")).ok();
+    let names = place.names("memory");
+    let workers = names.iter().filter(|name| name.starts_with("worker"));
+    let found: Vec<usize> = match workers.clone().count() {
+        0 => names.iter().collect::<Vec<_>>(),
+        _ => workers.collect(),
+    }
+    .into_iter()
+    .map(|name| std::fs::read_to_string(folder.join(name)).expect("readable").parse().expect("a number"))
+    .collect();
+    found
+}
+
+/// Bytes that rank 0 sent in a step: all of the run's, for metrics count what leaves at the end of a step with it or with
+/// the next, or not at all.
+fn sent(place: &Place) -> f64 {
+    let log = std::fs::read_to_string(place.path("runs/a/logs/rank-0.log")).expect("a log");
+    let line = log.lines().find(|line| line.contains("bytes at the sockets in all")).expect("it is said at the end");
+    let sent = line.split("sent=").nth(1).and_then(|rest| rest.split_whitespace().next()).expect("a number");
+    sent.parse::<f64>().expect("a number") / place.lines("a") as f64
+}
+
+fn is_near(planned: f64, measured: f64, by: f64) -> bool {
+    (planned / measured - 1.0).abs() <= by
+}
+
+#[test]
+fn memory_is_within_a_tenth_and_bytes_within_a_hundredth_of_what_runs_take() {
+    for case in CASES {
+        let (place, name) = (case.place(), case.name);
+        // The text is made ready first: tokenising it takes memory of its own, which is not planned.
+        place.train("ready", &["--set", "train.stop_at_step=1"]).ok();
+        let known = plan(&place, &[]);
+        assert_eq!(known["runnable"], true);
+        let ranks = known["ranks"].as_array().expect("ranks");
+        let measured = measured(&place);
+        assert_eq!(measured.len(), ranks.len(), "{name}");
+        let planned = known["peak_bytes"].as_f64().expect("bytes");
+        for measured in measured {
+            assert!(is_near(planned, measured as f64, 0.1), "{name}: planned {planned}, measured {measured}");
+            // The control: without activations it is not.
+            let without = planned - ranks[0]["activations_bytes"].as_f64().expect("bytes");
+            assert!(!is_near(without, measured as f64, 0.1), "{name}: {without} would do as well");
+        }
+        if ranks.len() > 1 {
+            let (planned, sent) = (ranks[0]["sent_data_bytes"].as_f64().expect("bytes"), sent(&place));
+            assert!(is_near(planned, sent, 0.01), "{name}: {planned} bytes planned, {sent} sent");
+            // The control: another codec's are not.
+            let other = plan(&place, &["--set", "compression.codec=bf16"]);
+            let other = other["ranks"][0]["sent_data_bytes"].as_f64().expect("bytes");
+            assert!(!is_near(other, sent, 0.01), "{name}: bf16's {other} bytes would do as well");
+        }
+    }
+}
+
+#[test]
+fn a_plan_touches_nothing_says_what_cannot_be_run_and_refuses_what_does_not_fit() {
+    let place = Place::new();
+    let ran = place.run(&["plan", "small.toml", "--set", "parallel.data=2"]).ok();
+    for said in
+        ["data 2 x pipeline 1 x tensor 1", "ranks 0 to 1, each: memory at the peak", "activations", "a checkpoint: "]
+    {
+        assert!(ran.stdout.contains(said), "expected {said:?} in:\n{}", ran.stdout);
+    }
+    assert!(!ran.stdout.contains("cannot run"), "{}", ran.stdout);
+    let whole = plan(&place, &[]);
+    let peak = whole["peak_bytes"].as_u64().expect("bytes");
+    place.run(&["plan", "small.toml", "--memory", &peak.to_string()]).ok();
+    place
+        .run(&["plan", "small.toml", "--memory", &(peak - 1).to_string()])
+        .failed(1, &["it does not fit: rank 0 would take", "bytes at the peak, expected at most"]);
+
+    let cut = plan(&place, &["--tensor", "2", "--pipeline", "2", "--sharded"]);
+    assert_eq!((&cut["runnable"], cut["not_runnable"].as_array().map(Vec::len)), (&false.into(), Some(3)));
+    assert_eq!(cut["bubble"].as_f64(), Some(0.5));
+    let said = place.run(&["plan", "small.toml", "--tensor", "2"]).ok().stdout;
+    assert!(said.contains("this build cannot run it: no run cuts tensors yet"), "{said}");
+    place.run(&["plan", "small.toml", "--tensor", "3", "--pipeline", "3"]).failed(
+        2,
+        &["divide the 4 query heads, found 3; 1, 2, 4 would", "divide the 2 key-value heads", "for each of 3 stages"],
+    );
+    assert_eq!(place.names(""), ["small.toml"], "nothing was made");
+}
+
+#[test]
+fn a_search_lists_meshes_and_a_step_is_predicted_from_figures_or_from_real_steps() {
+    let place = Place::new();
+    let said = place.run(&["plan", "small.toml", "--search", "2", "--flops", "1e9", "--link", "1e8"]).ok().stdout;
+    let lines: Vec<&str> = said.lines().filter(|line| line.contains(" a rank, sends ")).collect();
+    assert_eq!(lines.len(), 3, "{said}");
+    for line in lines {
+        let ending = if line.contains("data 2 x") { ": can be run" } else { ": cannot be run by this build" };
+        assert!(line.ends_with(ending) && line.contains(" s a step"), "{line}");
+    }
+    place.run(&["plan", "small.toml", "--search", "2", "--memory", "1kB"]).failed(1, &["no mesh of 2 ranks serves"]);
+    let step_s = |more: &[&str]| plan(&place, more)["time"]["step_s"].as_f64();
+    assert_eq!(step_s(&[]), None);
+    assert!(step_s(&["--calibrate", "1"]) > Some(0.0));
+    let (slow, fast) = (step_s(&["--flops", "1e9"]), step_s(&["--flops", "2e9"]));
+    assert_eq!(slow.map(|s| s / 2.0), fast);
+    place
+        .run(&["plan", "small.toml", "--link", "1e8"])
+        .failed(2, &["--link: expected --calibrate or --flops beside it"]);
+    place.run(&["plan", "small.toml", "--memory", "lots"]).failed(2, &["as 16GiB, 500MB or 1073741824"]);
+    assert_eq!(place.names(""), ["small.toml"], "nothing was made");
+}

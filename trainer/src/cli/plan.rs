@@ -1,0 +1,257 @@
+//! `tributary plan`: what a recipe would take.
+//!
+//! - `text`: what it prints for people.
+
+mod text;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::ValueEnum;
+use parallel::mesh::{Axis, Mesh};
+use parallel::pipeline::Kind;
+use serde_json::{Value, json};
+
+use super::print;
+use crate::data::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+use crate::model::Config;
+use crate::plan::search::{Found, search};
+use crate::plan::time::{self, Figures};
+use crate::plan::{Plan, Shape};
+use crate::recipe::resolved::TokenizerSource;
+use crate::recipe::{self, Recipe};
+use crate::run::start::shape;
+use crate::state::State;
+use crate::step::{Batch, Stepper, Word, untouched};
+use crate::weights::Weights;
+use crate::{device, log};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The recipe, a TOML file
+    recipe: PathBuf,
+    /// Override a key of the recipe; may be given several times
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    sets: Vec<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    /// What a rank may take, as in 16GiB; a plan that takes more is refused. This machine's memory unless given
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    memory: Option<usize>,
+    /// Also cut every layer for so many ranks, which no run can do yet
+    #[arg(long, value_name = "RANKS", default_value_t = 1)]
+    tensor: usize,
+    /// Also cut the model into so many stages, which no run can do yet
+    #[arg(long, value_name = "RANKS", default_value_t = 1)]
+    pipeline: usize,
+    /// In which order stages work
+    #[arg(long, value_enum, default_value_t = Schedule::OneForwardOneBackward)]
+    schedule: Schedule,
+    /// Pieces of each stage, for the interleaved schedule
+    #[arg(long, value_name = "PIECES", default_value_t = 1)]
+    virtual_stages: usize,
+    /// Share out the optimiser's state among replicas, which no run can do yet
+    #[arg(long)]
+    sharded: bool,
+    /// List the meshes of so many ranks for the same step, the best first
+    #[arg(long, value_name = "RANKS", conflicts_with_all = ["tensor", "pipeline", "sharded", "virtual_stages"])]
+    search: Option<usize>,
+    /// Take so many real steps of this model on this machine's device, to predict the time of a step
+    #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "3", value_parser = clap::value_parser!(u32).range(1..=1000), conflicts_with = "flops")]
+    calibrate: Option<u32>,
+    /// Floating-point operations a second that a rank does in a step, to predict its time, as in 2.5e12
+    #[arg(long, value_name = "PER_SECOND", value_parser = rate)]
+    flops: Option<f64>,
+    /// Bytes a second of a rank's link, each way, as in 125e6 for 1 Gbit/s
+    #[arg(long, value_name = "BYTES_PER_S", value_parser = rate)]
+    link: Option<f64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Schedule {
+    #[value(name = "gpipe")]
+    GPipe,
+    #[value(name = "1f1b")]
+    OneForwardOneBackward,
+    Interleaved,
+}
+
+pub(super) fn plan(args: &Args) -> Result<ExitCode> {
+    let path = args.recipe.display().to_string();
+    let text = std::fs::read_to_string(&args.recipe)
+        .map_err(|error| Error::Usage(format!("{path}: expected a recipe, a TOML file in UTF-8: {error}")))?;
+    let (_, recipe) = recipe::read(&path, &text, &args.sets)?;
+    let config = config(&recipe)?;
+    let mesh = Mesh::new(recipe.parallel.data, args.pipeline, args.tensor)
+        .map_err(|faults| Error::Usage(format!("plan: {}", faults.to_string().replace('\n', "\nplan: "))))?;
+    let kind = match args.schedule {
+        Schedule::GPipe => Kind::GPipe,
+        Schedule::OneForwardOneBackward => Kind::OneForwardOneBackward,
+        Schedule::Interleaved => Kind::Interleaved,
+    };
+    let flops_per_s = match args.calibrate {
+        Some(steps) => Some(measured(&recipe, &config, steps)?),
+        None => args.flops,
+    };
+    if flops_per_s.is_none() && args.link.is_some() {
+        return Err(Error::Usage("--link: expected --calibrate or --flops beside it".into()));
+    }
+    let figures = flops_per_s.map(|flops_per_s| Figures { flops_per_s, link_bytes_per_s: args.link });
+    // What a device other than the processor has is not known here.
+    let here = || machine_bytes().filter(|_| device::is_host(&recipe.device.backend));
+    let memory = args.memory.or_else(here);
+    if let Some(ranks) = args.search {
+        let found = search(&recipe, &config, ranks, figures.as_ref(), memory)?;
+        return tell_found(args, ranks, &found);
+    }
+    let shape = Shape { mesh, schedule: kind, virtual_stages: args.virtual_stages, sharded: args.sharded };
+    let plan = Plan::new(&recipe, &config, shape, figures.as_ref())?;
+    print(&if args.json {
+        format!("{}\n", object(&plan, true))
+    } else {
+        text::plan(&plan, &recipe, figures.as_ref())
+    })?;
+    match memory.and_then(|memory| plan.too_large(memory)) {
+        Some(why) => {
+            log::say(&format!("error: {path}: {why}"));
+            Ok(ExitCode::FAILURE)
+        }
+        None => Ok(ExitCode::SUCCESS),
+    }
+}
+
+/// The model's shape, as a run would have it. Only a tokenizer or weights that are there already are read.
+fn config(recipe: &Recipe) -> Result<Config> {
+    let from = match &recipe.model.from {
+        Some(from) => Some(Weights::open(from, &recipe.metrics.runs_dir)?),
+        None => None,
+    };
+    let vocabulary = match (&recipe.tokenizer.source, &from) {
+        (TokenizerSource::Train { vocab_size }, _) => *vocab_size,
+        (TokenizerSource::File(path), _) => {
+            let json = std::fs::read(path).map_err(Error::io("read", path))?;
+            let end_of_text = recipe.tokenizer.end_of_text.as_deref().unwrap_or("<|endoftext|>");
+            Tokenizer::parse(json, end_of_text)?.vocab_size()
+        }
+        (TokenizerSource::From, Some(from)) => from.config.vocab_size,
+        (TokenizerSource::From, None) => return Err(Error::Usage("[model]: expected `model.from`".into())),
+    };
+    shape(recipe, vocabulary, from.as_ref())
+}
+
+/// Operations a second of real steps of one rank, on tokens without a meaning; the median step counts, the first does not.
+fn measured(recipe: &Recipe, config: &Config, steps: u32) -> Result<f64> {
+    device::set_threads(recipe.device.threads);
+    let stepper = Stepper::new(config, &device::open(&recipe.device)?, recipe.parallel.bucket_bytes_max)?;
+    let mut state = State::initial(config, 1);
+    let (rows, vocabulary) = (recipe.train.micro_batch_size, config.vocab_size);
+    let tokens = rows * recipe.train.seq_len;
+    let ids = |shift: usize| (0..tokens).map(|i| ((i + shift) * 2_654_435_761 % vocabulary) as i32).collect();
+    let batch = [Batch { inputs: ids(0), targets: ids(1), rows }];
+    let mut alone = recipe.clone();
+    alone.parallel.micro_batches = vec![1];
+    let mut seconds = Vec::new();
+    for step in 0..=steps {
+        let start = Instant::now();
+        stepper.step(&mut state, &alone, &batch, Word::default(), untouched)?;
+        if step > 0 {
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+    }
+    seconds.sort_by(f64::total_cmp);
+    Ok(time::flops(config, recipe.train.seq_len) * tokens as f64 / seconds[seconds.len() / 2])
+}
+
+fn tell_found(args: &Args, ranks: usize, found: &Found) -> Result<ExitCode> {
+    if args.json {
+        let plans: Vec<Value> = found.plans.iter().map(|plan| object(plan, false)).collect();
+        let (too_large, impossible) = (found.too_large, found.impossible);
+        let all = json!({ "ranks": ranks, "meshes": plans, "too_large": too_large, "impossible": impossible });
+        print(&format!("{all}\n"))?;
+    } else {
+        print(&text::found(ranks, found))?;
+    }
+    if found.plans.is_empty() {
+        let Found { too_large, impossible, .. } = found;
+        log::say(&format!(
+            "error: --search: no mesh of {ranks} ranks serves: {too_large} need more memory than there is, {impossible} do \
+             not fit the model or the batch"
+        ));
+        return Ok(ExitCode::FAILURE);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Everything, in names that stay.
+fn object(plan: &Plan, with_ranks: bool) -> Value {
+    let size = |axis| plan.mesh.size(axis);
+    let most = |of: fn(&crate::plan::RankPlan) -> usize| plan.ranks.iter().map(of).max();
+    let mut object = json!({
+        "mesh": { "data": size(Axis::Data), "pipeline": size(Axis::Pipeline), "tensor": size(Axis::Tensor) },
+        "runnable": plan.not_runnable.is_empty(),
+        "not_runnable": plan.not_runnable,
+        "parameters": plan.parameters,
+        "sequences": plan.sequences,
+        "tokens": plan.tokens,
+        "codec": plan.codec.map(|codec| codec.name()),
+        "peak_bytes": plan.peak_bytes(),
+        "sent_bytes": most(|rank| rank.sent.bytes()),
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "bubble": plan.bubble,
+        "step_flops": plan.flops,
+        "time": plan.time.map(|time| json!({
+            "compute_s": time.compute_s, "bubble_s": time.bubble_s, "tensor_s": time.tensor_s,
+            "exposed_s": time.exposed_s, "step_s": time.step_s,
+            "tokens_per_s": plan.tokens as f64 / time.step_s,
+        })),
+    });
+    if with_ranks {
+        let rank = |(rank, of): (usize, &crate::plan::RankPlan)| {
+            let (memory, sent) = (&of.memory, &of.sent);
+            json!({
+                "rank": rank,
+                "peak_bytes": memory.peak_bytes(),
+                "parameters_bytes": memory.parameters_bytes,
+                "optimizer_bytes": memory.optimizer_bytes,
+                "gradients_bytes": memory.gradients_bytes,
+                "residuals_bytes": memory.residuals_bytes,
+                "activations_bytes": memory.activations_bytes,
+                "snapshot_bytes": memory.snapshot_bytes,
+                "program_bytes": memory.program_bytes,
+                "sent_data_bytes": sent.data_bytes,
+                "sent_pipeline_bytes": sent.pipeline_bytes,
+                "sent_tensor_bytes": sent.tensor_bytes,
+            })
+        };
+        object["ranks"] = plan.ranks.iter().enumerate().map(rank).collect();
+    }
+    object
+}
+
+/// Memory of this machine, where the system tells it.
+fn machine_bytes() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.split_whitespace().next()?.parse::<usize>().ok()?.checked_mul(1024)
+}
+
+/// A number of bytes, with or without a unit.
+fn bytes(text: &str) -> std::result::Result<usize, String> {
+    let expected = || format!("expected a number of bytes, as 16GiB, 500MB or 1073741824, found {text:?}");
+    let units = [("KiB", 1u64 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)];
+    let units =
+        units.into_iter().chain([("kB", 1000), ("MB", 1_000_000), ("GB", 1_000_000_000), ("TB", 1_000_000_000_000)]);
+    let (number, unit) =
+        units.filter_map(|(name, unit)| Some((text.strip_suffix(name)?, unit))).next().unwrap_or((text, 1));
+    let number: f64 = number.trim().parse().map_err(|_| expected())?;
+    let bytes = number * unit as f64;
+    if (1.0..=1e18).contains(&bytes) { Ok(bytes as usize) } else { Err(expected()) }
+}
+
+fn rate(text: &str) -> std::result::Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate| (1.0..=1e21).contains(rate));
+    rate.ok_or_else(|| "expected a number of at least 1, as 2.5e12".into())
+}

@@ -1,0 +1,118 @@
+//! Which part of a model a rank has.
+
+use parallel::data::Parameter;
+use parallel::mesh::{Axis, Coordinates, Mesh, cut, key_value_heads};
+use parallel::pipeline::Pipeline;
+use parallel::pipeline::split::{LayerCosts, SplitError, split};
+
+use super::time;
+use crate::model::Config;
+
+/// One rank's part.
+#[derive(Clone, Debug)]
+pub struct Part {
+    /// The model.
+    pub config: Config,
+    /// All ranks.
+    pub mesh: Mesh,
+    /// The order in which its stages work.
+    pub pipeline: Pipeline,
+    /// Where this rank is.
+    pub at: Coordinates,
+    /// Layers of each of its pieces.
+    pub layers: Vec<std::ops::Range<usize>>,
+    /// Query heads of a layer.
+    pub heads: usize,
+    /// Key and value heads of a layer.
+    pub key_value_heads: usize,
+    /// Width of the feed-forward layer.
+    pub feed_forward: usize,
+    /// Tokens of the vocabulary.
+    pub vocabulary: usize,
+}
+
+impl Part {
+    /// The part of `rank`, where layers are shared out by their operations.
+    ///
+    /// # Errors
+    /// Too few layers.
+    pub fn new(config: &Config, mesh: Mesh, pipeline: Pipeline, rank: usize) -> Result<Self, SplitError> {
+        let at = mesh.coordinates(rank);
+        let costs = LayerCosts {
+            layers: vec![time::layer_flops(config, config.max_position_embeddings) as u64; config.num_hidden_layers],
+            before: 0,
+            after: time::head_flops(config) as u64,
+        };
+        let pieces = split(&costs, pipeline.pieces())?;
+        let own =
+            (0..pipeline.virtual_stages()).map(|piece| pieces[pipeline.place(at.on(Axis::Pipeline), piece)].clone());
+        let (tensor, of) = (at.on(Axis::Tensor), mesh.size(Axis::Tensor));
+        Ok(Self {
+            layers: own.collect(),
+            heads: cut(config.num_attention_heads, tensor, of).len(),
+            key_value_heads: key_value_heads(config.num_key_value_heads, tensor, of).len(),
+            feed_forward: cut(config.intermediate_size, tensor, of).len(),
+            vocabulary: cut(config.vocab_size, tensor, of).len(),
+            config: config.clone(),
+            mesh,
+            pipeline,
+            at,
+        })
+    }
+
+    /// Whether it has the first layer, and with it the embedding.
+    #[must_use]
+    pub fn is_first(&self) -> bool {
+        self.at.on(Axis::Pipeline) == 0
+    }
+
+    /// Whether it has the last layer, and with it the head and the loss.
+    #[must_use]
+    pub fn is_last(&self) -> bool {
+        self.at.on(Axis::Pipeline) + 1 == self.mesh.size(Axis::Pipeline)
+    }
+
+    /// How many layers it has.
+    #[must_use]
+    pub fn layer_count(&self) -> usize {
+        self.layers.iter().map(ExactSizeIterator::len).sum()
+    }
+
+    /// Its parameters, in the order of the forward pass. A tied table is on the first and on the last stage.
+    #[must_use]
+    pub fn parameters(&self) -> Vec<Parameter> {
+        self.config.parameters().into_iter().filter_map(|parameter| self.own(parameter)).collect()
+    }
+
+    /// What it has of a parameter of the whole model.
+    fn own(&self, Parameter { name, shape }: Parameter) -> Option<Parameter> {
+        let config = &self.config;
+        let is_there = match layer(&name) {
+            Some(layer) => self.layers.iter().any(|layers| layers.contains(&layer)),
+            None if name.starts_with("model.embed_tokens") => {
+                self.is_first() || (self.is_last() && config.tie_word_embeddings)
+            }
+            None => self.is_last(),
+        };
+        if !is_there {
+            return None;
+        }
+        let (head, rest) = (config.head_dim(), shape.get(1).copied().unwrap_or(0));
+        let kind = name.rsplit('.').nth(1).unwrap_or_default();
+        let shape = match kind {
+            "embed_tokens" | "lm_head" => vec![self.vocabulary, rest],
+            "q_proj" => vec![self.heads * head, rest],
+            "k_proj" | "v_proj" => vec![self.key_value_heads * head, rest],
+            "o_proj" => vec![shape[0], self.heads * head],
+            "gate_proj" | "up_proj" => vec![self.feed_forward, rest],
+            "down_proj" => vec![shape[0], self.feed_forward],
+            _ => shape,
+        };
+        Some(Parameter { name, shape })
+    }
+}
+
+/// The layer that a parameter is of.
+fn layer(name: &str) -> Option<usize> {
+    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
+}

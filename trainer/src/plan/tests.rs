@@ -1,0 +1,143 @@
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::search::search;
+use super::*;
+
+fn recipe(more: &str) -> Recipe {
+    let text = format!(
+        "[model]\nhidden_size = 64\nintermediate_size = 172\nnum_hidden_layers = 8\nnum_attention_heads = 8\n\
+         num_key_value_heads = 2\n[tokenizer]\nvocab_size = 1001\n[data]\nsource = 'text'\ntrain = ['none']\n\
+         [train]\nsteps = 3\nseq_len = 32\nmicro_batch_size = 2\nmicro_batches = 8\n[schedule]\nlearning_rate = 1e-3\n{more}"
+    );
+    crate::recipe::read("test", &text, &[]).expect("a recipe").1
+}
+
+fn config(recipe: &Recipe) -> Config {
+    Config::from_keys(&recipe.model, 1001, recipe.train.seq_len, None).expect("a shape")
+}
+
+fn shape(data: usize, pipeline: usize, tensor: usize) -> Shape {
+    let mesh = Mesh::new(data, pipeline, tensor).expect("a mesh");
+    Shape { mesh, schedule: Kind::OneForwardOneBackward, virtual_stages: 1, sharded: false }
+}
+
+fn plan(shape: Shape) -> Plan {
+    let recipe = recipe("");
+    Plan::new(&recipe, &config(&recipe), shape, None).expect("a plan")
+}
+
+proptest! {
+    #[test]
+    fn parts_of_a_replica_hold_every_element_once_but_for_what_is_repeated(
+        stages in 1usize..5, tensor in prop::sample::select(vec![1usize, 2, 4, 8]), tied in any::<bool>(),
+    ) {
+        let config = Config { tie_word_embeddings: tied, ..config(&recipe("")) };
+        let mesh = Mesh::new(1, stages, tensor).expect("a mesh");
+        let pipeline = Pipeline::new(Kind::OneForwardOneBackward, stages, 1, 8).expect("a pipeline");
+        let mut held = BTreeMap::new();
+        for rank in 0..mesh.ranks() {
+            for parameter in Part::new(&config, mesh, pipeline, rank).expect("a part").parameters() {
+                *held.entry(parameter.name.clone()).or_insert(0) += parameter.elements();
+            }
+        }
+        for parameter in config.parameters() {
+            let kind = parameter.name.rsplit('.').nth(1).unwrap_or_default();
+            let times = match kind {
+                _ if kind.ends_with("norm") || kind.ends_with("layernorm") => tensor,
+                "k_proj" | "v_proj" => parallel::mesh::replicas(config.num_key_value_heads, tensor),
+                "embed_tokens" if tied && stages > 1 => 2,
+                _ => 1,
+            };
+            prop_assert_eq!(held.get(&parameter.name).copied(), Some(times * parameter.elements()), "{}", parameter.name);
+        }
+    }
+}
+
+#[test]
+fn one_rank_sends_nothing_and_a_mesh_that_no_run_has_is_said_to_be_none() {
+    let one = plan(shape(1, 1, 1));
+    assert_eq!((one.ranks.len(), one.ranks[0].sent, one.codec), (1, Sent::default(), None));
+    assert!(one.not_runnable.is_empty());
+    let all = plan(Shape { sharded: true, ..shape(1, 2, 2) });
+    assert_eq!(
+        all.not_runnable,
+        ["no run cuts tensors yet", "no run has stages yet", "the sharded optimiser is not there yet"]
+    );
+    assert!(plan(shape(2, 1, 1)).not_runnable.is_empty());
+}
+
+#[test]
+fn more_ranks_take_less_memory_each_and_what_they_send_follows_the_axis() {
+    let one = plan(shape(1, 1, 1)).peak_bytes();
+    let tensor = plan(shape(1, 1, 2));
+    let stages = plan(shape(1, 2, 1));
+    assert!(tensor.peak_bytes() < one && stages.peak_bytes() < one);
+    let sent = tensor.ranks[0].sent;
+    assert!(sent.tensor_bytes > 0 && sent.data_bytes == 0 && sent.pipeline_bytes == 0, "{sent:?}");
+    // Eight micro-batches of 64 tokens and 64 elements, there and back, and the tied table's gradient.
+    assert_eq!(stages.ranks[0].sent.pipeline_bytes, 4 * (8 * 64 * 64 + 1001 * 64));
+    assert!((stages.bubble - 1.0 / 8.0).abs() < 1e-12);
+    let (whole, sharded) = (plan(shape(4, 1, 1)), plan(Shape { sharded: true, ..shape(4, 1, 1) }));
+    assert!(sharded.ranks[0].memory.optimizer_bytes < whole.ranks[0].memory.optimizer_bytes / 2);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_largest_term() {
+    let plan = plan(shape(1, 1, 1));
+    let peak = plan.peak_bytes();
+    assert_eq!(plan.too_large(peak), None);
+    let why = plan.too_large(peak - 1).expect("a byte too much");
+    assert!(
+        why.starts_with(&format!("it does not fit: rank 0 would take {peak} bytes at the peak, expected at most")),
+        "{why}"
+    );
+    assert!(why.contains(" are the most of it, "), "{why}");
+}
+
+#[test]
+fn faults_of_a_mesh_are_named_all_at_once() {
+    let recipe = recipe("");
+    let error = Plan::new(&recipe, &config(&recipe), shape(1, 9, 3), None).expect_err("no such mesh").to_string();
+    assert!(error.contains("divide the 8 query heads") && error.contains("divide the 2 key-value heads"), "{error}");
+    assert!(error.contains("at least a layer for each of 9 stages"), "{error}");
+}
+
+#[test]
+fn a_search_keeps_the_step_and_says_what_can_be_run() {
+    let recipe = recipe("");
+    let config = config(&recipe);
+    let figures = Figures { flops_per_s: 1e9, link_bytes_per_s: Some(1e8) };
+    let found = search(&recipe, &config, 8, Some(&figures), None).expect("meshes");
+    assert_eq!(found.plans.len(), 10, "all ways to write 8 as a product of three");
+    assert!(found.plans.iter().all(|plan| plan.sequences == 16 && plan.mesh.ranks() == 8));
+    let step_s = |plan: &Plan| plan.time.expect("a time").step_s;
+    assert!(found.plans.windows(2).all(|pair| step_s(&pair[0]) <= step_s(&pair[1])));
+    let runnable: Vec<String> =
+        found.plans.iter().filter(|plan| plan.not_runnable.is_empty()).map(|plan| plan.mesh.to_string()).collect();
+    assert_eq!(runnable, ["data 8 x pipeline 1 x tensor 1"]);
+    // With too little memory there is none, and with five ranks none keeps the step.
+    let none = search(&recipe, &config, 8, None, Some(1)).expect("meshes");
+    assert_eq!((none.plans.len(), none.too_large), (0, 10));
+    let five = search(&recipe, &config, 5, None, None).expect("meshes");
+    assert_eq!(
+        five.plans.iter().map(|plan| plan.mesh.to_string()).collect::<Vec<_>>(),
+        ["data 1 x pipeline 5 x tensor 1"]
+    );
+    assert!(search(&recipe, &config, 0, None, None).is_err());
+}
+
+#[test]
+fn a_slower_link_makes_a_longer_step_and_hides_what_it_can() {
+    let recipe = recipe("[parallel]\ndata = 2\n");
+    let config = config(&recipe);
+    let step_s = |link| {
+        let figures = Figures { flops_per_s: 1e9, link_bytes_per_s: link };
+        Plan::new(&recipe, &config, shape(2, 1, 1), Some(&figures)).expect("a plan").time.expect("a time")
+    };
+    let (none, fast, slow) = (step_s(None), step_s(Some(1e9)), step_s(Some(1e5)));
+    assert_eq!(none.exposed_s, 0.0);
+    assert!(fast.exposed_s < 0.01 * fast.compute_s, "{fast:?}");
+    assert!(slow.exposed_s > slow.compute_s, "{slow:?}");
+}
