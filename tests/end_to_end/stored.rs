@@ -1,9 +1,10 @@
 //! Copies of checkpoints in a store: an S3 server that this process starts on loopback, and real runs against it.
 //!
-//! - `protocol`: what of a copy is there after every request that may be the last.
+//! - `protocol`: what of a copy is there after every request that may be the last. `damage`: what is named and goes nowhere.
 //! - `ranks`: several ranks, and machines.
 //! - `server`: the server.
 
+mod damage;
 mod protocol;
 mod ranks;
 mod server;

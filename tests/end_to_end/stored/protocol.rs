@@ -1,4 +1,4 @@
-//! What of a copy is there after every request that may be the last; what is damaged, changed, or somebody else's.
+//! What of a copy is there after every request that may be the last, what stays, and what is left to others.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,16 +26,16 @@ fn place() -> Place {
     Place::parse(&format!("s3://{BUCKET}/runs/a")).expect("a URL")
 }
 
-fn remote(server: &Server) -> Remote {
+pub fn remote(server: &Server) -> Remote {
     Remote::open(&place(), &Settings::of(server.environment())).expect("a client")
 }
 
-fn at(step: u64) -> At {
+pub fn at(step: u64) -> At {
     At { step, seat: Seat::Shared }
 }
 
 /// Writes checkpoints of one tensor, each of whose elements is its step plus `more`.
-fn write(folder: &Path, steps: &[u64], elements: usize, more: f32) {
+pub fn write(folder: &Path, steps: &[u64], elements: usize, more: f32) {
     let specs = vec![TensorSpec { name: "w".into(), shape: vec![elements] }];
     let mut writer = Writer::new(Arc::new(RealDisk), folder.into(), specs, Retention::last(0)).expect("a folder");
     for &step in steps {
@@ -47,7 +47,7 @@ fn write(folder: &Path, steps: &[u64], elements: usize, more: f32) {
     }
 }
 
-fn folder(steps: &[u64]) -> TempDir {
+pub fn folder(steps: &[u64]) -> TempDir {
     let folder = tempfile::tempdir().expect("a folder");
     write(folder.path(), steps, 300, 0.0);
     folder
@@ -59,7 +59,7 @@ fn start(server: &Server, folder: &Path, retention: Retention) -> Uploader {
 }
 
 /// Copies what is not in the store, and says what became of it.
-fn upload(server: &Server, folder: &Path, retention: Retention) -> Vec<News> {
+pub fn upload(server: &Server, folder: &Path, retention: Retention) -> Vec<News> {
     let uploader = start(server, folder, retention);
     uploader.finish();
     let mut all = Vec::new();
@@ -70,7 +70,7 @@ fn upload(server: &Server, folder: &Path, retention: Retention) -> Vec<News> {
 }
 
 /// The steps that were uploaded, and what went wrong.
-fn told(news: &[News]) -> (Vec<u64>, Vec<String>) {
+pub fn told(news: &[News]) -> (Vec<u64>, Vec<String>) {
     let mut said = (Vec::new(), Vec::new());
     for news in news {
         match news {
@@ -83,7 +83,7 @@ fn told(news: &[News]) -> (Vec<u64>, Vec<String>) {
 }
 
 /// The steps whose copies count, and those of them that are not whole.
-fn look(server: &Server) -> (Vec<u64>, Vec<u64>) {
+pub fn look(server: &Server) -> (Vec<u64>, Vec<u64>) {
     let remote = remote(server);
     let there: Vec<u64> = remote.list().expect("an answer").iter().map(|at| at.step).collect();
     let damaged = |step: &u64| !remote.audit(at(*step)).expect("an answer").damage.is_empty();
@@ -181,68 +181,6 @@ fn a_long_file_goes_in_parts_and_is_there_whole_or_not_at_all() {
         let same = std::fs::read(path.join(&name)).expect("there")
             == std::fs::read(folder.path().join(committed(1)).join(&name)).expect("there");
         assert!(same, "{name}");
-    }
-}
-
-fn flip(file: &Path) {
-    let mut bytes = std::fs::read(file).expect("it is there");
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 1;
-    std::fs::write(file, bytes).expect("writable");
-}
-
-#[test]
-fn a_file_that_changed_underneath_is_not_uploaded() {
-    for elements in [300, 3_000_000] {
-        let changes: [fn(&Path); 3] = [
-            flip,
-            |file| std::fs::write(file, "").expect("writable"),
-            |file| {
-                let bytes = std::fs::read(file).expect("there");
-                std::fs::write(file, [&bytes[..], b"more"].concat()).expect("writable");
-            },
-        ];
-        for change in changes {
-            let (server, folder) = (Server::new(), tempfile::tempdir().expect("a folder"));
-            write(folder.path(), &[1], elements, 0.0);
-            let file = folder.path().join(committed(1)).join(shard(0));
-            change(&file);
-            let (uploaded, failed) = told(&upload(&server, folder.path(), Retention::last(1)));
-            assert_eq!(uploaded, [] as [u64; 0]);
-            assert!(failed[0].contains(&file.display().to_string()) && failed[0].contains("expected"), "{failed:?}");
-            assert_eq!(look(&server).0, [] as [u64; 0]);
-            assert!(!server.keys().iter().any(|key| key.ends_with(&shard(0))), "{:?}", server.keys());
-        }
-    }
-    // It is in nobody's way.
-    let (server, here) = (Server::new(), folder(&[1, 2]));
-    flip(&here.path().join(committed(2)).join(shard(0)));
-    let (uploaded, failed) = told(&upload(&server, here.path(), Retention::last(0)));
-    assert!(uploaded == [1] && failed.len() == 1 && failed[0].starts_with("2: "), "{uploaded:?} {failed:?}");
-}
-
-#[test]
-fn whatever_is_damaged_in_the_store_is_named_and_not_brought() {
-    let damages: [fn(&Path); 3] =
-        [flip, |file| std::fs::write(file, "").expect("writable"), |file| std::fs::remove_file(file).expect("there")];
-    for (number, damage) in damages.into_iter().enumerate() {
-        for name in [shard(0), "recipe.toml".into(), MANIFEST.into()] {
-            let (server, here) = (Server::new(), folder(&[1]));
-            upload(&server, here.path(), Retention::last(1));
-            assert_eq!(look(&server), (vec![1], vec![]), "the control: nothing is damaged");
-            damage(&server.file(&format!("runs/a/step-00000001/{name}")));
-            let (back, remote) = (tempfile::tempdir().expect("a folder"), remote(&server));
-            let error = remote.fetch(1, &[Seat::Shared], &RealDisk, back.path()).expect_err("it is damaged");
-            assert!(error.to_string().contains(&format!("s3://checkpoints/runs/a/step-00000001/{name}")), "{error}");
-            assert!(std::fs::read_dir(back.path()).expect("a folder").next().is_none(), "nothing is left");
-            if (number, &*name) == (2, MANIFEST) {
-                assert_eq!(look(&server).0, [] as [u64; 0], "without a manifest there is no copy");
-                continue;
-            }
-            assert!(error.is_damage(), "{error}");
-            let audit = remote.audit(at(1)).expect("an answer");
-            assert_eq!(audit.damage.iter().map(|damage| &damage.file).collect::<Vec<_>>(), [&name]);
-        }
     }
 }
 
@@ -379,39 +317,4 @@ fn who_sweeps_while_another_writes_is_noticed() {
     assert_eq!(uploaded, [] as [u64; 0]);
     assert!(failed[0].contains("another process writes to the same place"), "{failed:?}");
     assert_eq!(look(&server).0, [] as [u64; 0]);
-}
-
-type Variables = Vec<(String, String)>;
-
-#[test]
-fn a_store_that_lets_nobody_in_is_not_there_or_has_no_such_bucket_says_so() {
-    let server = Server::new();
-    let ask = |url: &str, change: &dyn Fn(&mut Variables)| {
-        let mut environment = server.environment();
-        change(&mut environment);
-        let remote = Remote::open(&Place::parse(url).expect("a URL"), &Settings::of(environment));
-        remote.and_then(|remote| remote.list()).expect_err("refused").to_string()
-    };
-    let set = |name: &'static str, value: &'static str| {
-        move |all: &mut Variables| {
-            all.retain(|(known, _)| known != name);
-            all.push((name.into(), value.into()));
-        }
-    };
-    let here = "s3://checkpoints/runs/a";
-    let message = ask(here, &set("AWS_SECRET_ACCESS_KEY", "wrong"));
-    assert!(
-        message.contains("could not list s3://checkpoints/runs/a: the store refuses these credentials"),
-        "{message}"
-    );
-    assert!(message.contains("SignatureDoesNotMatch"), "{message}");
-    let message = ask("s3://nobody-has-it/runs/a", &|_| {});
-    assert!(message.contains("there is no such bucket"), "{message}");
-    // A port that nobody listens at.
-    let message = ask(here, &set("AWS_ENDPOINT_URL", "http://127.0.0.1:1"));
-    assert!(message.contains("there is no answer: is the address right (AWS_ENDPOINT_URL)"), "{message}");
-    let message = ask(here, &set("AWS_ALLOW_HTTP", "false"));
-    assert!(message.contains("set AWS_ALLOW_HTTP=true if that is meant"), "{message}");
-    let message = ask(here, &set("AWS_ACCESS_KEY_ID", ""));
-    assert!(message.contains("belong together"), "{message}");
 }
