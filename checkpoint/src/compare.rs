@@ -134,8 +134,8 @@ fn tensor(a: &Checkpoint, b: &Checkpoint, name: &str) -> Result<Option<How>, Che
         return Ok(Some(How::Shape { a: in_a.shape, b: in_b.shape }));
     }
     let elements = in_a.elements();
-    let held = in_a.held();
-    if held != in_b.held() {
+    let held = a.held(name, &in_a)?;
+    if held != b.held(name, &in_b)? {
         return Ok(Some(How::Held { only_in_a: lacks(&in_b, &in_a), only_in_b: lacks(&in_a, &in_b) }));
     }
     let mut found: Option<Values> = None;

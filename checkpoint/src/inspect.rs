@@ -85,7 +85,7 @@ pub fn crc32(checkpoint: &Checkpoint, tensor: &str) -> Result<u32, CheckpointErr
         CheckpointError::NoTensor { path, tensor, count: tensors.len() }
     };
     let entry = tensors.get(tensor).ok_or_else(missing)?;
-    for chunk in chunks(&entry.held()) {
+    for chunk in chunks(&checkpoint.held(tensor, entry)?) {
         checkpoint.ranges(tensor, &entry.shape, &chunk, &mut values)?;
         crc.update(bytemuck::cast_slice(&values));
     }

@@ -5,7 +5,6 @@
 //! the format and says what a reader must check.
 //!
 //! - [`disk`]: the one seam to the file system, real and simulated.
-//! - `pages`: large memory in large pages.
 //! - [`safetensors_file`]: our streaming writer of safetensors files, hashing as it writes.
 //! - `packed`: the same files as zstd frames of shuffled bytes.
 //! - [`manifest`]: what a checkpoint holds, where each piece lies, and the hash of every file.
@@ -31,7 +30,6 @@ pub mod layout;
 pub mod manifest;
 mod mapped;
 mod packed;
-mod pages;
 pub mod reader;
 pub mod safetensors_file;
 pub mod store;

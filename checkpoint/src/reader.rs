@@ -207,6 +207,19 @@ impl Checkpoint {
         Err(CheckpointError::Absent { path, tensor, absent, count: entry.elements() })
     }
 
+    /// The elements of a tensor that some piece holds, ascending. That may be a list as long as the tensor, so that no piece may
+    /// have more elements than its file has room for.
+    pub(crate) fn held(&self, name: &str, entry: &TensorEntry) -> Result<Vec<Range<usize>>, CheckpointError> {
+        for piece in &entry.pieces {
+            let (elements, room) = (piece.region.len(), self.entry(&piece.file)?.plain_bytes());
+            if elements as u64 > room / size_of::<f32>() as u64 {
+                let why = format!("its piece of {elements} elements does not fit into {} of {room} bytes", piece.file);
+                return Err(entry.fault(name, &self.path, why));
+            }
+        }
+        Ok(entry.held())
+    }
+
     /// Copies the elements of some ranges of the tensor `name`, one after the other, into `out`, which gets as many places.
     /// Many short ranges are read as one, see [`chunks`].
     pub(crate) fn ranges(

@@ -172,7 +172,7 @@ impl TensorEntry {
         }
     }
 
-    pub(super) fn fault(&self, name: &str, path: &Path, why: String) -> CheckpointError {
+    pub(crate) fn fault(&self, name: &str, path: &Path, why: String) -> CheckpointError {
         CheckpointError::Pieces { path: path.to_path_buf(), tensor: name.to_owned(), shape: self.shape.clone(), why }
     }
 }

@@ -224,6 +224,16 @@ fn hostile_regions_are_typed_errors() {
         w["pieces"][1]["region"] = json!({ "start": vec![1; 9], "end": vec![2; 9], "flat_start": 0, "flat_end": 1 });
     };
     check(&deep, &["2 pieces of 9 dimensions"]);
+    // A column of more rows than there are bytes is found out before a list of them is made.
+    let mut body = good["body"].clone();
+    body["tensors"]["w"]["shape"] = json!([1u64 << 50, 4]);
+    body["tensors"]["w"]["pieces"][1]["region"] =
+        json!({ "start": [0, 2], "end": [1u64 << 50, 4], "flat_start": 0, "flat_end": 1u64 << 51 });
+    fs::write(&text, crate::manifest::sealed(&body)).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let message = crate::inspect::crc32(&checkpoint, "w").unwrap_err().to_string();
+    assert!(message.contains("tensor w") && message.contains("does not fit into rank-0001"), "{message}");
+    assert!(checkpoint.verify().unwrap_err().to_string().contains("expected shape [1125899906842624, 2]"));
     // The control: a tensor without elements may have a dimension that cannot be multiplied.
     let mut body = good["body"].clone();
     body["tensors"]["w"]["pieces"].as_array_mut().unwrap().pop();

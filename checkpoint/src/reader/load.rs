@@ -12,7 +12,6 @@ use super::once::Place;
 use super::stored::{Content, Header, Held, Reading};
 use crate::error::CheckpointError;
 use crate::manifest::{Piece, TensorEntry};
-use crate::pages::prefer_large;
 
 /// Elements of a want that are looked at together. Where each of them lies apart, as in a column of one element, each takes
 /// about a hundred bytes of memory meanwhile.
@@ -98,7 +97,6 @@ impl Checkpoint {
     }
 
     fn load_all(&self, wants: &mut [Want<'_>], extent: Extent) -> Result<u64, CheckpointError> {
-        wants.iter_mut().for_each(|want| prefer_large(want.out));
         let entries: Vec<&TensorEntry> = wants.iter().map(|want| self.wanted(want)).collect::<Result<_, _>>()?;
         let (mut parts, mut runs, mut bytes, mut extent) = (Parts::new(), 0, 0, extent);
         for (want, entry) in wants.iter_mut().zip(entries) {
