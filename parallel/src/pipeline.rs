@@ -5,16 +5,18 @@
 //!
 //! - [`schedule`]: in which order a rank does its part, as a pure function: GPipe, 1F1B, interleaved 1F1B.
 //! - [`timeline`]: all ranks' schedules on a simulated clock: how long, who waits, what is in the way.
+//! - [`mod@execute`]: a rank's part of a step, over the ranks of its pipeline.
 //! - [`split`]: which layers make a piece, so that the costliest piece costs as little as can be.
 //!
 //! Every schedule is made for the same semantics: a rank does one action after the other, what it sends leaves without
 //! waiting for anybody, and before an action it waits for that action's input. What a rank sends to another arrives in the
-//! order in which it was sent, which need not be the order in which it is used.
+//! order in which it was sent, and that is the order in which it is used.
 
 use thiserror::Error;
 
 pub use self::schedule::in_flight;
 
+pub mod execute;
 pub mod schedule;
 pub mod split;
 pub mod timeline;

@@ -103,7 +103,7 @@ pub enum MeshFault {
 }
 
 fn divisors(heads: &usize) -> String {
-    let list: Vec<String> = (1..=*heads).filter(|n| heads % n == 0).map(|n| n.to_string()).collect();
+    let list: Vec<String> = (1..=*heads).filter(|n| heads.is_multiple_of(*n)).map(|n| n.to_string()).collect();
     format!("{} would", list.join(", "))
 }
 

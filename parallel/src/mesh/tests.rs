@@ -58,10 +58,15 @@ proptest! {
     }
 
     #[test]
-    fn a_rank_has_the_key_value_heads_that_its_query_heads_look_at(kv in 1usize..9, times in 1usize..9, ranks in 1usize..17) {
-        let heads = kv * times;
-        let shape = Shape { heads, key_value_heads: kv, ..model() };
-        prop_assume!(mesh(1, 1, ranks).check(ranks, &Shape { sequence: None, ..shape }, 1).is_ok());
+    fn a_rank_has_the_key_value_heads_that_its_query_heads_look_at(
+        few in 1usize..6, more in 1usize..6, groups in 1usize..5, shares in any::<bool>(),
+    ) {
+        // Ranks that share heads out, or heads that are on several ranks.
+        let (kv, ranks) = if shares { (few * more, few) } else { (few, few * more) };
+        let heads = few * more * groups;
+        let times = heads / kv;
+        let shape = Shape { heads, key_value_heads: kv, sequence: None, ..model() };
+        prop_assert_eq!(mesh(1, 1, ranks).check(ranks, &shape, 1), Ok(()));
         let mut holders = vec![0; kv];
         for rank in 0..ranks {
             let own = key_value_heads(kv, rank, ranks);

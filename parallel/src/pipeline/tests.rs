@@ -45,11 +45,12 @@ proptest! {
         let found = timeline(pipeline, &schedules(pipeline), costs);
         prop_assert!(found.is_ok(), "{found:?}");
         let found = found.expect("it is");
-        // What waits unused at a rank, from either side, is bounded by what its neighbours have in flight, however slow it is.
-        for rank in 0..pipeline.stages() {
-            let neighbours = [(rank + 1) % pipeline.stages(), (rank + pipeline.stages() - 1) % pipeline.stages()];
-            let bound: usize = neighbours.iter().map(|&other| pipeline.in_flight_max(other)).sum();
-            prop_assert!(found.unused_max[rank] <= bound + pipeline.in_flight_max(rank), "{found:?}");
+        // What waits unused is bounded by what both have in flight, however slow a rank is.
+        for (to, unused) in found.unused_max.iter().enumerate() {
+            for (from, &unused) in unused.iter().enumerate() {
+                let bound = pipeline.in_flight_max(from) + pipeline.in_flight_max(to);
+                prop_assert!(unused <= bound, "{from} to {to}: {unused} of {bound}");
+            }
         }
     }
 
@@ -84,6 +85,18 @@ proptest! {
                     prop_assert!(other != rank);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn what_a_rank_sends_to_another_is_used_in_the_order_in_which_it_was_sent(pipeline in pipelines()) {
+        let ranks = || 0..pipeline.stages();
+        for (from, to) in ranks().flat_map(|from| ranks().map(move |to| (from, to))) {
+            let sends = pipeline.schedule(from).into_iter().filter_map(|action| pipeline.after(from, action));
+            let sent: Vec<Action> = sends.filter(|(rank, _)| *rank == to).map(|(_, action)| action).collect();
+            let uses = |action: &Action| pipeline.before(to, *action).is_some_and(|(rank, _)| rank == from);
+            let used: Vec<Action> = pipeline.schedule(to).into_iter().filter(uses).collect();
+            prop_assert_eq!(sent, used);
         }
     }
 

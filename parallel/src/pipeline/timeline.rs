@@ -17,8 +17,8 @@ pub struct Timeline {
     pub end: f64,
     /// How long each rank computes.
     pub busy: Vec<f64>,
-    /// The most messages that were sent to each rank and not yet used by it.
-    pub unused_max: Vec<usize>,
+    /// For each rank, the most messages that each other had sent to it and that it had not used yet.
+    pub unused_max: Vec<Vec<usize>>,
 }
 
 impl Timeline {
@@ -108,7 +108,7 @@ pub fn timeline(
     let mut ranks: Vec<Rank> = (0..stages).map(|_| new()).collect();
     // By who did it and what: when its output leaves, and when it is there.
     let mut done: HashMap<(usize, Action), (f64, f64)> = HashMap::new();
-    let mut used: Vec<Vec<(f64, f64)>> = vec![Vec::new(); stages];
+    let mut used: Vec<Vec<Vec<(f64, f64)>>> = vec![vec![Vec::new(); stages]; stages];
     loop {
         let (mut moves, mut stuck) = (false, None);
         for rank in 0..stages {
@@ -119,7 +119,7 @@ pub fn timeline(
                     Some(input) => match done.get(&input) {
                         Some(&(sent, there)) => {
                             let start = ranks[rank].now.max(there);
-                            used[rank].push((sent, start));
+                            used[rank][input.0].push((sent, start));
                             start
                         }
                         None => {
@@ -154,7 +154,7 @@ pub fn timeline(
     Ok(Timeline {
         end: ranks.iter().map(|rank| rank.now).fold(0.0, f64::max),
         busy: ranks.iter().map(|rank| rank.busy).collect(),
-        unused_max: used.iter().map(|intervals| at_once(intervals)).collect(),
+        unused_max: used.iter().map(|from| from.iter().map(|intervals| at_once(intervals)).collect()).collect(),
     })
 }
 

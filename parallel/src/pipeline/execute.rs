@@ -1,0 +1,123 @@
+//! A rank's part of a step, over the ranks of its pipeline.
+//!
+//! It follows the rank's schedule: before an action it waits for that action's input, behind it the output leaves and
+//! nobody waits. Messages of a rank come in the order in which it sends them, and in every schedule that is the order in
+//! which they are used. Each says of which action it is the input, so that ranks which are not at the same find that out.
+//!
+//! What computes is a closure, which sees activations and gradients as elements: nothing here knows a tensor or a model.
+
+use thiserror::Error;
+
+use super::{Action, Pass, Pipeline};
+use crate::collective::{CollectiveError, KEPT_BYTES_MAX, SubGroup};
+
+/// How stages talk with each other.
+#[derive(Clone, Copy, Debug)]
+pub struct Way<'a> {
+    /// The ranks of the pipeline, in the order of its stages.
+    pub group: &'a SubGroup,
+    /// Where in the program the step is, the same on all of them; a few words, for whoever reads of a fault.
+    pub site: &'a str,
+    /// Elements of the activations between two pieces, the same for all micro-batches, and of their gradients.
+    pub elements: usize,
+}
+
+/// Why a step was not done.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ExecuteError<E> {
+    /// What computes failed. The other ranks learn of it as of any rank that leaves.
+    #[error("{action:?}: {error}")]
+    Compute {
+        /// Where.
+        action: Action,
+        /// What it said.
+        error: E,
+    },
+    /// Another rank is lost, or at something else.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    /// The group is not the pipeline's.
+    #[error("a pipeline of {stages} stages over {members} ranks")]
+    Group {
+        /// Stages.
+        stages: usize,
+        /// Ranks of the group.
+        members: usize,
+    },
+    /// More might wait for a slow rank than it may keep.
+    #[error(
+        "up to {messages} messages of {bytes} bytes may wait from one rank, and at most {max} bytes of them; make \
+         micro-batches smaller"
+    )]
+    Room {
+        /// Messages.
+        messages: usize,
+        /// Bytes of each.
+        bytes: usize,
+        /// The bound.
+        max: usize,
+    },
+}
+
+/// Does this rank's part of a step. `compute` gets an action with its input, which is `None` for the tokens and for the
+/// loss, and gives the output, `None` where nobody takes it.
+///
+/// # Errors
+/// See [`ExecuteError`].
+///
+/// # Panics
+/// When `compute` gives something where nobody takes it, nothing where somebody does, or another number of elements.
+pub fn execute<E>(
+    pipeline: Pipeline,
+    way: Way<'_>,
+    mut compute: impl FnMut(Action, Option<Vec<f32>>) -> Result<Option<Vec<f32>>, E>,
+) -> Result<(), ExecuteError<E>> {
+    let (stages, members) = (pipeline.stages(), way.group.members().len());
+    if stages != members {
+        return Err(ExecuteError::Group { stages, members });
+    }
+    let stage = way.group.index();
+    has_room(pipeline, way)?;
+    for action in pipeline.schedule(stage) {
+        let input = match pipeline.before(stage, action) {
+            Some((from, _)) => {
+                let mut values = vec![0.0; way.elements];
+                way.group.receive(&site(way.site, action), way.group.members()[from], &mut values)?;
+                Some(values)
+            }
+            None => None,
+        };
+        let output = compute(action, input).map_err(|error| ExecuteError::Compute { action, error })?;
+        let takes = pipeline.after(stage, action);
+        assert_eq!(output.is_some(), takes.is_some(), "{action:?}: an output where somebody takes it");
+        if let (Some(output), Some((to, of))) = (output, takes) {
+            assert_eq!(output.len(), way.elements, "{action:?}: as many elements as was said");
+            way.group.send(&site(way.site, of), way.group.members()[to], &output)?;
+        }
+    }
+    Ok(())
+}
+
+/// What may wait here, however slow this rank is: from each other rank no more messages than both have passes in flight.
+fn has_room<E>(pipeline: Pipeline, way: Way<'_>) -> Result<(), ExecuteError<E>> {
+    let (stage, bytes) = (way.group.index(), way.elements.saturating_mul(size_of::<f32>()));
+    let others = (0..pipeline.stages()).filter(|&other| other != stage);
+    let most = others.map(|other| pipeline.in_flight_max(other)).max();
+    let messages = most.map_or(0, |most| most + pipeline.in_flight_max(stage));
+    if messages.saturating_mul(bytes) > KEPT_BYTES_MAX {
+        return Err(ExecuteError::Room { messages, bytes, max: KEPT_BYTES_MAX });
+    }
+    Ok(())
+}
+
+/// Where a message is from: the action whose input it is.
+fn site(step: &str, Action { pass, piece, micro_batch }: Action) -> String {
+    let pass = match pass {
+        Pass::Forward => "forward",
+        Pass::Backward => "backward",
+    };
+    format!("{step}/{pass}/piece {piece}/micro-batch {micro_batch}")
+}
+
+#[cfg(test)]
+mod tests;
