@@ -1,5 +1,6 @@
-//! What the primitive of tensor parallelism costs by itself: a forward and a backward pass of one model with and without a
-//! `through` that does nothing wherever a slice has one that exchanges something. The two take turns, and medians are compared.
+//! What the primitive of tensor parallelism costs by itself. Once directly: a chain of `through` that do nothing, forward and
+//! backward, beside one pass of a model that has as many of them as places where a slice exchanges something. And once by
+//! difference: the model with and without them, which take turns; other work on the machine shows there.
 //!
 //! ```text
 //! cargo run --release --example through_overhead -- [passes] [hidden] [layers] [sequences] [tokens]
@@ -27,6 +28,24 @@ fn model(config: &Config, device: &Device, with: bool) -> (Llama, usize) {
         Leaf { values: Values::Now(TensorData::new(values, shape.to_vec())), hook: Hook::default().then(after) }
     });
     (model, places)
+}
+
+/// Seconds of one `through` on an activation, there and back: of a long chain, less a short one.
+fn one_through(shape: [usize; 3], device: &Device) -> f64 {
+    const LONG: usize = 400;
+    let seconds = |count: usize| {
+        let x = Tensor::<3>::ones(shape, device).require_grad();
+        let start = Instant::now();
+        let y = (0..count).fold(x, |x, _| through(x, |x| x, |gradient| gradient));
+        std::hint::black_box(y.sum().backward());
+        start.elapsed().as_secs_f64()
+    };
+    let median = |count: usize| {
+        let mut all: Vec<f64> = (0..21).map(|_| seconds(count)).collect();
+        all.sort_by(f64::total_cmp);
+        all[10]
+    };
+    (median(LONG) - median(0)) / LONG as f64
 }
 
 fn main() {
@@ -68,9 +87,12 @@ fn main() {
         seconds[seconds.len() / 2]
     });
     let millions = config.parameter_count() as f64 / 1e6;
+    let (places, each) = (models[1].1, one_through([rows, seq, hidden], &device));
     println!(
-        "{millions:.1} M parameters, {rows} x {seq} tokens, {} places: {without:.4} s a pass without, {with:.4} s with, {:+.2} %",
-        models[1].1,
+        "{millions:.1} M parameters, {rows} x {seq} tokens, {places} places of {:.1} us: {:.2} % of a pass of {without:.4} s; \
+         measured with all of them {with:.4} s, {:+.2} %",
+        1e6 * each,
+        100.0 * each * places as f64 / without,
         100.0 * (with / without - 1.0)
     );
 }

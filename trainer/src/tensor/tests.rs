@@ -203,9 +203,11 @@ fn every_mesh_gives_the_losses_and_the_parameters_of_one_rank() {
     for model in [TIED, GROUPED, ONE_SHARED] {
         let expected = one_rank(model);
         assert!(expected.losses[STEPS - 1] < 0.95 * expected.losses[0], "it learns: {:?}", expected.losses);
-        for (data, tensor, sequence) in
-            [(1, 2, false), (1, 2, true), (1, 4, false), (1, 4, true), (2, 2, false), (2, 2, true), (2, 1, false)]
-        {
+        // As many ranks as query heads, and more than key and value heads.
+        let eight = [(1, 8, true), (2, 4, true)].into_iter().filter(|&(_, tensor, _)| tensor <= model.heads);
+        let some =
+            [(1, 2, false), (1, 2, true), (1, 4, false), (1, 4, true), (2, 2, false), (2, 2, true), (2, 1, false)];
+        for (data, tensor, sequence) in some.into_iter().chain(eight) {
             let case = case(model, data, tensor, sequence);
             let found = run(case, None);
             for (rank, found) in found.iter().enumerate() {
