@@ -22,6 +22,7 @@ mod resume;
 mod saving;
 mod schedulers;
 mod secured;
+mod sharded;
 mod siege;
 mod support;
 mod traces;

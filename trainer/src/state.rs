@@ -1,15 +1,17 @@
 //! The state of a run: where it starts, how it is named, and its way into a checkpoint and back.
 //!
+//! - [`sharding`]: what a rank keeps of the optimiser's state.
 //! - [`mesh`]: the ranks that wrote a checkpoint; [`residuals`]: what they left out of gradients, onto the same ranks or
 //!   others; [`folding`]: what all have left out, added up for a checkpoint.
 
 pub mod folding;
 pub mod mesh;
 pub mod residuals;
+pub mod sharding;
 
 use std::sync::Arc;
 
-use checkpoint::reader::{Checkpoint, Want};
+use checkpoint::reader::Checkpoint;
 use checkpoint::writer::{PieceSpec, Snapshot, TensorSpec};
 use compression::{Codec, Side};
 use parallel::data::Parameter;
@@ -25,16 +27,21 @@ use crate::recipe::raw::{self, Reader};
 
 use mesh::Mesh;
 use residuals::{Kept, folded_name, owner_name, sender_name, sides};
+use sharding::Sharding;
 
 /// Everything that a step changes: together with the recipe it decides every later step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct State {
-    /// Parameters in the order of the plan.
+    /// Parameters in the order of the plan, all of them: with a sharded optimiser this rank's replicas.
     pub weights: Vec<Vec<f32>>,
-    /// AdamW's first moments.
+    /// AdamW's first moments, of what this rank keeps.
     pub m: Vec<Vec<f32>>,
-    /// AdamW's second moments.
+    /// AdamW's second moments, of what this rank keeps.
     pub v: Vec<Vec<f32>>,
+    /// What this rank owns of each parameter, where it is not the replica's part; else nothing.
+    pub masters: Vec<Vec<f32>>,
+    /// What this rank keeps.
+    pub sharding: Sharding,
     /// Steps that were taken, skipped ones included: the schedule and the data follow this.
     pub step: u64,
     /// Updates that were applied: AdamW's t.
@@ -146,8 +153,9 @@ impl State {
     /// These weights, with an optimiser that has seen nothing.
     #[must_use]
     pub fn fresh(weights: Vec<Vec<f32>>) -> Self {
-        let zeros: Vec<Vec<f32>> = weights.iter().map(|w| vec![0.0; w.len()]).collect();
-        Self { m: zeros.clone(), v: zeros, weights, step: 0, updates: 0, skips: 0, good_step: 0 }
+        let zeros = || weights.iter().map(|w| vec![0.0; w.len()]).collect();
+        let (m, v, masters) = (zeros(), zeros(), vec![Vec::new(); weights.len()]);
+        Self { weights, m, v, masters, sharding: Sharding::NONE, step: 0, updates: 0, skips: 0, good_step: 0 }
     }
 
     /// BLAKE3 of all parameters, little-endian, in the order of their names.
@@ -183,33 +191,24 @@ impl State {
         }
     }
 
-    /// The state that a checkpoint holds. The caller has compared the shapes.
+    /// What a rank keeps of the state that a checkpoint holds. The caller has compared the shapes.
     ///
     /// # Errors
     /// A tensor that is missing, damaged, or of another shape.
-    pub fn load(checkpoint: &Checkpoint, config: &Config) -> Result<(Self, Meta)> {
-        let meta = meta(checkpoint)?;
-        let mut state = Self::fresh(
-            config.parameters().iter().map(|parameter| vec![0.0; parameter.shape.iter().product()]).collect(),
-        );
+    pub fn load(checkpoint: &Checkpoint, config: &Config, sharding: Sharding) -> Result<(Self, Meta)> {
+        let (meta, parameters) = (meta(checkpoint)?, config.parameters());
+        let zeros = parameters.iter().map(|parameter| vec![0.0; parameter.elements()]);
+        let mut state = Self::fresh(zeros.collect()).sharded(&parameters, sharding);
         (state.step, state.updates, state.skips, state.good_step) =
             (meta.step, meta.updates, meta.skips, meta.good_step);
-        let specs = specs(config);
-        let tensors = state.weights.iter_mut().chain(&mut state.m).chain(&mut state.v);
-        let mut wants: Vec<Want<'_>> =
-            specs.iter().zip(tensors).map(|(spec, values)| Want::all(&spec.name, &spec.shape, values)).collect();
-        checkpoint.load(&mut wants)?;
+        sharding::load(checkpoint, &parameters, &mut state)?;
         Ok((state, meta))
     }
 
     /// Copies this rank's share of everything, and what it left out of gradients and sums, into a snapshot whose pieces
     /// are those of [`pieces`]. `folded` is its shard of everything, where that is kept.
     pub fn snapshot_share(&self, snapshot: &mut Snapshot<'_>, share: &Share, exchange: &Exchange, folded: &[Vec<f32>]) {
-        let mut next = 0;
-        for values in self.tensors() {
-            snapshot.tensor(next).copy_from_slice(&values[shard(values.len(), share.index, share.of)]);
-            next += 1;
-        }
+        let mut next = sharding::put(self, exchange.plan().parameters(), snapshot, share);
         for values in folded {
             snapshot.tensor(next).copy_from_slice(values);
             next += 1;
@@ -271,21 +270,18 @@ pub struct Share {
     pub of: usize,
     /// What it writes of what was left out.
     pub kept: Kept,
+    /// What it keeps of the optimiser's state.
+    pub sharding: Sharding,
 }
 
-/// The pieces that a rank of several writes: its share of [`specs`], and of every tensor that may travel in a lossy codec
+/// The pieces that a rank of several writes: its share of [`specs`] (with a sharded optimiser what it
+/// owns, and its share of replicas that are no masters), and of every tensor that may travel in a lossy codec
 /// what it left out as a sender (`NAME.sender.0001`, the whole tensor) and as an owner (`NAME.owner`, its shard). They are
 /// the same whatever codec is in force, so that it may change.
 #[must_use]
 pub fn pieces(config: &Config, share: &Share) -> Vec<PieceSpec> {
     let elements = |shape: &[usize]| shape.iter().product();
-    let mut pieces: Vec<PieceSpec> = specs(config)
-        .into_iter()
-        .map(|TensorSpec { name, shape }| {
-            let range = shard(elements(&shape), share.index, share.of);
-            PieceSpec { tensor: name, shape, range }
-        })
-        .collect();
+    let mut pieces = sharding::pieces(&config.parameters(), share);
     let lossy =
         config.parameters().into_iter().filter(|parameter| share.kept != Kept::Nothing && may_be_lossy(parameter));
     for Parameter { name, shape } in lossy {

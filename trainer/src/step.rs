@@ -1,6 +1,7 @@
 //! One training step, from tokens to new weights.
 //!
 //! - `report`: what a step did.
+//! - `owned`: what a sharded optimiser does with what a rank owns, once all have voted.
 //! - `update`: what happens to the parameters when all ranks have voted, at the end of the step or in the next one.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -239,6 +240,7 @@ impl Stepper {
         let hashes: Vec<_> = voted.ballots.iter().map(|ballot| ballot.parameters).collect();
         same_parameters(&hashes, state.step)?;
         let rules = self.decide(state, recipe, &voted);
+        self.send_owned(state, voted.verdict, rules.as_deref());
         let mut report = Report::of(&voted, state, recipe);
         report.tokens = tokens as u64;
         (report.forward_s, report.backward_s) = (forward_s, backward_s);
@@ -308,6 +310,17 @@ impl Stepper {
         let scale = clip_factor(voted.norm, recipe.train.clip_norm);
         let rule = |decay| AdamW::new(&recipe.optimizer, rate, state.updates, scale, decay);
         Some(self.plan.parameters().iter().map(|parameter| rule(parameter.shape.len() > 1)).collect())
+    }
+
+    /// With a sharded optimiser: updates what this rank owns and sends it, first what the next forward pass needs first.
+    fn send_owned(&self, state: &mut State, verdict: Verdict, rules: Option<&[AdamW]>) {
+        if verdict == Verdict::Skip || !state.sharding.is_on() {
+            return;
+        }
+        let start = Instant::now();
+        self.progress.enter(Stage::Updating);
+        owned::send(&self.stream, state, rules);
+        self.span(start, Label::new("update", state.step));
     }
 
     fn due(&self) -> MutexGuard<'_, Option<Due>> {
@@ -402,6 +415,7 @@ fn clip_factor(norm: f64, limit: Option<f64>) -> f32 {
     }
 }
 
+mod owned;
 mod report;
 mod update;
 
@@ -411,5 +425,7 @@ pub use report::Report;
 mod ahead_tests;
 #[cfg(test)]
 mod overlap_tests;
+#[cfg(test)]
+mod owned_tests;
 #[cfg(test)]
 mod tests;

@@ -43,6 +43,7 @@ use crate::prometheus::Port;
 use crate::recipe::Recipe;
 use crate::recipe::resolved::TokenizerSource;
 use crate::state::mesh::Mesh;
+use crate::state::sharding::Sharding;
 use crate::state::{self, State};
 use crate::step::Stepper;
 use crate::weights::Weights;
@@ -77,7 +78,7 @@ pub fn train(request: Request) -> Result<Left> {
         None => Newest::default(),
     };
     let ready = prepare(&request, newest.as_ref())?;
-    let begun = ready.begin(&request, newest.as_ref())?;
+    let begun = ready.begin(&request, newest.as_ref(), Sharding::NONE)?;
     let resumed = existing.is_some();
     let (folder, changed) = match existing {
         Some(existing) => existing,
@@ -266,16 +267,17 @@ fn peek(request: &Request) -> Result<Option<Checkpoint>> {
 }
 
 impl Ready {
-    fn begin(&self, request: &Request, newest: Option<&Checkpoint>) -> Result<Begun> {
+    fn begin(&self, request: &Request, newest: Option<&Checkpoint>, sharding: Sharding) -> Result<Begun> {
         not_behind(request, newest)?;
+        let fresh = |state: State| state.sharded(&self.config.parameters(), sharding);
         let (state, tokens, last_loss) = match (newest, &self.from) {
             (Some(newest), _) => {
                 same_text(&request.name, newest, &self.data)?;
-                let (state, meta) = State::load(newest, &self.config)?;
+                let (state, meta) = State::load(newest, &self.config, sharding)?;
                 (state, meta.tokens, meta.loss)
             }
-            (None, Some(from)) => (State::fresh(from.read(&self.config)?), 0, None),
-            (None, None) => (State::initial(&self.config, request.recipe.train.seed), 0, None),
+            (None, Some(from)) => (fresh(State::fresh(from.read(&self.config)?)), 0, None),
+            (None, None) => (fresh(State::initial(&self.config, request.recipe.train.seed)), 0, None),
         };
         Ok(Begun { state, tokens, last_loss, committed: newest.map(Checkpoint::step) })
     }

@@ -22,7 +22,7 @@ use serde_json::json;
 
 use super::newest::{self, SetAside};
 use super::restart::{self, Restart};
-use super::share::{f32_bytes, share};
+use super::share::{f32_bytes, sharding, share};
 use super::{Begun, Books, Parts, Ready, begin_trace, make_runs, peek, prepare, retention, work};
 use crate::device;
 use crate::error::{Error, Result};
@@ -52,7 +52,7 @@ pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
     let mut folder = None;
     let met = ready_to_meet(&request, &runs).and_then(|ready| {
         let hold = || hold(&request, &runs, &mut folder);
-        let met = joined.meet(properties(&request, &ready), hold)?;
+        let met = joined.meet(properties(&request, &ready, rank), hold)?;
         Ok((ready, met))
     });
     let (ready, met) = match met {
@@ -105,18 +105,20 @@ fn ready_to_meet(request: &Request, runs: &Path) -> Result<Ready> {
 }
 
 /// What must be the same at every rank.
-fn properties(request: &Request, ready: &Ready) -> Vec<Property> {
+fn properties(request: &Request, ready: &Ready, rank: usize) -> Vec<Property> {
     let property = |name: &str, value: String| Property { name: name.into(), value };
     let tokenizer = blake3::hash(&ready.data.tokenizer.json()).to_hex().to_string();
-    vec![
+    let mut all = vec![
         property("the text of [data] and [eval] (BLAKE3)", ready.data.corpus_hash.clone()),
         property("the tokenizer (BLAKE3)", tokenizer),
-        property(
-            "device.backend (a mixture needs the sharded optimiser, which is not there yet)",
-            request.recipe.device.backend.clone(),
-        ),
         property("the processor's architecture", std::env::consts::ARCH.into()),
-    ]
+    ];
+    // Backends round differently. Where owners send parameters, all have what one of them computed.
+    if request.recipe.optimizer.sharded.is_none() {
+        let backend = request.tamper.backend(rank, &request.recipe.device.backend);
+        all.push(property("device.backend (a mixture needs optimizer.sharded = true)", backend));
+    }
+    all
 }
 
 /// The run's folder on the lead of it.
@@ -261,11 +263,12 @@ fn connect(
     let open = |_| Checkpoint::open(&checkpoints.join(checkpoint::layout::committed(from)));
     let explain = |error| newest::explain(&request.name, from, error);
     let newest = met.start.from.as_ref().map(open).transpose().map_err(|error| explain(error.into()))?;
-    let begun = ready.begin(request, newest.as_ref()).map_err(explain)?;
+    let sharding = sharding(recipe, rank, met.lead_of.len());
+    let begun = ready.begin(request, newest.as_ref(), sharding).map_err(explain)?;
     let held = newest.as_ref().map(state::held).transpose()?.unwrap_or_default();
     let one_machine = recipe.parallel.group == met.lead_of.len();
     let codec = if one_machine { CodecChoice::Fixed(Codec::Fp32) } else { recipe.compression.codec };
-    let share = share(met, rank, codec, (recipe.checkpoint.residuals, held));
+    let share = share(met, codec, (recipe.checkpoint.residuals, held), (rank, sharding));
     let mesh = restart::mesh(recipe, &met.start);
     // What was measured with other ranks says nothing of these.
     let others = newest.as_ref().map(|newest| restart::is_of_others(newest, &mesh)).transpose()?.unwrap_or(false);
@@ -280,6 +283,9 @@ fn connect(
     let mut exchange = Exchange::new(plan.clone(), group(recipe, rank, met), codec).with_workers(workers(recipe)?);
     if request.tamper.no_feedback {
         exchange = exchange.without_feedback();
+    }
+    if let Some(codec) = recipe.optimizer.sharded.filter(|_| sharding.is_on()) {
+        exchange = exchange.sending_parameters(codec);
     }
     // The lead's writer puts the folder in order before any other rank can write: all wait for each other below.
     let member = Member { rank, lead: met.lead_of[rank] == rank };

@@ -4,13 +4,20 @@ use compression::Codec;
 use parallel::data::plan::{Parameter, Plan};
 use parallel::data::shard::payload_bytes_sent;
 
+use crate::recipe::Recipe;
 use crate::recipe::resolved::{CodecChoice, Residuals};
 use crate::run::join::Met;
 use crate::state::residuals::Kept;
+use crate::state::sharding::Sharding;
 use crate::state::{Held, Share};
 
 /// Which part of a checkpoint this rank writes. `held` is what the checkpoint that it goes on from has.
-pub fn share(met: &Met, rank: usize, codec: CodecChoice, (residuals, held): (Residuals, Held)) -> Share {
+pub fn share(
+    met: &Met,
+    codec: CodecChoice,
+    (residuals, held): (Residuals, Held),
+    (rank, sharding): (usize, Sharding),
+) -> Share {
     let ranks = met.lead_of.len();
     let mates: Vec<usize> = (0..ranks).filter(|&other| met.lead_of[other] == met.lead_of[rank]).collect();
     let index = mates.iter().position(|&mate| mate == rank).unwrap_or(0);
@@ -21,7 +28,17 @@ pub fn share(met: &Met, rank: usize, codec: CodecChoice, (residuals, held): (Res
         true if residuals == Residuals::Folded && ranks > 1 => Kept::Folded,
         true => Kept::Exact,
     };
-    Share { rank, ranks, index, of: mates.len(), kept }
+    Share { rank, ranks, index, of: mates.len(), kept, sharding }
+}
+
+/// What this rank keeps of the optimiser's state.
+pub fn sharding(recipe: &Recipe, rank: usize, ranks: usize) -> Sharding {
+    match recipe.optimizer.sharded {
+        // Inside a machine everything travels as it is.
+        Some(_) if recipe.parallel.group == ranks => Sharding::of(rank, ranks, Codec::Fp32),
+        Some(codec) => Sharding::of(rank, ranks, codec),
+        None => Sharding::NONE,
+    }
 }
 
 /// Bytes that a rank would send a step if everything travelled as f32.
