@@ -75,6 +75,8 @@ pub struct Facts {
     pub step_s: f64,
     /// Seconds of it in which gradients and sums travel while the model computes.
     pub window_s: f64,
+    /// What parameters come back in from their owners, whatever the gradients' codec; nothing where sums come back.
+    pub parameters: Option<Codec>,
     /// Of the slowest rank. A candidate without a speed is left out.
     pub speeds: Vec<Speed>,
 }
@@ -124,7 +126,7 @@ pub fn choose(facts: &Facts) -> Choice {
 /// The step with one codec.
 fn predict<'a>(facts: &Facts, codec: Codec, first: &Speed, speed: impl Fn(Codec) -> Option<&'a Speed>) -> Prediction {
     // Elements that travel in another codec than this one are few, and are counted at its speed.
-    let second = speed(codec.second_stage()).unwrap_or(first);
+    let second = speed(facts.parameters.unwrap_or_else(|| codec.second_stage())).unwrap_or(first);
     let members = facts.members.max(1) as f64;
     let n = facts.ranks as f64 / members;
     let others = (n - 1.0) / n;
@@ -134,7 +136,7 @@ fn predict<'a>(facts: &Facts, codec: Codec, first: &Speed, speed: impl Fn(Codec)
     let decode_s = others * seconds(first.decode_add_s) / members + seconds(second.decode_add_s);
     let work_s = elements * (encode_s / members + decode_s);
     let link = if facts.link_bytes_per_s >= LINK_MIN { facts.link_bytes_per_s } else { LINK_MIN };
-    let transfer_s = |elements: &Elements| others * bytes(elements, codec) / members / link;
+    let transfer_s = |elements: &Elements| others * bytes(elements, codec, facts.parameters) / members / link;
     let open_s = (transfer_s(&facts.elements) - seconds(facts.window_s)).max(transfer_s(&facts.last_bucket));
     Prediction { codec, step_s: seconds(seconds(facts.step_s) + work_s + open_s) }
 }
@@ -145,13 +147,15 @@ pub fn may_be_chosen(codec: Codec) -> bool {
     CANDIDATES.contains(&codec)
 }
 
-/// Bytes of all elements once through both stages, with the bits of [`Codec::payload_bytes`].
+/// Bytes of all elements once through both stages, with the bits of [`Codec::payload_bytes`]. `parameters` is what comes
+/// back in place of the sum, if something does.
 #[must_use]
-pub fn bytes(elements: &Elements, codec: Codec) -> f64 {
-    let both = |codec: Codec| (bits(codec) + bits(codec.second_stage())) / 8.0;
-    elements.any as f64 * both(codec)
-        + elements.int8_at_least as f64 * both(int8_at_least(codec))
-        + elements.fp32 as f64 * both(Codec::Fp32)
+pub fn bytes(elements: &Elements, codec: Codec, parameters: Option<Codec>) -> f64 {
+    let both = |there: Codec, back: Codec| (bits(there) + bits(back)) / 8.0;
+    let back = |there: Codec| parameters.unwrap_or_else(|| there.second_stage());
+    elements.any as f64 * both(codec, back(codec))
+        + elements.int8_at_least as f64 * both(int8_at_least(codec), back(int8_at_least(codec)))
+        + elements.fp32 as f64 * both(Codec::Fp32, Codec::Fp32)
 }
 
 /// The codec, or `int8` where it has fewer bits.

@@ -23,6 +23,7 @@ mod resume;
 mod saving;
 mod schedulers;
 mod secured;
+mod sharded;
 mod siege;
 mod stored;
 mod support;

@@ -96,7 +96,7 @@ pub fn learning_rate(schedule: &Schedule, step: u64, steps: u64) -> f64 {
 mod tests {
     use super::*;
 
-    const KEYS: Optimizer = Optimizer { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    const KEYS: Optimizer = Optimizer { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, sharded: None };
 
     fn run(decay: bool, cut: usize) -> Vec<f32> {
         let gradient: Vec<f32> = (0..40_000).map(|i| (i as f32 * 0.37).sin()).collect();

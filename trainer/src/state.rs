@@ -1,5 +1,6 @@
 //! The state of a run: where it starts, how it is named, and its way into a checkpoint and back.
 //!
+//! - [`sharding`]: what a rank keeps of the optimiser's state.
 //! - [`mesh`]: the ranks that wrote a checkpoint; [`share`]: which part of it is a rank's to write.
 //! - [`residuals`]: what they left out of gradients, onto the same ranks or others; [`slices`]: the same where ranks hold
 //!   parts of a model; [`folding`]: what all have left out, added up for a checkpoint.
@@ -7,6 +8,7 @@
 pub mod folding;
 pub mod mesh;
 pub mod residuals;
+pub mod sharding;
 pub mod share;
 pub mod slices;
 
@@ -28,17 +30,22 @@ use crate::recipe::raw::{self, Reader};
 
 use mesh::Mesh;
 use residuals::{Kept, owner_name, sides};
+use sharding::Sharding;
 pub use share::{Share, pieces};
 
 /// Everything that a step changes: together with the recipe it decides every later step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct State {
-    /// Parameters in the order of the plan.
+    /// Parameters in the order of the plan, all of them: with a sharded optimiser this rank's replicas.
     pub weights: Vec<Vec<f32>>,
-    /// AdamW's first moments.
+    /// AdamW's first moments, of what this rank keeps.
     pub m: Vec<Vec<f32>>,
-    /// AdamW's second moments.
+    /// AdamW's second moments, of what this rank keeps.
     pub v: Vec<Vec<f32>>,
+    /// What this rank owns of each parameter, where it is not the replica's part; else nothing.
+    pub masters: Vec<Vec<f32>>,
+    /// What this rank keeps.
+    pub sharding: Sharding,
     /// Steps that were taken, skipped ones included: the schedule and the data follow this.
     pub step: u64,
     /// Updates that were applied: AdamW's t.
@@ -160,8 +167,9 @@ impl State {
     /// These weights, with an optimiser that has seen nothing.
     #[must_use]
     pub fn fresh(weights: Vec<Vec<f32>>) -> Self {
-        let zeros: Vec<Vec<f32>> = weights.iter().map(|w| vec![0.0; w.len()]).collect();
-        Self { m: zeros.clone(), v: zeros, weights, step: 0, updates: 0, skips: 0, good_step: 0 }
+        let zeros = || weights.iter().map(|w| vec![0.0; w.len()]).collect();
+        let (m, v, masters) = (zeros(), zeros(), vec![Vec::new(); weights.len()]);
+        Self { weights, m, v, masters, sharding: Sharding::NONE, step: 0, updates: 0, skips: 0, good_step: 0 }
     }
 
     /// BLAKE3 of all parameters, little-endian, in the order of their names.
@@ -204,41 +212,29 @@ impl State {
         }
     }
 
-    /// The parts of a rank that a checkpoint holds, which says `meta` of itself. `load` is [`Checkpoint::load`], or
+    /// What a rank keeps of its parts that a checkpoint holds, which says `meta` of itself. `load` is [`Checkpoint::load`], or
     /// [`Checkpoint::load_and_verify`] where nobody has verified it yet.
     ///
     /// # Errors
     /// A tensor that is missing, damaged, or of another shape.
     pub fn load(
         checkpoint: &Checkpoint,
-        (meta, parts): (&Meta, &[Part]),
+        (meta, parts, sharding): (&Meta, &[Part], Sharding),
         load: impl FnOnce(&Checkpoint, &mut [Want<'_>]) -> std::result::Result<u64, CheckpointError>,
     ) -> std::result::Result<Self, CheckpointError> {
-        let mut state = Self::fresh(parts.iter().map(|part| vec![0.0; part.region.len()]).collect());
+        let state = Self::fresh(parts.iter().map(|part| vec![0.0; part.region.len()]).collect());
+        let mut state = state.sharded(parts.iter().map(|part| &part.whole), sharding);
         (state.step, state.updates, state.skips, state.good_step) =
             (meta.step, meta.updates, meta.skips, meta.good_step);
-        let specs = named(&parts.iter().map(|part| &part.whole).collect::<Vec<_>>());
-        let tensors = state.weights.iter_mut().chain(&mut state.m).chain(&mut state.v);
-        let mut wants: Vec<Want<'_>> = (specs.iter().zip(parts.iter().cycle()).zip(tensors))
-            .map(|((spec, part), out)| Want {
-                tensor: &spec.name,
-                shape: &spec.shape,
-                region: part.region.clone(),
-                out,
-            })
-            .collect();
-        load(checkpoint, &mut wants)?;
+        let names = sharding::names(checkpoint, parts, sharding);
+        load(checkpoint, &mut sharding::wants(parts, &names, &mut state))?;
         Ok(state)
     }
 
     /// Copies this rank's share of everything, and what it left out of gradients and sums, into a snapshot whose pieces
     /// are those of [`pieces`]. `folded` is its shard of everything, where that is kept.
     pub fn snapshot_share(&self, snapshot: &mut Snapshot<'_>, share: &Share, exchange: &Exchange, folded: &[Vec<f32>]) {
-        let mut next = 0;
-        for (values, own) in self.tensors().zip(share.own.iter().cycle()) {
-            snapshot.tensor(next).copy_from_slice(&values[own.range.clone()]);
-            next += 1;
-        }
+        let mut next = sharding::put(self, snapshot, share);
         let of_lossy = share.own.iter().filter(|own| own.may_be_lossy());
         for (values, _) in folded.iter().zip(of_lossy).filter(|(_, own)| own.part.counts) {
             snapshot.tensor(next).copy_from_slice(values);

@@ -2,6 +2,7 @@
 //!
 //! - `taps`: how gradients leave a backward pass; `replicas`: whether ranks hold the same parameters.
 //! - `report`: what a step did.
+//! - `owned`: what a sharded optimiser does with what a rank owns, once all have voted.
 //! - `update`: what happens to the parameters when all ranks have voted, at the end of the step or in the next one.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -248,6 +249,7 @@ impl Stepper {
         let hashes: Vec<_> = voted.ballots.iter().map(|ballot| ballot.parameters).collect();
         same_parameters(&hashes, self.replica(), state.step)?;
         let rules = self.decide(state, recipe, &voted);
+        self.send_owned(state, voted.verdict, rules.as_deref());
         let mut report = Report::of(&voted, state, recipe);
         report.tokens = tokens as u64;
         (report.forward_s, report.backward_s) = (forward_s, backward_s);
@@ -330,6 +332,17 @@ impl Stepper {
         Some(self.plan.parameters().iter().map(|parameter| rule(parameter.shape.len() > 1)).collect())
     }
 
+    /// With a sharded optimiser: updates what this rank owns and sends it, first what the next forward pass needs first.
+    fn send_owned(&self, state: &mut State, verdict: Verdict, rules: Option<&[AdamW]>) {
+        if verdict == Verdict::Skip || !state.sharding.is_on() {
+            return;
+        }
+        let start = Instant::now();
+        self.progress.enter(Stage::Updating);
+        owned::send(&self.stream, state, rules);
+        self.span(start, Label::new("update", state.step));
+    }
+
     fn due(&self) -> MutexGuard<'_, Option<Due>> {
         self.due.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -397,6 +410,7 @@ fn clip_factor(norm: f64, limit: Option<f64>) -> f32 {
     }
 }
 
+mod owned;
 mod replicas;
 mod report;
 mod taps;
@@ -410,5 +424,7 @@ pub use taps::{plain_model, sliced_model};
 mod ahead_tests;
 #[cfg(test)]
 mod overlap_tests;
+#[cfg(test)]
+mod owned_tests;
 #[cfg(test)]
 mod tests;

@@ -34,6 +34,10 @@ pub struct Tamper {
     pub no_feedback: bool,
     /// No gradient leaves before the end of the backward pass.
     late: bool,
+    /// The loss of this rank is multiplied with this number in every step, as a backend does that rounds differently.
+    scale: Vec<(usize, f64)>,
+    /// What this rank says its backend is.
+    backend: Vec<(usize, String)>,
     /// A resume forgets what owners left out.
     pub forget_owner: bool,
     /// A resume on other ranks counts twice what the first of them left out.
@@ -50,7 +54,8 @@ pub struct Tamper {
 
 impl Tamper {
     /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,fail:1:4,garbage:1:4,old:1:4,no-feedback,late,
-    /// forget-owner,fold-twice,link:1e6,step:0.5,record:DIR,hashes:DIR`. What it does not know it refuses.
+    /// scale:1:1.0000001,
+    /// backend:1:NAME,forget-owner,fold-twice,link:1e6,step:0.5,record:DIR,hashes:DIR`. What it does not know it refuses.
     ///
     /// # Errors
     /// The first item that is none.
@@ -71,6 +76,18 @@ impl Tamper {
                 ("fail", Some(place)) => tamper.fail.push(place),
                 ("garbage", Some(place)) => tamper.garbage.push(place),
                 ("old", Some(place)) => tamper.old.push(place),
+                ("scale", _) => {
+                    let (rank, by) = rest.split_once(':').ok_or_else(|| format!("expected RANK:NUMBER: {item}"))?;
+                    let wrong = || format!("expected RANK:NUMBER: {item}");
+                    let pair = (rank.parse().map_err(|_| wrong())?, by.parse().map_err(|_| wrong())?);
+                    tamper.scale.push(pair);
+                }
+                ("backend", _) => {
+                    let (rank, name) = rest.split_once(':').ok_or_else(|| format!("expected RANK:NAME: {item}"))?;
+                    tamper
+                        .backend
+                        .push((rank.parse().map_err(|_| format!("expected RANK:NAME: {item}"))?, name.into()));
+                }
                 ("no-feedback", None) => tamper.no_feedback = true,
                 ("late", None) => tamper.late = true,
                 ("forget-owner", None) => tamper.forget_owner = true,
@@ -83,6 +100,13 @@ impl Tamper {
             }
         }
         Ok(tamper)
+    }
+
+    /// What a rank says of its backend.
+    #[must_use]
+    pub fn backend(&self, rank: usize, backend: &str) -> String {
+        let told = self.backend.iter().find(|(of, _)| *of == rank);
+        told.map_or(backend, |(_, name)| name).to_owned()
     }
 
     /// Makes a rank keep what is to be recorded, and be late.
@@ -134,6 +158,9 @@ impl Tamper {
         }
         if self.pulse.contains(&(rank, step)) {
             return loss.mul_scalar(100.0);
+        }
+        if let Some((_, by)) = self.scale.iter().find(|(of, _)| *of == rank) {
+            return loss.mul_scalar(*by);
         }
         loss
     }

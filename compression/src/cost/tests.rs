@@ -26,6 +26,7 @@ fn facts(link_bytes_per_s: f64) -> Facts {
         step_s: 1.0,
         window_s: 0.3,
         members: 1,
+        parameters: None,
         speeds: speeds(1.0),
     }
 }
@@ -107,8 +108,28 @@ fn bytes_are_the_formula_of_the_exchange() {
         let expected = sum(codec, elements.any)
             + sum(int8_at_least(codec), elements.int8_at_least)
             + sum(Codec::Fp32, elements.fp32);
-        assert_eq!(bytes(&elements, codec), expected as f64, "{codec}");
+        assert_eq!(bytes(&elements, codec, None), expected as f64, "{codec}");
+        // Parameters come back as they do, whatever the gradients travel in.
+        for back in [Codec::Fp32, Codec::Int8] {
+            let both = |codec: Codec, back: Codec, elements| payload(codec, elements) + payload(back, elements);
+            let expected = both(codec, back, elements.any)
+                + both(int8_at_least(codec), back, elements.int8_at_least)
+                + both(Codec::Fp32, Codec::Fp32, elements.fp32);
+            assert_eq!(bytes(&elements, codec, Some(back)), expected as f64, "{codec} {back}");
+        }
     }
+}
+
+#[test]
+fn gradients_of_fewer_bits_buy_less_where_parameters_come_back_as_they_are() {
+    let step = |parameters, codec| {
+        let choice = choose(&Facts { parameters, ..facts(100.0 * MEGABIT) });
+        choice.predictions.iter().find(|one| one.codec == codec).expect("a candidate").step_s
+    };
+    for codec in [Codec::Bf16, Codec::Int8, Codec::Int4] {
+        assert!(step(Some(Codec::Fp32), codec) > step(None, codec), "{codec}");
+    }
+    assert!(step(Some(Codec::Int8), Codec::Fp32) < step(None, Codec::Fp32));
 }
 
 #[test]
@@ -147,7 +168,7 @@ prop_compose! {
         let speeds = CANDIDATES.into_iter().enumerate();
         let speeds = speeds.map(|(i, codec)| Speed { codec, encode_s: numbers[3 + 2 * i], decode_add_s: numbers[4 + 2 * i] });
         let (link_bytes_per_s, step_s, window_s) = (numbers[0], numbers[1], numbers[2]);
-        Facts { ranks, members: 1, link_bytes_per_s, elements, last_bucket, step_s, window_s, speeds: speeds.collect() }
+        Facts { ranks, members: 1, link_bytes_per_s, elements, last_bucket, step_s, window_s, parameters: None, speeds: speeds.collect() }
     }
 }
 
@@ -170,7 +191,7 @@ prop_compose! {
         let last_bucket = Elements { any: of(last), int8_at_least: of(embeddings * last), fp32: of(fp32 * last) };
         let mut speeds = speeds(slower);
         speeds.iter_mut().zip(uneven).for_each(|(speed, uneven)| speed.encode_s *= uneven);
-        Facts { ranks, members: 1, link_bytes_per_s: link, elements, last_bucket, step_s, window_s: window * step_s, speeds }
+        Facts { ranks, members: 1, link_bytes_per_s: link, elements, last_bucket, step_s, window_s: window * step_s, parameters: None, speeds }
     }
 }
 

@@ -67,6 +67,8 @@ fn slowest(all: &[&CodecFacts]) -> Facts {
         last_bucket: elements(|facts| facts.last_bucket),
         step_s: most(&mut all.iter().map(|facts| facts.step_s)),
         window_s: least(|facts| facts.window_s),
+        // The same on all ranks, as above.
+        parameters: all.first().and_then(|facts| Codec::from_name(&facts.parameters)),
         speeds: CANDIDATES.into_iter().filter_map(speed).collect(),
     }
 }

@@ -5,7 +5,8 @@
 //! [`Engine::begin`], [`Engine::give`] for each full bucket, [`Engine::vote`], and [`Engine::voted`], which waits until all
 //! ranks have voted. From then on it is known what becomes of the step, and sums may still be on their way:
 //! [`Engine::wait_for`] waits for one, as the next forward pass needs it, and [`Engine::settled`] for all. The next step
-//! begins after that.
+//! begins after that. With a sharded optimiser parameters take the place of sums: [`Engine::publish`] sends those that this
+//! rank owns, after the votes.
 //!
 //! - `work`: what the thread does, one event after the other; `burst`: how it measures the rate of a link.
 //! - `replies`: what the thread has said, at the other end.
@@ -115,6 +116,7 @@ enum Event {
     Begin(u64),
     Bucket(usize, Vec<f32>),
     Settle(Ballot),
+    Publish(usize),
     Gather(Vec<f64>),
     Burst,
     /// With when it came, where that is recorded.
@@ -270,6 +272,12 @@ impl Engine {
     /// A rank is lost or sends what makes no sense, or the run was aborted.
     pub fn voted(&self) -> Result<Voted, EngineError> {
         self.replies().wait(Replies::voted)
+    }
+
+    /// Where parameters travel: sends what the exchange's [`own_mut`](Exchange::own_mut) holds of parameter `index`, once the
+    /// step was [voted](Self::voted) for. A step that counts waits for that of every parameter.
+    pub fn publish(&self, index: usize) {
+        self.event(Event::Publish(index));
     }
 
     /// Waits until the whole sum of parameter `index` is here, once the step was [voted](Self::voted) about.

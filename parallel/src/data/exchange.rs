@@ -21,12 +21,16 @@
 //! step counts it stays as the new residual, while the old residual's buffer goes back to be filled with the next
 //! gradient. If the step is skipped the buffer goes back, and the old residual is as it was.
 //!
+//! With a sharded optimiser an owner keeps its sum as it is. Once all have voted for the step it updates its shards, and
+//! sends **parameters** where it would have sent the sum; `parameters` has the details.
+//!
 //! A chunk is encoded when it may leave: no more than a window of frames is under way to one rank
 //! ([`left`](Exchange::left)), and what waits behind it is the gradient itself, which takes no memory of its own.
 
 mod error;
 mod group;
 mod missing;
+mod parameters;
 mod place;
 mod queue;
 mod residual;
@@ -103,6 +107,10 @@ pub struct Exchange {
     unsent: usize,
     /// What waits for each rank and is under way to it.
     queues: Vec<Queue>,
+    /// What parameters travel in from their owners, where their kind allows it; nothing where sums travel.
+    parameters: Option<Codec>,
+    /// Whether a parameter of ours was not finite, and could not be sent: no step counts any more.
+    broken: bool,
     /// What our own shards' sums add to the squared norm.
     norm: SquaredNorm,
     /// Whether all have voted.
@@ -136,17 +144,19 @@ struct Tensor {
     codec: Codec,
     /// What this rank left out of the sums that it owns; empty for nothing.
     owner: Vec<f32>,
-    /// The sum of our own shard, and then what is left out of it.
+    /// The sum of our own shard, and then what is left out of it; or, where parameters travel, what is to be sent.
     reduced: Vec<f32>,
     /// What the other members sent of the shards that this one adds: by the owner's node, chunk, and place.
     inner: Vec<Vec<Inner>>,
-    /// For each chunk of our own shard, what the other nodes sent.
+    /// For each chunk of our own shard, whether it is added.
+    added: Vec<bool>,
+    /// For each of them, what the other nodes sent.
     parts: Vec<Vec<Option<Payload<Bytes>>>>,
     /// For each of them, the nodes in the order in which their parts came; kept for a control only.
     arrived: Vec<Vec<usize>>,
-    /// The sum, as far as `done` says.
+    /// The sum, or what came of the parameters, as far as `done` says.
     sum: Vec<f32>,
-    /// For each chunk of each shard, whether its sum is here, and how many are not.
+    /// For each chunk of each shard, whether that is here, and how many are not.
     done: Vec<Vec<bool>>,
     missing: usize,
 }
@@ -192,6 +202,7 @@ impl Exchange {
                 inner: (0..nodes.count()).map(|node| vec![inner.clone(); chunks(nodes.peer(node))]).collect(),
                 owner: Vec::new(),
                 reduced: Vec::new(),
+                added: vec![false; chunks(group.rank)],
                 parts: vec![vec![None; nodes.count()]; chunks(group.rank)],
                 arrived: vec![Vec::new(); chunks(group.rank)],
                 sum: vec![0.0; elements],
@@ -215,6 +226,8 @@ impl Exchange {
             own_missing: 0,
             unsent: 0,
             queues: (0..group.ranks).map(|_| Queue::default()).collect(),
+            parameters: None,
+            broken: false,
             norm: SquaredNorm::default(),
             decided: false,
             completed: Vec::new(),
@@ -297,6 +310,7 @@ impl Exchange {
         self.buckets.iter_mut().for_each(|bucket| bucket.given = None);
         for (tensor, part) in self.tensors.iter_mut().zip(self.plan.parts()) {
             tensor.codec = if flushes { Codec::Fp32 } else { codec_of(&part.whole, codec) };
+            tensor.added.fill(false);
             tensor.parts.iter_mut().flatten().for_each(|part| *part = None);
             for inner in tensor.inner.iter_mut().flatten() {
                 inner.parts.fill(None);
@@ -307,7 +321,7 @@ impl Exchange {
             tensor.reduced.resize(shard(tensor.sum.len(), rank, self.group.ranks).len(), 0.0);
             tensor.missing = tensor.done.iter().map(Vec::len).sum::<usize>();
             self.missing += tensor.missing;
-            self.own_missing += tensor.done[rank].len();
+            self.own_missing += tensor.added.len();
         }
         // Of every other shard a chunk leaves once: to its owner, or to the member that adds it.
         self.unsent = self.missing - self.own_missing;
@@ -437,7 +451,7 @@ impl Exchange {
     /// What this rank found. To be sent once its last owned chunk is reduced.
     #[must_use]
     pub const fn vote(&self) -> Vote {
-        Vote { step: self.step, finite: self.finite }
+        Vote { step: self.step, finite: self.finite && !self.broken }
     }
 
     /// Decides the step as the votes of all ranks of the run say, which may be more than those of the group, and gives back buffers for the next gradients, one a bucket. They may be
@@ -456,12 +470,14 @@ impl Exchange {
                 self.flush = Flush::No;
             }
             self.commit();
+        } else if self.parameters.is_some() {
+            self.expect_nothing();
         }
         let buffers = self.buckets.iter_mut().map(|bucket| bucket.given.take().unwrap_or_default());
         (verdict, buffers.collect())
     }
 
-    /// The sum of one tensor over all ranks, the same bits on each.
+    /// The sum of one tensor over all ranks, the same bits on each; where parameters travel, what came of them.
     #[must_use]
     pub fn sum(&self, index: usize) -> &[f32] {
         &self.tensors[index].sum

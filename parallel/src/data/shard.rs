@@ -33,26 +33,45 @@ pub struct Sent {
     pub across: usize,
 }
 
-/// Payload bytes that a rank sends in one step; `tensors` are (elements, codec) of every tensor.
-///
-/// Across: of every shard that it adds for its node and does not own, the node's sum once; the sum that it owns, once to
-/// every other node. Inside: as f32 whatever other members add; to every mate the sum that it owns, and those that
-/// it has from other nodes.
+/// What a tensor travels in: its gradient to the owners, and what comes back from them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ways {
+    /// Elements of the tensor.
+    pub elements: usize,
+    /// To the owners.
+    pub there: Codec,
+    /// From them: the sum, or with a sharded optimiser the parameters.
+    pub back: Codec,
+}
+
+/// Payload bytes that a rank sends in one step; `tensors` are (elements, codec) of every tensor, whose sum comes back.
 #[must_use]
 pub fn payload_bytes(tensors: &[(usize, Codec)], nodes: Nodes) -> Sent {
+    let ways = |&(elements, there): &(usize, Codec)| Ways { elements, there, back: there.second_stage() };
+    payload_bytes_both_ways(&tensors.iter().map(ways).collect::<Vec<_>>(), nodes)
+}
+
+/// Payload bytes that a rank sends in one step.
+///
+/// Across: of every shard that it adds for its node and does not own, the node's sum once; the sum that it owns, or the
+/// parameters, once to every other node. Inside: as f32 whatever other members add; to every mate the sum that it owns, and
+/// those that it has from other nodes.
+#[must_use]
+pub fn payload_bytes_both_ways(tensors: &[Ways], nodes: Nodes) -> Sent {
     let mut sent = Sent::default();
     let all_inside = nodes.members > 1 && nodes.count() == 1;
-    for &(elements, codec) in tensors {
-        let codec = if all_inside { Codec::Fp32 } else { codec };
+    let of = |codec| if all_inside { Codec::Fp32 } else { codec };
+    for &Ways { elements, there, back } in tensors {
         for owner in 0..nodes.ranks {
             let shard = shard(elements, owner, nodes.ranks).len();
-            let sum = codec.second_stage().payload_bytes(shard);
+            let back = of(back).payload_bytes(shard);
             if nodes.adds(owner) != nodes.rank {
                 sent.inside += Codec::Fp32.payload_bytes(shard);
                 continue;
             }
-            sent.inside += (nodes.members - 1) * sum;
-            sent.across += if owner == nodes.rank { (nodes.count() - 1) * sum } else { codec.payload_bytes(shard) };
+            sent.inside += (nodes.members - 1) * back;
+            sent.across +=
+                if owner == nodes.rank { (nodes.count() - 1) * back } else { of(there).payload_bytes(shard) };
         }
     }
     sent

@@ -3,13 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use compression::Codec;
+
 use crate::control::beat;
 use crate::control::silence::Silence;
 use crate::coordinator::FromCoordinator as To;
 use crate::data::engine::turns::Turns;
 use crate::data::engine::{Aborter, Engine, EngineError, Inbox};
 use crate::data::exchange::{Exchange, Group, Verdict};
-use crate::data::{Gradient, GradientStream, StreamError};
+use crate::data::shard::shard;
+use crate::data::{Gradient, GradientStream, Parameter, StreamError};
 use crate::note::Ballot;
 use crate::progress::{Progress, Stage};
 use crate::transport::simulated::Network;
@@ -55,6 +58,8 @@ pub(super) struct Rank {
     silence: Silence,
     setting: Setting,
     parameters: Vec<Vec<f32>>,
+    /// What this rank owns of them, as it is.
+    masters: Vec<Vec<f32>>,
     step: u64,
     micro_batch: usize,
     /// Parameters of the micro-batch that have no gradient yet.
@@ -75,9 +80,15 @@ impl Rank {
         if setting.by_arrival {
             exchange = exchange.in_order_of_arrival();
         }
+        if let Some(codec) = setting.parameters {
+            exchange = exchange.sending_parameters(codec);
+        }
         let (engine, turns) = Engine::in_turns(exchange, transport.clone(), inbox, progress.clone());
         let stream = GradientStream::across(engine);
-        let parameters = stream.plan().parameters().iter().map(|parameter| vec![0.0; parameter.elements()]).collect();
+        let zeros = |elements| vec![0.0; elements];
+        let elements = || stream.plan().parameters().iter().map(Parameter::elements);
+        let (parameters, masters) =
+            (elements().map(zeros).collect(), elements().map(|all| zeros(shard(all, rank, ranks).len())).collect());
         Self {
             rank,
             doing: Doing::Starting,
@@ -93,6 +104,7 @@ impl Rank {
             silence: Silence::new(PEER_TIMEOUT),
             setting: setting.clone(),
             parameters,
+            masters,
             step: 0,
             micro_batch: 0,
             left: 0,
@@ -231,12 +243,22 @@ impl Rank {
             let skips = self.setting.skips() == Some(self.step);
             assert_eq!(verdict, if skips { Verdict::Skip } else { Verdict::Commit });
             self.voted = Some((verdict, 0));
+            if self.setting.parameters.is_some() && verdict == Verdict::Commit {
+                self.publish();
+            }
         }
         while let Some((Verdict::Commit, next)) = self.voted
             && let Some(parameter) = self.parameters.get_mut(next)
         {
-            let update =
-                |sum: &[f32]| parameter.iter_mut().zip(sum).for_each(|(parameter, sum)| *parameter -= 0.1 * sum);
+            let codec = self.stream.parameter_codec(next);
+            let update = |came: &[f32]| {
+                let pairs = parameter.iter_mut().zip(came);
+                match codec {
+                    None => pairs.for_each(|(parameter, sum)| *parameter -= 0.1 * sum),
+                    Some(Codec::Fp32) => parameter.copy_from_slice(came),
+                    Some(_) => pairs.for_each(|(parameter, more)| *parameter += more),
+                }
+            };
             if let Err(error) = self.stream.try_with_sum(next, update)? {
                 return Some(Err(error));
             }
@@ -245,5 +267,20 @@ impl Rank {
         let settled = self.stream.try_settle()?;
         self.voted = None;
         Some(settled.map(drop))
+    }
+
+    /// Updates what this rank owns, and sends it.
+    fn publish(&mut self) {
+        for (index, (master, parameter)) in self.masters.iter_mut().zip(&self.parameters).enumerate() {
+            let own = shard(parameter.len(), self.rank, self.setting.ranks);
+            let codec = self.stream.parameter_codec(index);
+            self.stream.with_own(index, |place| {
+                for ((master, place), replica) in master.iter_mut().zip(place).zip(&parameter[own]) {
+                    *master -= 0.1 * *place;
+                    *place = if codec == Some(Codec::Fp32) { *master } else { *master - replica };
+                }
+            });
+            self.stream.publish(index);
+        }
     }
 }

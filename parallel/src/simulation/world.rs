@@ -27,6 +27,8 @@ pub(super) struct Setting {
     pub(super) ranks: usize,
     pub(super) steps: u64,
     pub(super) codec: Codec,
+    /// What parameters travel in; nothing where sums do.
+    pub(super) parameters: Option<Codec>,
     pub(super) chunk_blocks: usize,
     /// Ranks of a node, and frames under way to one rank.
     pub(super) members: usize,
@@ -77,6 +79,7 @@ impl Setting {
             expects: fault,
             by_arrival: false,
             blind: false,
+            parameters: [None, Some(Codec::Fp32), Some(Codec::Int8)][random.below(3) as usize],
         }
     }
 

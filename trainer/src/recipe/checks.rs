@@ -14,6 +14,7 @@ pub fn all(raw: &Raw, faults: &mut Vec<Fault>) {
     schedule_faults(raw, faults);
     mesh_faults(raw, faults);
     share_faults(raw, faults);
+    sharding_faults(raw, faults);
     retention_faults(raw, faults);
     upload_faults(raw, faults);
     device_faults(raw, faults);
@@ -110,6 +111,20 @@ fn data_faults(raw: &Raw, faults: &mut Vec<Fault>) {
             "data.blake3",
             format!("expected 64 hexadecimal digits, found \"{hash}\""),
         ));
+    }
+}
+
+fn sharding_faults(raw: &Raw, faults: &mut Vec<Fault>) {
+    let keys = Reader(raw);
+    let name = "compression.parameter_codec";
+    let is_lossy = keys.text(name).is_some_and(|codec| codec != "fp32");
+    if is_lossy && keys.flag("optimizer.sharded") == Some(false) {
+        let what = "expected \"fp32\": without optimizer.sharded no parameters travel, sums of gradients do";
+        faults
+            .push(Fault::new(raw.origin(name), name, what).help("write `optimizer.sharded = true` to send parameters"));
+    } else if is_lossy && keys.count("parallel.tensor").is_some_and(|ranks| ranks > 1) {
+        let what = "expected \"fp32\" with parallel.tensor above 1: parts of a model travel as they are";
+        faults.push(Fault::new(raw.origin(name), name, what));
     }
 }
 

@@ -160,6 +160,8 @@ pub struct Optimizer {
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
+    /// Where each rank keeps moments of what it owns alone: what parameters travel in.
+    pub sharded: Option<Codec>,
 }
 
 /// `[schedule]`.
@@ -395,6 +397,10 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
             beta2: keys.real("optimizer.beta2")?,
             eps: keys.real("optimizer.eps")?,
             weight_decay: keys.real("optimizer.weight_decay")?,
+            sharded: match keys.flag("optimizer.sharded")? {
+                true => Some(Codec::from_name(&keys.text("compression.parameter_codec")?)?),
+                false => None,
+            },
         },
         schedule: Schedule {
             learning_rate: keys.real("schedule.learning_rate")?,

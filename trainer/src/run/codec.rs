@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 
 use super::Run;
 use crate::error::{Error, Result};
+use crate::recipe::Recipe;
 use crate::recipe::resolved::{CodecChoice, Compression, Parallel, Zstd};
 use crate::state::Chosen;
 use crate::step::Report;
@@ -257,8 +258,9 @@ impl Run {
         let Some(calibration) = codecs.calibration.take_if(|calibration| calibration.is_complete()) else {
             return Ok(());
         };
-        let Parallel { data, group: members, .. } = self.recipe.parallel;
-        group.control.say(From::CodecFacts(calibration.facts(self.stepper.plan(), members, data)));
+        let Recipe { parallel: Parallel { data, group: members, .. }, optimizer, .. } = &self.recipe;
+        let facts = calibration.facts(self.stepper.plan(), (*members, *data), optimizer.sharded);
+        group.control.say(From::CodecFacts(facts));
         if group.share.rank == 0 {
             self.stepper.progress().enter(Stage::Waiting);
             while self.codecs.as_ref().is_some_and(|codecs| codecs.heard.is_none()) {

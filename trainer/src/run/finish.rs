@@ -10,6 +10,7 @@ use super::progress::duration;
 use crate::error::{Error, Result};
 use crate::export::Export;
 use crate::generate::{Sampling, generate, prompt_tokens};
+use crate::state::sharding;
 use crate::step::plain_model;
 
 /// Finishes the run; false when somebody asked to stop before it was done, so that `--resume` finishes it.
@@ -27,12 +28,17 @@ pub(super) fn finish(run: &Run, folder: Option<&Folder>) -> Result<bool> {
         None => None,
     };
     run.stepper.progress().enter(Stage::Ending);
+    // What is exported is what owners have; all others compute with replicas of it.
+    let masters = match &run.group {
+        Some(group) if run.recipe.export.at_end => sharding::gather(&group.sums, &run.config.parameters(), &run.state)?,
+        _ => None,
+    };
     if let Some(group) = &run.group {
         group.say_goodbye();
     }
     let (Some(folder), Some(_)) = (folder, &run.metrics) else { return Ok(true) };
     if run.recipe.export.at_end {
-        export(run, folder)?;
+        export(run, folder, masters.as_deref().unwrap_or(run.whole_weights()))?;
     }
     let mut summary = run.summary(Status::Done);
     summary.held_out_bits_per_byte = held_out.map(|(bits, _)| bits);
@@ -43,7 +49,7 @@ pub(super) fn finish(run: &Run, folder: Option<&Folder>) -> Result<bool> {
 }
 
 /// Exports beside an export that is there already, and changes places with it only when the new one is whole.
-fn export(run: &Run, folder: &Folder) -> Result<()> {
+fn export(run: &Run, folder: &Folder, weights: &[Vec<f32>]) -> Result<()> {
     let [place, next, old] = ["export", "export.next", "export.old"].map(|name| folder.file(name));
     for left_over in [&next, &old] {
         if left_over.exists() {
@@ -52,7 +58,7 @@ fn export(run: &Run, folder: &Folder) -> Result<()> {
     }
     let export = Export {
         config: &run.config,
-        weights: run.whole_weights(),
+        weights,
         tokenizer: &run.data.tokenizer.json(),
         end_of_text: run.data.tokenizer.end_of_text_name(),
         end_of_text_id: run.data.tokenizer.end_of_text(),

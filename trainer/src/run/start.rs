@@ -46,6 +46,7 @@ use crate::prometheus::Port;
 use crate::recipe::Recipe;
 use crate::recipe::resolved::TokenizerSource;
 use crate::state::mesh::Mesh;
+use crate::state::sharding::Sharding;
 use crate::state::{self, State};
 use crate::step::Stepper;
 use crate::tensor::parts::parts;
@@ -80,11 +81,12 @@ pub fn train(request: Request) -> Result<Left> {
     make_runs(&runs)?;
     let port = Port::open(request.recipe.metrics.prometheus_port)?;
     let Newest { checkpoint: newest, loaded, set_aside } = match &existing {
-        Some((folder, _)) => newest::newest(folder, request.resume_from_earlier, 1)?,
+        Some((folder, _)) => newest::newest(folder, request.resume_from_earlier, true)?,
         None => Newest::default(),
     };
     let ready = prepare(&request, newest.as_ref())?;
-    let begun = ready.begin(&request, (newest.as_ref(), loaded), &parts(&ready.config, 0, 1)?)?;
+    let whole = parts(&ready.config, 0, 1)?;
+    let begun = ready.begin(&request, (newest.as_ref(), loaded), (&whole, Sharding::NONE))?;
     let resumed = existing.is_some();
     let (folder, changed) = match existing {
         Some(existing) => existing,
@@ -279,24 +281,25 @@ impl Ready {
         &self,
         request: &Request,
         (newest, loaded): (Option<&Checkpoint>, Option<Loaded>),
-        parts: &[Part],
+        (parts, sharding): (&[Part], Sharding),
     ) -> Result<Begun> {
         not_behind(request, newest)?;
+        let fresh = |state: State| state.sharded(parts.iter().map(|part| &part.whole), sharding);
         let (state, tokens, last_loss) = match (newest, &self.from) {
             (Some(newest), _) => {
                 same_text(&request.name, newest, &self.data)?;
-                let whole = parts.iter().all(Part::is_whole);
+                let whole = parts.iter().all(Part::is_whole) && !sharding.is_on();
                 let (state, meta) = match loaded.filter(|loaded| whole && loaded.is_of(newest, &self.config)) {
                     Some(Loaded { state, meta, .. }) => (state, meta),
                     None => {
                         let meta = state::meta(newest)?;
-                        (State::load(newest, (&meta, parts), Checkpoint::load)?, meta)
+                        (State::load(newest, (&meta, parts, sharding), Checkpoint::load)?, meta)
                     }
                 };
                 (state, meta.tokens, meta.loss)
             }
-            (None, Some(from)) => (State::fresh(from.read_parts(&self.config, parts)?), 0, None),
-            (None, None) => (State::initial_parts(&self.config, parts, request.recipe.train.seed), 0, None),
+            (None, Some(from)) => (fresh(State::fresh(from.read_parts(&self.config, parts)?)), 0, None),
+            (None, None) => (fresh(State::initial_parts(&self.config, parts, request.recipe.train.seed)), 0, None),
         };
         Ok(Begun { state, tokens, last_loss, committed: newest.map(Checkpoint::step) })
     }

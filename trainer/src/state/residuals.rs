@@ -300,7 +300,7 @@ pub(super) fn inside(shard: &Range<usize>, side: Side, range: &Range<usize>, val
     Residual { side, region: Region { start: vec![0], end: vec![shard.len()], flat_start, flat_end }, values }
 }
 
-fn parts(range: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+pub(super) fn parts(range: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
     let end = range.end;
     range.clone().step_by(PART).map(move |start| start..(start + PART).min(end))
 }

@@ -2,14 +2,14 @@
 
 use std::ops::Range;
 
-use checkpoint::writer::{PieceSpec, TensorSpec};
+use checkpoint::writer::PieceSpec;
 use compression::Side;
 use parallel::data::Part;
 use parallel::data::rules::may_be_lossy;
 use parallel::data::shard::shard;
 
-use super::named;
 use super::residuals::{Kept, folded_name, owner_name, sender_name, sides};
+use super::sharding::{self, Sharding};
 
 /// Which part of a checkpoint a rank writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +26,8 @@ pub struct Share {
     pub own: Vec<Own>,
     /// What it writes of what was left out.
     pub kept: Kept,
+    /// What it keeps of the optimiser's state.
+    pub sharding: Sharding,
 }
 
 /// What a rank writes of one parameter, and of its moments.
@@ -49,20 +51,13 @@ impl Own {
     }
 }
 
-/// The pieces that a rank of several writes: its share of [`specs`](super::specs), and of every tensor that may travel in a
+/// The pieces that a rank of several writes: its share of [`specs`](super::specs) (with a sharded optimiser what it
+/// owns, and its share of replicas that are no masters), and of every tensor that may travel in a
 /// lossy codec what it left out as a sender (`NAME.sender.0001`, all that it holds) and as an owner (`NAME.owner`, its
 /// shard). They are the same whatever codec is in force, so that it may change.
 #[must_use]
 pub fn pieces(share: &Share) -> Vec<PieceSpec> {
-    let wholes: Vec<_> = share.own.iter().map(|own| &own.part.whole).collect();
-    let specs = named(&wholes).into_iter().zip(share.own.iter().cycle());
-    let mut pieces: Vec<PieceSpec> = specs
-        .map(|(TensorSpec { name, shape }, own)| PieceSpec {
-            tensor: name,
-            shape,
-            region: own.part.region.part(own.range.clone()),
-        })
-        .collect();
+    let mut pieces = sharding::pieces(share);
     for Own { part, .. } in share.own.iter().filter(|own| share.kept != Kept::Nothing && own.leaves_out()) {
         let (name, shape) = (&part.whole.name, &part.whole.shape);
         let shard = part.region.part(shard(part.region.len(), share.data, share.replicas));

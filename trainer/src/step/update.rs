@@ -9,13 +9,13 @@ use parallel::data::{Complete, GradientStream, StreamError};
 use parallel::progress::{Progress, Stage};
 use parallel::trace::{Label, Trace, Track};
 
-use super::State;
+use super::{State, owned};
 use crate::optimizer::{self, AdamW};
 
 /// A wait that is shorter is none, for the trace.
 const WAIT_S_MIN: f64 = 1e-4;
 /// Elements that are updated at a time.
-const PIECE: usize = 1 << 18;
+pub(super) const PIECE: usize = 1 << 18;
 
 /// A step that all have voted about, and whose parameters are not brought up to it yet.
 #[derive(Clone, Debug)]
@@ -141,6 +141,12 @@ impl Behind {
     fn update(&self, index: usize, rule: &AdamW, part: &mut Part) -> Result<(), StreamError> {
         let start = Instant::now();
         let Part { weights, m, v, .. } = part;
+        if let Some(codec) = self.updater.stream.parameter_codec(index) {
+            // Its owner has updated it.
+            owned::adopt(&self.updater.stream, index, codec, weights)?;
+            lock(&self.spent).update_s += start.elapsed().as_secs_f64();
+            return Ok(());
+        }
         let pieces = weights.chunks_mut(PIECE).zip(m.chunks_mut(PIECE)).zip(v.chunks_mut(PIECE)).enumerate();
         for (piece, ((weights, m), v)) in pieces {
             let from = piece * PIECE;

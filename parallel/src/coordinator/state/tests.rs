@@ -1201,6 +1201,7 @@ fn codec_facts(link_bytes_per_s: f64) -> CodecFacts {
         elements: Some(CodecElements { any: 27_000_000, int8_at_least: 0, fp32: 1000 }),
         last_bucket: Some(CodecElements { any: 1_000_000, int8_at_least: 0, fp32: 0 }),
         members: 1,
+        parameters: String::new(),
         ranks: 0,
     }
 }

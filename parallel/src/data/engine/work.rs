@@ -151,6 +151,10 @@ impl Work {
                 self.own = Some((ballot, false));
                 Ok(())
             }
+            Event::Publish(index) => {
+                self.publish(index);
+                Ok(())
+            }
             Event::Gather(values) => {
                 let note = Note::Values(values.clone()).write(self.group.epoch, self.round);
                 self.to_all(&note);
@@ -209,6 +213,12 @@ impl Work {
 
     fn bucket(&mut self, bucket: usize, values: Vec<f32>) {
         self.encoding(Some(bucket), |exchange, out| exchange.give(bucket, values, out));
+        self.progress.advance();
+    }
+
+    fn publish(&mut self, index: usize) {
+        let bucket = lock(&self.exchange).plan().slot(index).bucket;
+        self.encoding(Some(bucket), |exchange, out| exchange.publish(index, out));
         self.progress.advance();
     }
 
@@ -445,8 +455,9 @@ impl Work {
             let rank = self.members.members()[rank];
             let (bucket, name) = (plan.slot(index).bucket, &plan.parameters()[index].name);
             // The training thread may be at the next step already.
+            let what = if exchange.parameter_codec(index).is_some() { "parameters" } else { "sums" };
             return Some(match self.voted {
-                true => format!("rank {rank}'s sums of step {}, bucket {bucket}, parameter {name}", self.step),
+                true => format!("rank {rank}'s {what} of step {}, bucket {bucket}, parameter {name}", self.step),
                 false => format!("rank {rank}'s part of bucket {bucket}, parameter {name}"),
             });
         }

@@ -18,12 +18,15 @@ impl Exchange {
             let lacks = |parts: &[Option<_>]| parts[nodes.place(mate)].is_none();
             tensor.inner.iter().flatten().any(|inner| !inner.summed && lacks(&inner.parts))
         };
-        let waits = |chunk: usize| !tensor.done[nodes.rank][chunk];
+        let waits = |chunk: usize| !tensor.added[chunk];
         let part = |&peer: &usize| {
             nodes.place(peer) == nodes.place(nodes.rank)
                 && (0..tensor.parts.len()).any(|chunk| waits(chunk) && tensor.parts[chunk][nodes.node(peer)].is_none())
         };
-        let sum = nodes.others().find(|&owner| tensor.done[owner].iter().any(|done| !done));
+        // Parameters are nobody's fault before the votes.
+        let is_due = self.parameters.is_none() || self.decided;
+        let late = |owner: &usize| is_due && tensor.done[*owner].iter().any(|done| !done);
+        let sum = nodes.others().find(late);
         let mut peers = nodes.others().filter(|&other| nodes.node(other) != nodes.node(nodes.rank));
         nodes.mates().find(member).or_else(|| peers.find(part)).or_else(|| sum.map(|owner| nodes.hands(owner)))
     }

@@ -57,7 +57,7 @@ impl Exchange {
                 let inner = &tensor.inner[nodes.node(owner)][chunk];
                 inner.summed || inner.parts[nodes.place(from)].is_some()
             }
-            Phase::Scatter => tensor.done[owner][chunk] || tensor.parts[chunk][nodes.node(from)].is_some(),
+            Phase::Scatter => tensor.added[chunk] || tensor.parts[chunk][nodes.node(from)].is_some(),
             Phase::Gather => tensor.done[owner][chunk],
         };
         if second {

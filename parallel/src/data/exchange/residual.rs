@@ -93,7 +93,7 @@ impl Exchange {
             self.buckets[number].given = Some(std::mem::replace(&mut self.buckets[number].sender, left));
         }
         for tensor in &mut self.tensors {
-            if tensor.codec.second_stage().is_lossy() && self.feedback {
+            if tensor.codec.second_stage().is_lossy() && self.feedback && self.parameters.is_none() {
                 std::mem::swap(&mut tensor.owner, &mut tensor.reduced);
             } else {
                 tensor.owner = Vec::new();

@@ -58,11 +58,11 @@ impl Exchange {
     }
 
     /// What a tensor travels in on this part of its way.
-    pub(super) const fn codec_in(&self, phase: Phase, index: usize) -> Codec {
+    pub(super) fn codec_in(&self, phase: Phase, index: usize) -> Codec {
         match phase {
             Phase::Inner => Codec::Fp32,
-            Phase::Scatter => self.tensors.as_slice()[index].codec,
-            Phase::Gather => self.tensors.as_slice()[index].codec.second_stage(),
+            Phase::Scatter => self.tensors[index].codec,
+            Phase::Gather => self.parameter_codec(index).unwrap_or_else(|| self.tensors[index].codec.second_stage()),
         }
     }
 

@@ -1,5 +1,7 @@
 //! The two additions: of a node's members, and of the nodes.
 
+use std::ops::Range;
+
 use compression::{Found, Part, Payload};
 
 use super::{Exchange, Job};
@@ -45,7 +47,7 @@ impl Exchange {
         let Some(given) = &self.buckets[self.plan.slot(index).bucket].given else { return };
         let tensor = &mut self.tensors[index];
         let missing = |(from, part): (usize, &Option<_>)| from != node && part.is_none();
-        let is_first = tensor.inner[node][chunk].summed && !tensor.done[rank][chunk];
+        let is_first = tensor.inner[node][chunk].summed && !tensor.added[chunk];
         if !is_first || tensor.parts[chunk].iter().enumerate().any(missing) {
             return;
         }
@@ -56,12 +58,25 @@ impl Exchange {
             true => tensor.arrived[chunk].iter().copied().chain([node]).map(part).collect(),
         };
         let inside = range.start - whole.start..range.end - whole.start;
-        let sum = &mut tensor.reduced[inside.clone()];
-        self.workers.reduce(&parts, sum);
+        self.workers.reduce(&parts, &mut tensor.reduced[inside.clone()]);
         // Of what is added as it is nothing is left out. Here it is in a cache still; at the commit everybody would wait.
         if let Some(given) = &mut self.buckets[self.plan.slot(index).bucket].given {
             given[lies].fill(0.0);
         }
+        // Their memory goes back as soon as they are added.
+        tensor.parts[chunk].fill(None);
+        tensor.added[chunk] = true;
+        self.own_missing -= 1;
+        match self.parameters {
+            Some(_) => self.keep(index, inside),
+            None => self.send_sum(index, chunk, &range, inside),
+        }
+    }
+
+    /// Encodes a chunk of our own shard's sum, `inside` of it, with what was left out before, and passes it on.
+    fn send_sum(&mut self, index: usize, chunk: usize, range: &Range<usize>, inside: Range<usize>) {
+        let (nodes, tensor) = (self.group.nodes(), &mut self.tensors[index]);
+        let sum = &mut tensor.reduced[inside.clone()];
         let second = tensor.codec.second_stage();
         let residual = if tensor.owner.is_empty() { &self.zeros[..sum.len()] } else { &tensor.owner[inside] };
         self.payload.resize(second.payload_bytes(sum.len()), 0);
@@ -75,13 +90,16 @@ impl Exchange {
         if self.plan.parts()[index].counts {
             self.norm.add(&tensor.sum[range.clone()]);
         }
-        // Their memory goes back as soon as they are added.
-        tensor.parts[chunk].fill(None);
-        self.own_missing -= 1;
-        self.arrived(index, rank, chunk);
+        self.arrived(index, nodes.rank, chunk);
+        self.tell(index, range);
+    }
+
+    /// Queues what our payload buffer holds of our own shard, for all that this rank sends it to.
+    pub(super) fn tell(&mut self, index: usize, range: &Range<usize>) {
         if self.group.ranks > 1 {
-            let frame = self.frame(Phase::Gather, index, &range);
-            nodes.told().for_each(|to| self.queues[to].push(Job::Ready(index, range.start, frame.clone())));
+            let frame = self.frame(Phase::Gather, index, range);
+            let told = self.group.nodes().told();
+            told.for_each(|to| self.queues[to].push(Job::Ready(index, range.start, frame.clone())));
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::data::Parameter;
 mod ahead;
 mod meshes;
 mod nodes;
+mod parameters;
 mod window;
 
 fn plan() -> Arc<Plan> {

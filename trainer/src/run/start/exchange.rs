@@ -20,7 +20,11 @@ use crate::run::join::Met;
 /// There are no threads for it.
 pub fn exchange(request: &Request, plan: Arc<Plan>, group: Group, codec: Codec) -> Result<Exchange> {
     let exchange = Exchange::new(plan, group, codec).with_workers(workers(&request.recipe)?);
-    Ok(if request.tamper.no_feedback { exchange.without_feedback() } else { exchange })
+    let exchange = if request.tamper.no_feedback { exchange.without_feedback() } else { exchange };
+    Ok(match request.recipe.optimizer.sharded.filter(|_| group.ranks > 1) {
+        Some(codec) => exchange.sending_parameters(codec),
+        None => exchange,
+    })
 }
 
 /// How this rank's gradients are cut, and with whom they are summed.

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::log::say;
 use crate::model::Config;
 use crate::run::folder::Folder;
+use crate::state::sharding::Sharding;
 use crate::state::{self, Meta, State};
 use crate::tensor::parts::parts;
 
@@ -68,15 +69,15 @@ impl Books {
     }
 }
 
-/// The newest checkpoint of a run, verified whole, and loaded in the same pass. `tensor` ranks hold one model together.
+/// The newest checkpoint of a run, verified whole, and loaded in the same pass where this rank `keeps_all` of it.
 ///
 /// # Errors
 /// It is damaged, and nobody said that an earlier one will do; or none is whole.
-pub fn newest(folder: &Folder, from_earlier: bool, tensor: usize) -> Result<Newest> {
-    // Where ranks hold parts of the model, none has room for all of it.
-    let load = |checkpoint: &Checkpoint| match tensor {
-        1 => load(checkpoint),
-        _ => checkpoint.verify().map(|_| None),
+pub fn newest(folder: &Folder, from_earlier: bool, keeps_all: bool) -> Result<Newest> {
+    // Where ranks keep parts of the state, none has room for all of it.
+    let load = |checkpoint: &Checkpoint| match keeps_all {
+        true => load(checkpoint),
+        false => checkpoint.verify().map(|_| None),
     };
     let Survey { good, damaged } = damaged::survey(&folder.checkpoints(), load)?;
     let (checkpoint, loaded) = good.map_or((None, None), |(good, loaded)| (Some(good), loaded));
@@ -113,7 +114,7 @@ fn load(checkpoint: &Checkpoint) -> std::result::Result<Option<Loaded>, Checkpoi
     // What is no state of a run, or not all of one, is told as that, and only once it is known to be whole.
     let Ok(meta) = state::meta(checkpoint) else { return verify() };
     let Ok(parts) = parts(&meta.model, 0, 1) else { return verify() };
-    match State::load(checkpoint, (&meta, &parts), Checkpoint::load_and_verify) {
+    match State::load(checkpoint, (&meta, &parts, Sharding::NONE), Checkpoint::load_and_verify) {
         Ok(state) => Ok(Some(Loaded { of: (checkpoint.step(), checkpoint.id().to_owned()), state, meta })),
         Err(
             CheckpointError::NoTensor { .. } | CheckpointError::TensorShape { .. } | CheckpointError::Absent { .. },

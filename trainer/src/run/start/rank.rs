@@ -23,7 +23,7 @@ use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start};
 use super::exchange::{exchange, group};
 use super::newest::{self, Loaded, SetAside};
 use super::restart::{self, Restart};
-use super::share::{f32_bytes, share};
+use super::share::{f32_bytes, sharding, share};
 use super::{Begun, Books, Parts, Ready, begin_trace, bring, make_runs, peek, prepare, retention, work};
 use crate::device;
 use crate::error::{Error, Result};
@@ -54,7 +54,7 @@ pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
     let mut folder = None;
     let met = ready_to_meet(&request, &runs).and_then(|ready| {
         let hold = |lead_of: &[usize]| hold(&request, (rank, lead_of), &mut folder);
-        let met = joined.meet(properties(&request, &ready), hold)?;
+        let met = joined.meet(properties(&request, &ready, rank), hold)?;
         Ok((ready, met))
     });
     let (ready, met) = match met {
@@ -108,18 +108,20 @@ fn ready_to_meet(request: &Request, runs: &Path) -> Result<Ready> {
 }
 
 /// What must be the same at every rank.
-fn properties(request: &Request, ready: &Ready) -> Vec<Property> {
+fn properties(request: &Request, ready: &Ready, rank: usize) -> Vec<Property> {
     let property = |name: &str, value: String| Property { name: name.into(), value };
     let tokenizer = blake3::hash(&ready.data.tokenizer.json()).to_hex().to_string();
-    vec![
+    let mut all = vec![
         property("the text of [data] and [eval] (BLAKE3)", ready.data.corpus_hash.clone()),
         property("the tokenizer (BLAKE3)", tokenizer),
-        property(
-            "device.backend (a mixture needs the sharded optimiser, which is not there yet)",
-            request.recipe.device.backend.clone(),
-        ),
         property("the processor's architecture", std::env::consts::ARCH.into()),
-    ]
+    ];
+    // Backends round differently. Where owners send parameters, all have what one of them computed.
+    if request.recipe.optimizer.sharded.is_none() {
+        let backend = request.tamper.backend(rank, &request.recipe.device.backend);
+        all.push(property("device.backend (a mixture needs optimizer.sharded = true)", backend));
+    }
+    all
 }
 
 /// The run's folder on the lead of it.
@@ -161,7 +163,8 @@ fn hold(
         // A lead's writer puts the folder in order: what was set aside counts under its own name from then on.
         let member = Member { rank: 0, lead: true };
         drop(Writer::member(Arc::new(RealDisk), folder.checkpoints(), Vec::new(), member, retention(&request.recipe))?);
-        let newest = newest::newest(&folder, request.resume_from_earlier, request.recipe.parallel.tensor)?;
+        let keeps_all = request.recipe.parallel.tensor == 1 && request.recipe.optimizer.sharded.is_none();
+        let newest = newest::newest(&folder, request.resume_from_earlier, keeps_all)?;
         (set_aside, loaded) = (newest.set_aside, newest.loaded);
         let verified = newest.checkpoint.map(|newest| newest.step());
         let open = |(step, path): (u64, std::path::PathBuf)| {
@@ -304,12 +307,12 @@ fn connect(
     let axes = recipe.parallel.mesh();
     let at = |axis| (axes.coordinates(rank).on(axis), axes.size(axis));
     let ((data, replicas), (slice, slices)) = (at(Axis::Data), at(Axis::Tensor));
-    let parts = parts(&ready.config, slice, slices)?;
-    let begun = ready.begin(request, (newest.as_ref(), loaded), &parts).map_err(explain)?;
+    let (parts, sharding) = (parts(&ready.config, slice, slices)?, sharding(recipe, data, replicas));
+    let begun = ready.begin(request, (newest.as_ref(), loaded), (&parts, sharding)).map_err(explain)?;
     let held = newest.as_ref().map(state::held).transpose()?.unwrap_or_default();
     let one_machine = recipe.parallel.group == replicas;
     let codec = if one_machine { CodecChoice::Fixed(Codec::Fp32) } else { recipe.compression.codec };
-    let share = share((met, &ready.config), (axes, rank), codec, (recipe.checkpoint.residuals, held))?;
+    let share = share((met, &ready.config), (axes, rank, sharding), codec, (recipe.checkpoint.residuals, held))?;
     let mesh = restart::mesh(recipe, &met.start);
     // What was measured with other ranks says nothing of these.
     let others = newest.as_ref().map(|newest| restart::is_of_others(newest, &mesh)).transpose()?.unwrap_or(false);

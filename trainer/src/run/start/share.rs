@@ -8,9 +8,11 @@ use parallel::mesh::{Axis, Mesh};
 
 use crate::error::Result;
 use crate::model::Config;
+use crate::recipe::Recipe;
 use crate::recipe::resolved::{CodecChoice, Residuals};
 use crate::run::join::Met;
 use crate::state::residuals::Kept;
+use crate::state::sharding::Sharding;
 use crate::state::share::Own;
 use crate::state::{Held, Share};
 use crate::tensor::parts::parts;
@@ -21,7 +23,7 @@ use crate::tensor::parts::parts;
 /// A model whose parameters do not fit the address space.
 pub fn share(
     (met, config): (&Met, &Config),
-    (axes, rank): (Mesh, usize),
+    (axes, rank, sharding): (Mesh, usize, Sharding),
     codec: CodecChoice,
     (residuals, held): (Residuals, Held),
 ) -> Result<Share> {
@@ -44,7 +46,17 @@ pub fn share(
         true if residuals == Residuals::Folded && replicas > 1 => Kept::Folded,
         true => Kept::Exact,
     };
-    Ok(Share { rank, ranks, data: at(rank, Axis::Data), replicas, own, kept })
+    Ok(Share { rank, ranks, data: at(rank, Axis::Data), replicas, own, kept, sharding })
+}
+
+/// What this rank, one of so many that sum gradients, keeps of the optimiser's state.
+pub fn sharding(recipe: &Recipe, data: usize, replicas: usize) -> Sharding {
+    match recipe.optimizer.sharded {
+        // Inside a machine everything travels as it is.
+        Some(_) if recipe.parallel.group == replicas => Sharding::of(data, replicas, Codec::Fp32),
+        Some(codec) => Sharding::of(data, replicas, codec),
+        None => Sharding::NONE,
+    }
 }
 
 /// Bytes that one of so many replicas would send a step if everything travelled as f32.
