@@ -42,8 +42,8 @@ pub struct Shape {
     pub schedule: Kind,
     /// Pieces of each of its ranks.
     pub virtual_stages: usize,
-    /// Whether the owner of a shard alone keeps its moments and its f32 master.
-    pub sharded: bool,
+    /// Where the owner of a shard alone keeps its moments: what parameters travel in.
+    pub sharded: Option<Codec>,
 }
 
 /// What one rank takes.
@@ -112,7 +112,7 @@ impl Plan {
             .iter()
             .map(|part| RankPlan {
                 memory: Memory::of(recipe, part, codec, sharded),
-                sent: Sent::of(recipe, part, codec),
+                sent: Sent::of(recipe, part, codec, sharded),
             })
             .collect();
         let tokens = sequences * recipe.train.seq_len;
@@ -160,17 +160,14 @@ fn usage(what: &str) -> Error {
     Error::Usage(format!("plan: {}", what.replace('\n', "\nplan: ")))
 }
 
-/// What of a shape no build can run yet.
+/// What of a shape this build cannot run.
 fn not_runnable(shape: Shape) -> Vec<&'static str> {
     let mut why = Vec::new();
-    if shape.mesh.size(Axis::Tensor) > 1 {
-        why.push("no run cuts tensors yet");
-    }
     if shape.mesh.size(Axis::Pipeline) > 1 {
         why.push("no run has stages yet");
     }
-    if shape.sharded {
-        why.push("the sharded optimiser is not there yet");
+    if shape.mesh.size(Axis::Tensor) > 1 && shape.sharded.is_some_and(Codec::is_lossy) {
+        why.push("parts of a model travel as they are, not as int8 differences");
     }
     why
 }
@@ -212,7 +209,7 @@ fn checkpoint_bytes(recipe: &Recipe, config: &Config, mesh: Mesh) -> usize {
     size_of::<f32>() * (3 * config.parameter_count() + residuals)
 }
 
-/// Whether something of a parameter that travels in this codec is left out, at the sender and at the owner.
+/// Whether something of a parameter that travels in this codec is left out, at the sender and at the owner of its sum.
 fn is_lossy(parameter: &parallel::data::Parameter, codec: Option<Codec>) -> [bool; 2] {
     let codec = codec.map(|codec| codec_of(parameter, codec));
     [codec.is_some_and(Codec::is_lossy), codec.is_some_and(|codec| codec.second_stage().is_lossy())]

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::ValueEnum;
+use compression::Codec;
 use parallel::mesh::{Axis, Mesh};
 use parallel::pipeline::Kind;
 use serde_json::{Value, json};
@@ -41,9 +42,9 @@ pub(super) struct Args {
     /// What a rank may take, as in 16GiB; a plan that takes more is refused. This machine's memory unless given
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     memory: Option<usize>,
-    /// Also cut every layer for so many ranks, which no run can do yet
-    #[arg(long, value_name = "RANKS", default_value_t = 1)]
-    tensor: usize,
+    /// Cut every layer for so many ranks, in place of the recipe's parallel.tensor
+    #[arg(long, value_name = "RANKS")]
+    tensor: Option<usize>,
     /// Also cut the model into so many stages, which no run can do yet
     #[arg(long, value_name = "RANKS", default_value_t = 1)]
     pipeline: usize,
@@ -53,7 +54,7 @@ pub(super) struct Args {
     /// Pieces of each stage, for the interleaved schedule
     #[arg(long, value_name = "PIECES", default_value_t = 1)]
     virtual_stages: usize,
-    /// Share out the optimiser's state among replicas, which no run can do yet
+    /// Share out the optimiser's state among replicas, as the recipe's optimizer.sharded does
     #[arg(long)]
     sharded: bool,
     /// List the meshes of so many ranks for the same step, the best first
@@ -85,7 +86,7 @@ pub(super) fn plan(args: &Args) -> Result<ExitCode> {
         .map_err(|error| Error::Usage(format!("{path}: expected a recipe, a TOML file in UTF-8: {error}")))?;
     let (_, recipe) = recipe::read(&path, &text, &args.sets)?;
     let config = config(&recipe)?;
-    let mesh = Mesh::new(recipe.parallel.data, args.pipeline, args.tensor)
+    let mesh = Mesh::new(recipe.parallel.data, args.pipeline, args.tensor.unwrap_or(recipe.parallel.tensor))
         .map_err(|faults| Error::Usage(format!("plan: {}", faults.to_string().replace('\n', "\nplan: "))))?;
     let kind = match args.schedule {
         Schedule::GPipe => Kind::GPipe,
@@ -107,7 +108,9 @@ pub(super) fn plan(args: &Args) -> Result<ExitCode> {
         let found = search(&recipe, &config, ranks, figures.as_ref(), memory)?;
         return tell_found(args, ranks, &found);
     }
-    let shape = Shape { mesh, schedule: kind, virtual_stages: args.virtual_stages, sharded: args.sharded };
+    // The flag adds to a recipe that does not say so.
+    let sharded = recipe.optimizer.sharded.or(args.sharded.then_some(Codec::Fp32));
+    let shape = Shape { mesh, schedule: kind, virtual_stages: args.virtual_stages, sharded };
     let plan = Plan::new(&recipe, &config, shape, figures.as_ref())?;
     print(&if args.json {
         format!("{}\n", object(&plan, true))

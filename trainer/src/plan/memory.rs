@@ -1,8 +1,9 @@
 //! What a rank takes while it trains.
 
 use compression::{BLOCK, Codec};
+use parallel::data::Parameter;
 use parallel::data::plan::Plan as Buckets;
-use parallel::data::rules::may_be_lossy;
+use parallel::data::rules::{codec_of, may_be_lossy};
 use parallel::data::shard::shard;
 use parallel::mesh::Axis;
 
@@ -21,7 +22,7 @@ const PROGRAM_BYTES: usize = 3 << 20;
 pub struct Memory {
     /// The weights, and their copy on the device, which on the host is host memory too.
     pub parameters_bytes: usize,
-    /// Both moments; with a sharded optimiser, of its shard, and the shard's f32 master.
+    /// Both moments; with a sharded optimiser those of its shard, and the shard's master where that is not the replica.
     pub optimizer_bytes: usize,
     /// Buckets, and between ranks the sum.
     pub gradients_bytes: usize,
@@ -38,7 +39,7 @@ pub struct Memory {
 impl Memory {
     /// Of this part. `codec` is what gradients travel in.
     #[must_use]
-    pub fn of(recipe: &Recipe, part: &Part, codec: Option<Codec>, sharded: bool) -> Self {
+    pub fn of(recipe: &Recipe, part: &Part, codec: Option<Codec>, sharded: Option<Codec>) -> Self {
         let parameters = part.parameters();
         let elements: usize = parameters.iter().map(|p| p.elements()).sum();
         let (data, place) = (part.mesh.size(Axis::Data), part.at.on(Axis::Data));
@@ -53,10 +54,18 @@ impl Memory {
                 let lossy = |&index: &usize| is_lossy(&parameters[index], Some(codec))[0];
                 senders += if bucket.parameters.iter().any(lossy) { bucket.elements } else { 0 };
             }
-            let lossy = parameters.iter().filter(|p| is_lossy(p, Some(codec))[1]);
+            // Owners that send parameters leave nothing of sums out.
+            let lossy = parameters.iter().filter(|p| sharded.is_none() && is_lossy(p, Some(codec))[1]);
             owners = lossy.map(|p| own(p.elements())).sum();
         }
-        let optimizer = if sharded { 3 * owned } else { 2 * elements };
+        let optimizer = match sharded.filter(|_| data > 1) {
+            None => 2 * elements,
+            Some(codec) => {
+                // A master beside the replica, where they differ.
+                let differs = |p: &&Parameter| codec_of(p, codec).is_lossy();
+                2 * owned + parameters.iter().filter(differs).map(|p| own(p.elements())).sum::<usize>()
+            }
+        };
         Self {
             parameters_bytes: float * 2 * elements,
             optimizer_bytes: float * optimizer,

@@ -77,6 +77,7 @@ fn on(
     recipe.parallel.micro_batches = vec![passes / data; data];
     // A machine's ranks are another number now.
     recipe.parallel.group = 1;
-    let shape = Shape { mesh, schedule: Kind::OneForwardOneBackward, virtual_stages: 1, sharded: false };
+    let shape =
+        Shape { mesh, schedule: Kind::OneForwardOneBackward, virtual_stages: 1, sharded: recipe.optimizer.sharded };
     Plan::new(&recipe, config, shape, figures).map_err(|_| ())
 }

@@ -1,9 +1,10 @@
 //! Bytes that a rank sends in a step.
 
 use compression::{BLOCK, Codec};
+use parallel::data::Parameter;
 use parallel::data::nodes::Nodes;
 use parallel::data::rules::codec_of;
-use parallel::data::shard::{payload_bytes, shard};
+use parallel::data::shard::{Ways, payload_bytes_both_ways, shard};
 use parallel::frame::HEADER_BYTES;
 use parallel::mesh::Axis;
 
@@ -29,11 +30,11 @@ pub struct Sent {
 }
 
 impl Sent {
-    /// Of this part. `codec` is what gradients travel in.
+    /// Of this part. `codec` is what gradients travel in, `sharded` what parameters do, where those come back from owners.
     #[must_use]
-    pub fn of(recipe: &Recipe, part: &Part, codec: Option<Codec>) -> Self {
+    pub fn of(recipe: &Recipe, part: &Part, codec: Option<Codec>, sharded: Option<Codec>) -> Self {
         Self {
-            data_bytes: codec.map_or(0, |codec| data(recipe, part, codec)),
+            data_bytes: codec.map_or(0, |codec| data(recipe, part, (codec, sharded))),
             pipeline_bytes: pipeline(recipe, part),
             tensor_bytes: tensor(recipe, part),
         }
@@ -46,20 +47,24 @@ impl Sent {
     }
 }
 
-fn data(recipe: &Recipe, part: &Part, codec: Codec) -> usize {
+fn data(recipe: &Recipe, part: &Part, (codec, sharded): (Codec, Option<Codec>)) -> usize {
     let (ranks, rank) = (part.mesh.size(Axis::Data), part.at.on(Axis::Data));
     // Groups of machines are of data-parallel runs alone.
     let members = if part.mesh.ranks() == ranks { recipe.parallel.group } else { 1 };
     let nodes = Nodes { rank, ranks, members };
-    let tensors: Vec<(usize, Codec)> =
-        part.parameters().iter().map(|parameter| (parameter.elements(), codec_of(parameter, codec))).collect();
-    let payload = payload_bytes(&tensors, nodes);
-    let frames: usize = tensors.iter().map(|&(elements, _)| frames(elements, recipe, nodes)).sum();
+    let ways = |parameter: &Parameter| {
+        let there = codec_of(parameter, codec);
+        let back = sharded.map_or(there.second_stage(), |sent| codec_of(parameter, sent));
+        Ways { elements: parameter.elements(), there, back }
+    };
+    let tensors: Vec<Ways> = part.parameters().iter().map(ways).collect();
+    let payload = payload_bytes_both_ways(&tensors, nodes);
+    let frames: usize = tensors.iter().map(|ways| frames(ways.elements, recipe, nodes)).sum();
     payload.inside + payload.across + frames * FRAME_BYTES + (ranks - 1) * BALLOT_BYTES
 }
 
 /// Frames in which a tensor and its sum leave this rank: of the same kinds as
-/// [`payload_bytes`](parallel::data::shard::payload_bytes).
+/// [`payload_bytes_both_ways`].
 fn frames(elements: usize, recipe: &Recipe, nodes: Nodes) -> usize {
     let chunk = recipe.parallel.chunk_elements / BLOCK * BLOCK;
     let of = |owner: usize| {
