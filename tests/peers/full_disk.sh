@@ -15,7 +15,7 @@ events="$place/full/events.jsonl"
 seen() { grep -q "\"$1\"" "$events" 2>/dev/null; }
 
 "$binary" train recipes/quickstart.toml --name full --set metrics.runs_dir="$place" --set parallel.data=2 \
-    --set compression.codec=int8 --set checkpoint.every=2 --set checkpoint.keep_last=1 --set train.stop_at_step=16 \
+    --set compression.codec=int8 --set checkpoint.every=8 --set checkpoint.keep_last=1 --set train.stop_at_step=40 \
     --set eval.every=0 2>"$place.log" &
 run=$!
 while kill -0 $run 2>/dev/null && ! seen checkpoint_failed; do sleep 0.2; done
