@@ -136,6 +136,14 @@ fn sent(place: &Place) -> f64 {
     sent.parse::<f64>().expect("a number") / place.lines("a") as f64
 }
 
+/// Bytes of the elements of the run's last checkpoint.
+fn stored(place: &Place) -> u64 {
+    let inspected: Value = serde_json::from_str(&place.run(&["inspect", "a", "--json"]).ok().stdout).expect("JSON");
+    let count = |tensor: &Value, key: &str| tensor[key].as_u64().expect("a count");
+    let held = |tensor: &Value| 4 * (count(tensor, "elements") - count(tensor, "absent_elements"));
+    inspected["tensors"].as_array().expect("tensors").iter().map(held).sum()
+}
+
 fn is_near(planned: f64, measured: f64, by: f64) -> bool {
     (planned / measured - 1.0).abs() <= by
 }
@@ -158,6 +166,7 @@ fn memory_is_within_a_tenth_and_bytes_within_a_hundredth_of_what_runs_take() {
             let without = planned - ranks[0]["activations_bytes"].as_f64().expect("bytes");
             assert!(!is_near(without, measured as f64, 0.1), "{name}: {without} would do as well");
         }
+        assert_eq!(known["checkpoint_bytes"].as_u64(), Some(stored(&place)), "{name}");
         if ranks.len() > 1 {
             let of = |plan: &Value| -> f64 {
                 let axis = |name: &str| plan["ranks"][0][name].as_f64().expect("bytes");
