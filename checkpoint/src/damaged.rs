@@ -22,25 +22,29 @@ pub struct Damaged {
 }
 
 /// What a folder of checkpoints has to go on from.
-#[derive(Debug, Default)]
-pub struct Survey {
-    /// The newest checkpoint whose every byte is as its manifest says.
-    pub good: Option<Checkpoint>,
+#[derive(Debug)]
+pub struct Survey<T> {
+    /// The newest checkpoint whose every byte is as its manifest says, and what was made of it.
+    pub good: Option<(Checkpoint, T)>,
     /// Those that are newer, the newest first.
     pub damaged: Vec<Damaged>,
 }
 
-/// Verifies checkpoints from the newest down to the first that is whole.
+/// Goes through checkpoints from the newest down to the first that is whole. `read` must look at every byte of one, as
+/// [`Checkpoint::verify`] does, and as [`Checkpoint::load_and_verify`] does in the one pass that a resume takes anyway.
 ///
 /// # Errors
 /// One that this build or this user cannot read, which says nothing of its bytes: it is not passed over.
-pub fn survey(folder: &Path) -> Result<Survey, CheckpointError> {
-    let mut survey = Survey::default();
+pub fn survey<T>(
+    folder: &Path,
+    mut read: impl FnMut(&Checkpoint) -> Result<T, CheckpointError>,
+) -> Result<Survey<T>, CheckpointError> {
+    let mut survey = Survey { good: None, damaged: Vec::new() };
     for (step, path) in list(folder)?.into_iter().rev() {
-        let opened = Checkpoint::open(&path).and_then(|checkpoint| checkpoint.verify().map(|_| checkpoint));
+        let opened = Checkpoint::open(&path).and_then(|checkpoint| read(&checkpoint).map(|read| (checkpoint, read)));
         match opened {
-            Ok(checkpoint) => {
-                survey.good = Some(checkpoint);
+            Ok(good) => {
+                survey.good = Some(good);
                 break;
             }
             Err(error) if error.is_damage() => survey.damaged.push(Damaged { step, path, error }),
@@ -92,6 +96,11 @@ mod tests {
         }
     }
 
+    /// The survey that reads everything and keeps nothing.
+    fn survey(folder: &Path) -> Result<Survey<u64>, CheckpointError> {
+        super::survey(folder, Checkpoint::verify)
+    }
+
     fn damage(folder: &Path, step: u64, change: impl FnOnce(&Path)) {
         change(&folder.join(layout::committed(step)));
     }
@@ -113,10 +122,10 @@ mod tests {
         ];
         for kind in kinds {
             let folder = folder(&[1, 2, 3]);
-            assert_eq!(survey(folder.path()).unwrap().good.unwrap().step(), 3, "the control: nothing is damaged");
+            assert_eq!(survey(folder.path()).unwrap().good.unwrap().0.step(), 3, "the control: nothing is damaged");
             [3, 2].into_iter().for_each(|step| damage(folder.path(), step, kind));
             let found = survey(folder.path()).unwrap();
-            assert_eq!(found.good.unwrap().step(), 1);
+            assert_eq!(found.good.unwrap().0.step(), 1);
             assert_eq!(found.damaged.iter().map(|damaged| damaged.step).collect::<Vec<_>>(), [3, 2]);
             damage(folder.path(), 1, kind);
             assert!(survey(folder.path()).unwrap().good.is_none());
@@ -147,7 +156,7 @@ mod tests {
             assert_eq!(list(folder.path()).unwrap().len(), 1);
             // A run comes to that step again, and its writer puts the folder in order.
             save(folder.path(), &[2], 0);
-            assert_eq!(survey(folder.path()).unwrap().good.unwrap().step(), 2);
+            assert_eq!(survey(folder.path()).unwrap().good.unwrap().0.step(), 2);
             assert!(kept.is_dir());
         }
         save(folder.path(), &[3], 1);

@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use compression::RegionError;
+use compression::{Region, RegionError};
 use safetensors::SafeTensorError;
 use thiserror::Error;
 
@@ -149,6 +149,17 @@ pub enum CheckpointError {
         /// The hash of the bytes on disk.
         found: String,
     },
+    /// A part of a file has other bytes than the manifest says.
+    #[error(
+        "{}: bytes {range:?} do not hash to what the manifest says: the file is damaged; resume from another checkpoint",
+        path.display()
+    )]
+    FileRange {
+        /// The file.
+        path: PathBuf,
+        /// The first block of it that is damaged.
+        range: Range<u64>,
+    },
     /// The manifest has no such file.
     #[error("{}: there is no file {name:?} in it; it has {}", path.display(), present.join(", "))]
     NoFile {
@@ -196,13 +207,13 @@ pub enum CheckpointError {
         /// Elements given.
         found: usize,
     },
-    /// A slice has another length than the range of elements that it is to hold.
-    #[error("tensor {tensor}: elements {range:?} are {}, the slice has {found}", range.len())]
+    /// A slice has another length than the part of a tensor that it is to hold.
+    #[error("tensor {tensor}: {} are {}, the slice has {found}", elements_of(region), region.len())]
     Slice {
         /// The tensor.
         tensor: String,
         /// The elements asked for.
-        range: Range<usize>,
+        region: Region,
         /// Elements given.
         found: usize,
     },
@@ -346,6 +357,13 @@ impl CheckpointError {
         let path = path.to_path_buf();
         move |source| Self::Io { operation, path, source }
     }
+}
+
+/// Which elements these are, as words.
+fn elements_of(Region { start, end, flat_start, flat_end }: &Region) -> String {
+    let box_of =
+        if start.iter().any(|&start| start > 0) { format!(" of the box {start:?} to {end:?}") } else { String::new() };
+    format!("elements {flat_start}..{flat_end}{box_of}")
 }
 
 /// The first few of these ranges, as words.

@@ -7,8 +7,8 @@ use crate::error::CheckpointError;
 use crate::manifest::TensorEntry;
 use crate::reader::Checkpoint;
 
-/// Elements that are in memory at a time: 4 MiB.
-const CHUNK: usize = 1 << 20;
+/// Elements that are in memory at a time: 16 MiB.
+const CHUNK: usize = 1 << 22;
 
 /// Tensors of one shape whose names differ in numbers alone, as those of all layers.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -8,6 +8,7 @@
 //! - [`safetensors_file`]: our streaming writer of safetensors files, hashing as it writes.
 //! - `packed`: the same files as zstd frames of shuffled bytes.
 //! - [`manifest`]: what a checkpoint holds, where each piece lies, and the hash of every file.
+//! - `tree`: hashes of blocks, so that a part of a file can be checked alone.
 //! - [`layout`]: the names inside the folder of checkpoints, and which of them count.
 //! - [`writer`]: two host buffers, one thread, the commit, retention; for a process alone or for one rank of several.
 //! - [`reader`]: lists, opens, verifies and loads checkpoints.
@@ -30,6 +31,7 @@ mod mapped;
 mod packed;
 pub mod reader;
 pub mod safetensors_file;
+mod tree;
 pub mod writer;
 
 pub use disk::{Disk, RealDisk, SimulatedDisk};
@@ -37,6 +39,7 @@ pub use error::CheckpointError;
 pub use manifest::Manifest;
 pub use reader::{Checkpoint, list};
 pub use safetensors_file::Dtype;
+pub use tree::Subtrees;
 pub use writer::{Attachment, Member, Offer, Outcome, Part, PieceSpec, Retention, Snapshot, TensorSpec, Writer};
 
 /// Tensors are written and mapped as they lie in memory, and the format is little-endian.

@@ -23,20 +23,11 @@ impl Mapped {
             io::ErrorKind::NotFound => CheckpointError::FileMissing { path: path.to_path_buf() },
             _ => CheckpointError::Io { operation: "open the file", path: path.to_path_buf(), source },
         })?;
-        Self::of(&file, path)
-    }
-
-    /// Maps the open file `file`; `path` is for messages.
-    pub fn of(file: &File, path: &Path) -> Result<Self, CheckpointError> {
         // SAFETY: a committed file is never changed in place: writer and exporter make new files under other names, and
         // retention unlinks, which leaves a mapping whole. Whoever else cuts the file meanwhile ends this process by
         // SIGBUS; the bytes are only ever read as numbers and checked text.
-        let map = unsafe { Mmap::map(file) }.map_err(CheckpointError::io("map the file", path))?;
+        let map = unsafe { Mmap::map(&file) }.map_err(CheckpointError::io("map the file", path))?;
         Ok(Self { path: path.to_path_buf(), map })
-    }
-
-    pub fn bytes(&self) -> &[u8] {
-        &self.map
     }
 }
 

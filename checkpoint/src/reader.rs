@@ -1,13 +1,13 @@
 //! Lists, opens, verifies and loads checkpoints.
 //!
 //! Nothing that a checkpoint says is believed before it is checked: the manifest by its own hash when it is opened, each
-//! file by the manifest's hash before its first byte is used. [`Checkpoint::load`] hashes the very bytes that it hands
-//! over. [`Checkpoint::tensor`] and [`Checkpoint::region`] hash a file once and copy from its mapping later: a file that
-//! somebody changes in place in between is not noticed, and none of ours ever is.
+//! part of a file by what the manifest says of it before its first byte is used. The very bytes that are handed over are
+//! hashed, each time. Only the blocks that hold what is wanted are read, so that damage elsewhere is for
+//! [`Checkpoint::verify`] to find.
 //!
 //! - `audit`: everything that is damaged.
-//! - `load`: many ranges at once.
-//! - `once`: reads and hashes a file in one go.
+//! - `load`: many parts of tensors at once.
+//! - `once`: reads and hashes a file, or blocks of it, in one go.
 //! - `packed`: a packed file.
 //! - `stored`: one file.
 
@@ -24,18 +24,16 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use compression::RegionError;
 use serde_json::Value;
 
 use crate::disk::{self, Disk, RealDisk};
 use crate::error::CheckpointError;
 use crate::layout;
-use crate::manifest::{FileEntry, Manifest, TensorEntry};
+use crate::manifest::{FileEntry, Manifest, TensorEntry, difference};
 
 pub use audit::{Audit, Damage, audit};
 pub use load::Want;
-use once::Place;
-use stored::{Content, Header, Stored, check_file, check_hash, check_size};
+use stored::{Stored, check_hash, check_size};
 
 /// The committed checkpoints in `folder` with the folder of each, by step ascending. What is being written or removed
 /// is not among them. A folder that does not exist has none.
@@ -51,20 +49,17 @@ pub fn list(folder: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointError> {
     Ok(paths.filter(|(_, path)| path.is_dir()).collect())
 }
 
-/// An open checkpoint. Its manifest is checked; its files are mapped, and their hashes checked, when first needed.
+/// Files that stay open at the most; more of them are opened for each read.
+const OPEN_MAX: usize = 128;
+
+/// An open checkpoint. Its manifest is checked; its files are opened when they are first needed, and what is read of them is
+/// checked then.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     manifest: Manifest,
-    /// The safetensors files whose hashes were found right.
-    shards: Mutex<BTreeMap<String, Arc<Checked>>>,
-}
-
-/// A safetensors file whose hash was found right.
-#[derive(Debug)]
-struct Checked {
-    header: Header,
-    content: Content,
+    /// The files that were needed.
+    files: Mutex<BTreeMap<String, Arc<Stored>>>,
 }
 
 impl Checkpoint {
@@ -83,7 +78,7 @@ impl Checkpoint {
             })?;
             check_size(&file, entry, metadata.len())?;
         }
-        Ok(Self { path: path.to_path_buf(), manifest, shards: Mutex::default() })
+        Ok(Self { path: path.to_path_buf(), manifest, files: Mutex::default() })
     }
 
     /// The manifest of the checkpoint in the folder `path`; its files may be there or not.
@@ -139,9 +134,10 @@ impl Checkpoint {
     pub fn verify(&self) -> Result<u64, CheckpointError> {
         let mut bytes = 0;
         for (name, entry) in &self.manifest.files {
-            if let Some(checked) = check_file(&self.path, name, entry, &self.manifest.pieces_in(name))? {
-                self.keep(name, checked);
-            }
+            let stored = self.stored(name)?;
+            let reading = stored.reading()?;
+            reading.check()?;
+            reading.check_pieces(&self.manifest.pieces_in(name))?;
             bytes += entry.bytes;
         }
         Ok(bytes)
@@ -154,25 +150,22 @@ impl Checkpoint {
         self.manifest.tensors.contains_key(name)
     }
 
-    /// Copies the tensor `name` into `out`, put together from its pieces. The first tensor of a file waits until the
-    /// whole file is hashed.
+    /// Copies the tensor `name` into `out`, put together from its pieces.
     ///
     /// # Errors
     /// No such tensor, another shape than `shape`, an `out` of another length, elements that no piece holds, or a file
-    /// that is not as the manifest says. `out` is as it was then, or NaN where a packed file is forged.
+    /// that is not as the manifest says. `out` is NaN then.
     pub fn tensor(&self, name: &str, shape: &[usize], out: &mut [f32]) -> Result<(), CheckpointError> {
-        let entry = self.tensor_entry(name, shape)?;
-        let (expected, found) = (entry.elements(), out.len());
+        let (expected, found) = (self.tensor_entry(name, shape)?.elements(), out.len());
         if expected != found {
             let (tensor, shape) = (name.to_owned(), shape.to_vec());
             return Err(CheckpointError::Elements { tensor, shape, expected, found });
         }
-        self.present(name, entry, &(0..expected))?;
-        self.copy(name, entry, 0..expected, out)
+        self.region(name, shape, 0..expected, out)
     }
 
     /// Copies the elements `range` of the tensor `name`, row-major, into `out`. Files that hold none of them are not
-    /// touched.
+    /// touched. [`load`](Self::load) takes any box.
     ///
     /// # Errors
     /// Those of [`tensor`](Self::tensor), or a range that leaves the tensor.
@@ -183,77 +176,25 @@ impl Checkpoint {
         range: Range<usize>,
         out: &mut [f32],
     ) -> Result<(), CheckpointError> {
-        let entry = self.wanted(name, shape, &range, out.len())?;
-        self.copy(name, entry, range, out)
+        self.load(&mut [Want::interval(name, shape, range, out)]).map(|_| ())
     }
 
-    /// The tensor of this name and shape, all of whose elements `range` are there, and as many as the caller has places.
-    fn wanted(
-        &self,
-        name: &str,
-        shape: &[usize],
-        range: &Range<usize>,
-        places: usize,
-    ) -> Result<&TensorEntry, CheckpointError> {
+    /// The tensor of this name and shape, all of whose wanted elements are there, and as many as the caller has places.
+    fn wanted(&self, want: &Want<'_>) -> Result<&TensorEntry, CheckpointError> {
+        let Want { tensor: name, shape, region, out } = want;
         let entry = self.tensor_entry(name, shape)?;
-        let elements = entry.elements();
-        if range.start > range.end || range.end > elements {
-            let source = RegionError::Flat { start: range.start, end: range.end, elements };
-            return Err(CheckpointError::Region { path: self.path.clone(), tensor: name.to_owned(), source });
+        let (path, tensor) = (self.path.clone(), (*name).to_owned());
+        if let Err(source) = region.check(shape) {
+            return Err(CheckpointError::Region { path, tensor, source });
         }
-        if range.len() != places {
-            return Err(CheckpointError::Slice { tensor: name.to_owned(), range: range.clone(), found: places });
+        if region.len() != out.len() {
+            return Err(CheckpointError::Slice { tensor, region: region.clone(), found: out.len() });
         }
-        self.present(name, entry, range)
-    }
-
-    fn present<'a>(
-        &self,
-        name: &str,
-        entry: &'a TensorEntry,
-        range: &Range<usize>,
-    ) -> Result<&'a TensorEntry, CheckpointError> {
-        let absent = entry.absent(range);
-        if absent.is_empty() {
+        if entry.held_of(region) == region.len() {
             return Ok(entry);
         }
-        let (path, tensor, count) = (self.path.clone(), name.to_owned(), entry.elements());
-        Err(CheckpointError::Absent { path, tensor, absent, count })
-    }
-
-    fn copy(
-        &self,
-        name: &str,
-        entry: &TensorEntry,
-        range: Range<usize>,
-        out: &mut [f32],
-    ) -> Result<(), CheckpointError> {
-        // Every piece is checked before the first is copied.
-        let mut shards = Vec::new();
-        for piece in entry.pieces_of(&range) {
-            let shard = self.shard(&piece.file)?;
-            let start = shard.header.piece(name, entry, piece)?;
-            shards.push((shard, start as usize, piece));
-        }
-        let out: &mut [u8] = bytemuck::cast_slice_mut(out);
-        let bytes_of = |range: Range<usize>| range.start * size_of::<f32>()..range.end * size_of::<f32>();
-        for (shard, piece_start, piece) in shards {
-            let held = piece.range();
-            let (start, end) = (held.start.max(range.start), held.end.min(range.end));
-            let to = bytes_of(start - range.start..end - range.start);
-            let from = bytes_of(start - held.start..end - held.start);
-            match &shard.content {
-                Content::Mapped(mapped) => out[to].copy_from_slice(&mapped.bytes()[piece_start..][from]),
-                Content::Packed(packed) => {
-                    let place = ((piece_start + from.start) as u64, Place::Wanted(&mut out[to]));
-                    if let Err(fault) = packed.fill(vec![place]) {
-                        bytemuck::cast_slice_mut(out).fill(f32::NAN);
-                        return Err(fault);
-                    }
-                }
-            }
-        }
-        Ok(())
+        let absent = difference(&region.runs(shape).collect::<Vec<_>>(), &entry.held());
+        Err(CheckpointError::Absent { path, tensor, absent, count: entry.elements() })
     }
 
     /// The bytes of the small file `name` that was stored inside the checkpoint.
@@ -281,26 +222,20 @@ impl Checkpoint {
         Ok(entry)
     }
 
-    fn shards(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Checked>>> {
+    fn open_files(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Stored>>> {
         // Only whole entries are ever put in, so that a panic elsewhere leaves nothing half done.
-        self.shards.lock().unwrap_or_else(PoisonError::into_inner)
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn shard(&self, name: &str) -> Result<Arc<Checked>, CheckpointError> {
-        if let Some(shard) = self.shards().get(name) {
-            return Ok(Arc::clone(shard));
+    fn stored(&self, name: &str) -> Result<Arc<Stored>, CheckpointError> {
+        let entry = self.entry(name)?;
+        let mut files = self.open_files();
+        if let Some(stored) = files.get(name) {
+            return Ok(Arc::clone(stored));
         }
-        // Not under the lock: while it hashes, a thread of the pool may be given another tensor to load and would wait
-        // for itself. Two that come here at once both hash the file.
-        let stored = Stored::open(&self.path, name, self.entry(name)?)?;
-        Ok(self.keep(name, stored.check_tensors(|_| Ok(Vec::new()))?))
-    }
-
-    /// Keeps a file whose hash was found right.
-    fn keep(&self, name: &str, checked: Checked) -> Arc<Checked> {
-        let shard = Arc::new(checked);
-        self.shards().insert(name.to_owned(), Arc::clone(&shard));
-        shard
+        let stored = Arc::new(Stored::open(&self.path, name, entry, files.len() < OPEN_MAX)?);
+        files.insert(name.to_owned(), Arc::clone(&stored));
+        Ok(stored)
     }
 
     fn entry(&self, name: &str) -> Result<&FileEntry, CheckpointError> {
@@ -313,9 +248,13 @@ impl Checkpoint {
 }
 
 #[cfg(test)]
+mod box_tests;
+#[cfg(test)]
 mod load_tests;
 #[cfg(test)]
 mod packed_tests;
+#[cfg(test)]
+mod partial_tests;
 #[cfg(test)]
 mod piece_tests;
 #[cfg(test)]

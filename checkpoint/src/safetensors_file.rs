@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::{Disk, DiskFile};
 use crate::error::CheckpointError;
+use crate::tree::{Subtrees, Tree, TreeHasher};
 
 /// Elements that are converted, hashed and written at a time: 1 MiB of f32.
 const CHUNK: usize = 1 << 18;
@@ -102,6 +103,8 @@ pub struct Written {
     pub bytes: u64,
     /// Its BLAKE3 hash in lower-case hex.
     pub blake3: String,
+    /// The values of its blocks, if it has several.
+    pub subtrees: Option<Subtrees>,
 }
 
 /// Writes and syncs a file of these tensors, in name order. `metadata` is the format's free text; empty leaves it out.
@@ -228,13 +231,13 @@ fn encode<'a>(chunk: &'a [f32], dtype: Dtype, scratch: &'a mut Vec<u8>) -> Resul
 pub(crate) struct HashedFile<'a> {
     path: &'a Path,
     file: Box<dyn DiskFile>,
-    hasher: blake3::Hasher,
+    hasher: TreeHasher,
 }
 
 impl<'a> HashedFile<'a> {
     pub fn create(disk: &dyn Disk, path: &'a Path) -> Result<Self, CheckpointError> {
         let file = disk.create(path).map_err(CheckpointError::io("make the file", path))?;
-        Ok(Self { path, file, hasher: blake3::Hasher::new() })
+        Ok(Self { path, file, hasher: TreeHasher::default() })
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
@@ -244,7 +247,9 @@ impl<'a> HashedFile<'a> {
 
     pub fn finish(mut self) -> Result<Written, CheckpointError> {
         self.file.sync().map_err(CheckpointError::io("sync the file", self.path))?;
-        Ok(Written { bytes: self.hasher.count(), blake3: self.hasher.finalize().to_hex().to_string() })
+        let bytes = self.hasher.bytes();
+        let (hash, tree) = self.hasher.finish();
+        Ok(Written { bytes, blake3: hash.to_hex().to_string(), subtrees: tree.map(Tree::subtrees) })
     }
 }
 

@@ -9,6 +9,10 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+mod shared;
+
+pub use shared::Shared;
+
 /// A box of a tensor, and an interval of that box's elements in row-major order.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Region {
@@ -86,25 +90,86 @@ impl Region {
         self.len() == 0
     }
 
+    /// The interval `range` of a tensor of this shape; [`check`](Self::check) says whether the tensor has so many elements.
+    #[must_use]
+    pub fn interval(shape: &[usize], range: Range<usize>) -> Self {
+        Self { start: vec![0; shape.len()], end: shape.to_vec(), flat_start: range.start, flat_end: range.end }
+    }
+
+    /// All of the box `start..end`. It may be of any tensor: [`check`](Self::check) says whether it lies in one.
+    ///
+    /// # Errors
+    /// A box that is empty the wrong way round, or has more elements than can be addressed.
+    pub fn of_box(start: Vec<usize>, end: Vec<usize>) -> Result<Self, RegionError> {
+        if start.len() != end.len() {
+            return Err(RegionError::Rank { start: start.len(), end: end.len(), tensor: end.len() });
+        }
+        if let Some(dim) = (0..start.len()).find(|&dim| start[dim] > end[dim]) {
+            return Err(RegionError::Box { dim, start: start[dim], end: end[dim], size: end[dim] });
+        }
+        let sizes: Vec<usize> = start.iter().zip(&end).map(|(start, end)| end - start).collect();
+        let flat_end = elements(&sizes)?;
+        Ok(Self { start, end, flat_start: 0, flat_end })
+    }
+
+    /// Sizes of the box.
+    #[must_use]
+    pub fn sizes(&self) -> Vec<usize> {
+        self.start.iter().zip(&self.end).map(|(start, end)| end - start).collect()
+    }
+
+    /// Whether the interval is all of the box.
+    #[must_use]
+    pub fn is_box(&self) -> bool {
+        self.flat_start == 0 && elements(&self.sizes()) == Ok(self.flat_end)
+    }
+
+    /// Whether the box is all of a tensor of this shape.
+    #[must_use]
+    pub fn is_interval(&self, shape: &[usize]) -> bool {
+        self.end == shape && self.start.iter().all(|&start| start == 0)
+    }
+
+    /// A part of the region: those of its elements that `range` counts from its first one on.
+    ///
+    /// # Panics
+    /// A range that leaves the region.
+    #[must_use]
+    pub fn part(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len(), "{range:?} of {} elements", self.len());
+        let (flat_start, flat_end) = (self.flat_start + range.start, self.flat_start + range.end);
+        Self { start: self.start.clone(), end: self.end.clone(), flat_start, flat_end }
+    }
+
     /// The places of the region's elements in the whole tensor, row-major, as runs in ascending order; together they are
     /// as many as the region's elements. The region lies inside a tensor of this shape.
     pub fn runs(&self, shape: &[usize]) -> impl Iterator<Item = Range<usize>> + use<> {
-        // A run is at most a row of the box: its last dimension.
-        let row = self.end.iter().zip(&self.start).next_back().map_or(1, |(end, start)| end - start);
+        // A run is a row of the box, that is of its last dimension; of several, where it has all of those behind them.
+        let (mut row, mut dims) = (1, shape.len());
+        while dims > 0 {
+            dims -= 1;
+            row *= self.end[dims] - self.start[dims];
+            if (self.start[dims], self.end[dims]) != (0, shape[dims]) {
+                break;
+            }
+        }
         let (start, end, shape) = (self.start.clone(), self.end.clone(), shape.to_vec());
         let (flat_start, flat_end) = (self.flat_start, self.flat_end);
         let first = flat_start.checked_div(row).unwrap_or(0);
-        let rows = if row == 0 { 0 } else { flat_end.div_ceil(row) };
+        let rows = if row == 0 || flat_start == flat_end { first } else { flat_end.div_ceil(row) };
         (first..rows).map(move |number| {
-            // The row's place: its coordinates in the box, without the last dimension, in mixed radix.
-            let (mut rest, mut place, mut stride) = (number, 0, shape.last().copied().unwrap_or(1));
-            for dim in (0..shape.len().saturating_sub(1)).rev() {
-                let size = end[dim] - start[dim];
-                place += (start[dim] + rest % size) * stride;
-                rest /= size;
+            // The row's place: its coordinates in the box, without the dimensions that it has, in mixed radix.
+            let (mut rest, mut place, mut stride) = (number, 0, 1);
+            for dim in (0..shape.len()).rev() {
+                if dim >= dims {
+                    place += start[dim] * stride;
+                } else {
+                    let size = end[dim] - start[dim];
+                    place += (start[dim] + rest % size) * stride;
+                    rest /= size;
+                }
                 stride *= shape[dim];
             }
-            place += start.last().copied().unwrap_or(0);
             let inside = flat_start.max(number * row) - number * row..flat_end.min((number + 1) * row) - number * row;
             place + inside.start..place + inside.end
         })
@@ -168,6 +233,10 @@ mod tests {
         let runs: Vec<_> = region.runs(&[3, 2, 6]).collect();
         // Elements 2..11 of a box of 2 x 2 x 3.
         assert_eq!(runs, [16..17, 20..23, 26..29, 32..34]);
+        let whole = Region { flat_start: 3, ..Region::whole(&[2, 3, 4]).expect("small") };
+        assert!(whole.runs(&[2, 3, 4]).eq(std::iter::once(3..24)));
+        let planes = Region { start: vec![1, 1, 0], end: vec![3, 2, 4], flat_start: 1, flat_end: 8 };
+        assert_eq!(planes.runs(&[3, 2, 4]).collect::<Vec<_>>(), [13..16, 20..24]);
         let mut runs = Region::whole(&[]).expect("one element").runs(&[]);
         assert_eq!((runs.next(), runs.next()), (Some(0..1), None));
         assert_eq!(Region::whole(&[3, 0]).expect("none").runs(&[3, 0]).flatten().count(), 0);

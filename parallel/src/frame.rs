@@ -40,7 +40,7 @@ const ZSTD: u8 = 1;
 pub enum Phase {
     /// From a node to the owner of the shard.
     Scatter,
-    /// The sum, from its owner, or from whom the owner told.
+    /// The sum, or with a sharded optimiser the parameters, from their owner, or from whom the owner told.
     Gather,
     /// From a member of a node to the one that adds.
     Inner,

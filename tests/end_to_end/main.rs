@@ -25,4 +25,5 @@ mod secured;
 mod sharded;
 mod siege;
 mod support;
+mod tensor;
 mod traces;

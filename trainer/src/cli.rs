@@ -211,12 +211,13 @@ fn run(command: Command, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
 fn train(args: &Train, log: RunLog, tamper: Tamper) -> Result<ExitCode> {
     let ranks = ranks(|name| std::env::var(name).ok())?;
     let request = request(args, log, tamper)?;
+    let several = request.recipe.parallel.mesh().ranks() > 1;
     let world = match ranks {
         // One rank needs nobody to join it.
-        Some(ranks) if ranks.ranks > 1 || request.recipe.parallel.data > 1 => World::Ranks(ranks),
+        Some(ranks) if ranks.ranks > 1 || several => World::Ranks(ranks),
         _ => World::Local,
     };
-    if world == World::Local && request.recipe.parallel.data == 1 && args.restarts == 0 {
+    if world == World::Local && !several && args.restarts == 0 {
         return Ok(code(run::start::train(request)?.ended));
     }
     launch(request, args, world)

@@ -115,15 +115,17 @@ pub enum Error {
     Stream(#[from] parallel::data::StreamError),
     /// The replicas are not equal.
     #[error(
-        "after step {step} the parameters of rank {rank} are not those of rank 0: BLAKE3 {} and {}; do all ranks \
+        "after step {step} the parameters of rank {rank} are not those of rank {other}: BLAKE3 {} and {}; do all ranks \
          run the same build on the same kind of device? go on with --resume from the checkpoint before", .hashes[1], .hashes[0]
     )]
     Replicas {
         /// The step after which they differ.
         step: u64,
-        /// The first rank that differs from rank 0.
+        /// The first rank that differs.
         rank: usize,
-        /// Of rank 0 and of that rank.
+        /// The rank that it differs from, which is to hold the same.
+        other: usize,
+        /// Of that one and of the first.
         hashes: [String; 2],
     },
     /// The coordinator.

@@ -5,7 +5,7 @@
 //! (`flex`); on every other device its `reference`, the same mathematics in burn's operations, does the work. Tests
 //! compare both, values and gradients.
 //!
-//! - [`cross_entropy`]: the loss.
+//! - [`cross_entropy`]: the loss; [`cross_entropy_rows`]: where the rows of the vocabulary are in several places.
 //! - [`rms_norm`]: the norm.
 //! - [`softmax`]: scaled, causally masked softmax.
 //! - [`swiglu`]: `silu(gate) * up`.
@@ -15,6 +15,7 @@
 //! Rows are cut into fixed pieces and sums are added in order, so the bits do not depend on the number of threads.
 
 pub mod cross_entropy;
+pub mod cross_entropy_rows;
 pub mod exp;
 pub mod rms_norm;
 pub mod rotary;

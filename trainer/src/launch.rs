@@ -21,6 +21,7 @@ use crate::data::cache::replace;
 use crate::error::{Error, Result};
 use crate::log::say;
 use crate::prometheus::{Endpoint, Port};
+use crate::recipe::resolved::Parallel;
 use crate::recipe::{Raw, Tag, raw};
 use crate::run::folder::{check_name, in_use};
 use crate::run::join::{host, permit, random, remove_nonces};
@@ -82,13 +83,20 @@ const LOOK: Duration = Duration::from_millis(20);
 /// What can be refused before there is a rank.
 pub fn launch(mut orders: Orders) -> Result<u8> {
     let recipe = &orders.request.recipe;
+    let ranks_in_all = recipe.parallel.mesh().ranks();
     if let World::Ranks(ranks) = &orders.world
-        && ranks.ranks != recipe.parallel.data
+        && ranks.ranks != ranks_in_all
     {
-        return Err(Error::Usage(format!(
-            "WORLD_SIZE is {}, the recipe's parallel.data is {}: make them equal, for example by --set parallel.data={0}",
-            ranks.ranks, recipe.parallel.data
-        )));
+        let (world, Parallel { data, tensor, .. }) = (ranks.ranks, &recipe.parallel);
+        return Err(Error::Usage(match tensor {
+            1 => format!(
+                "WORLD_SIZE is {world}, the recipe's parallel.data is {data}: make them equal, for example by --set \
+                 parallel.data={world}"
+            ),
+            _ => format!(
+                "WORLD_SIZE is {world}, the recipe's parallel.data x parallel.tensor is {data} x {tensor}: make them equal"
+            ),
+        }));
     }
     check_name(&orders.request.name)?;
     let family = Children::default();
@@ -148,13 +156,13 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
             let address = coordinator.address();
             say(&format!(
                 "coordinating {} ranks at {address}: start them with `tributary worker --join {address}`",
-                recipe.parallel.data
+                recipe.parallel.mesh().ranks()
             ));
             (Some(coordinator), Vec::new())
         }
     };
     let ranks: Vec<usize> = match &orders.world {
-        World::Local => (0..recipe.parallel.data).collect(),
+        World::Local => (0..recipe.parallel.mesh().ranks()).collect(),
         World::Ranks(ranks) => vec![ranks.rank],
         World::Elsewhere { .. } => Vec::new(),
     };
@@ -274,7 +282,7 @@ fn coordinate(
     let port = Port::open(orders.request.recipe.metrics.prometheus_port)?;
     let (request, parallel) = (&orders.request, &orders.request.recipe.parallel);
     let options = Options {
-        ranks: parallel.data,
+        ranks: parallel.mesh().ranks(),
         version: crate::VERSION.into(),
         recipe: request.raw.to_toml(),
         name: request.name.clone(),

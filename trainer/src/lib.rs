@@ -8,6 +8,7 @@
 //! - [`device`]: from `[device]` to a burn device.
 //! - [`step`]: one training step; [`optimizer`]: AdamW and the schedule; [`state`]: what a step changes.
 //! - [`run`]: a run from its folder to its end.
+//! - [`tensor`]: a model over the ranks of a tensor group.
 //! - [`weights`]: weights that exist already; [`export`]: Hugging Face's format; [`generate`]: text from a model.
 //! - [`launch`]: the process that starts the ranks and watches over them.
 //! - [`prometheus`]: the numbers of all ranks for Prometheus.
@@ -38,6 +39,7 @@ pub mod run;
 pub mod state;
 pub mod step;
 pub mod tamper;
+pub mod tensor;
 pub mod weights;
 
 /// The version of this build.

@@ -1,7 +1,8 @@
 //! A Llama-style decoder as plain burn modules: RMSNorm (Zhang and Sennrich 2019), rotary embedding (Su et al. 2021),
 //! grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020), with Hugging Face's parameter names.
 //!
-//! No file here knows of ranks, networks or optimisers. A layer offers one hook slot, empty outside training.
+//! No file here knows of ranks, networks or optimisers. A layer offers one hook slot, empty outside training, and may be
+//! built of a part of its weights.
 //!
 //! - [`config`]: the shape of a model, as Hugging Face's `config.json` has it, and the list of its parameters.
 //! - [`layers`]: linear, embedding, norm, and the hook slot.
@@ -16,5 +17,5 @@ pub mod layers;
 pub mod llama;
 
 pub use config::Config;
-pub use layers::Hook;
+pub use layers::{After, Hook};
 pub use llama::{Leaf, Llama, Values};

@@ -11,6 +11,7 @@
 //!   ends with theirs.
 //! - [`trace`]: a picture of what each rank does when.
 //! - [`start`]: everything before the first step.
+//! - [`merge`]: the whole model, where ranks hold parts of it.
 //! - [`finish`]: what happens after the last step.
 
 pub mod codec;
@@ -20,6 +21,7 @@ pub mod finish;
 pub mod folder;
 pub mod group;
 pub mod join;
+pub mod merge;
 pub mod metrics;
 pub mod progress;
 pub mod room;
@@ -34,6 +36,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
 use checkpoint::writer::Writer;
+use parallel::mesh::Axis;
 use parallel::transport::Counted;
 use parallel::wire::control::Numbers;
 use serde_json::json;
@@ -42,6 +45,7 @@ use crate::data::{Data, order};
 use crate::error::{Error, Result};
 use crate::log::RunLog;
 use crate::model::Config;
+use crate::recipe::resolved::Parallel;
 use crate::recipe::{Raw, Recipe};
 use crate::state::State;
 use crate::state::mesh::Mesh;
@@ -52,6 +56,7 @@ use codec::Codecs;
 use evaluate::{Place, evaluate};
 use folder::{Folder, Status};
 use group::Group;
+use merge::Merged;
 use metrics::{Line, Metrics};
 use progress::Progress;
 use signals::Stop;
@@ -147,11 +152,14 @@ struct Run {
     first: bool,
     /// The step that was evaluated last, and its loss on held-out text.
     evaluated: Option<(u64, f64)>,
+    /// The whole model at the end, where ranks hold parts of it.
+    merged: Option<Merged>,
 }
 
 /// The mesh, as `run.json` says it.
 fn mesh(recipe: &Recipe) -> String {
-    format!("{} x 1 x 1", recipe.parallel.data)
+    let Parallel { data, tensor, .. } = recipe.parallel;
+    format!("{data} x 1 x {tensor}")
 }
 
 impl Run {
@@ -204,6 +212,7 @@ impl Run {
         self.note_zstd(packed.as_ref());
         self.compare()?;
         self.last_checkpoint()?;
+        self.merge(folder.is_some() && self.state.step >= self.recipe.train.steps)?;
         if let Some(tracing) = &mut self.tracing {
             tracing.end()?;
         }
@@ -265,10 +274,11 @@ impl Run {
 
     fn say_what(&self) {
         let millions = self.config.parameter_count() as f64 / 1e6;
-        let (train, ranks) = (&self.recipe.train, self.recipe.parallel.data);
+        let (train, ranks) = (&self.recipe.train, self.recipe.parallel.mesh().ranks());
         let batch = train.seq_len * train.micro_batch_size * self.recipe.parallel.micro_batches.iter().sum::<usize>();
         let over = match ranks {
             1 => String::new(),
+            _ if self.recipe.parallel.tensor > 1 => format!(", {ranks} ranks: {}", self.recipe.parallel.mesh()),
             _ => format!(", {ranks} ranks"),
         };
         self.say(&format!(
@@ -288,10 +298,12 @@ impl Run {
     fn step(&mut self) -> Result<Line> {
         let (rank, _) = self.place();
         let (train, shares) = (&self.recipe.train, &self.recipe.parallel.micro_batches);
+        // Ranks that hold one model together take the same text.
+        let data = self.recipe.parallel.mesh().coordinates(rank).on(Axis::Data);
         let windows = self.data.train.windows(train.seq_len);
-        let (rows, own) = (train.micro_batch_size as u64, shares[rank] as u64);
+        let (rows, own) = (train.micro_batch_size as u64, shares[data] as u64);
         // The order of the data is that of one rank with all micro-batches.
-        let [before, all] = [&shares[..rank], &shares[..]].map(|shares| shares.iter().sum::<usize>() as u64);
+        let [before, all] = [&shares[..data], &shares[..]].map(|shares| shares.iter().sum::<usize>() as u64);
         let first = rows * (self.state.step * all + before);
         let batches: Vec<_> = (0..own)
             .map(|micro_batch| {
@@ -342,7 +354,7 @@ impl Run {
         Word {
             stop: self.stop.asked(),
             busy: !self.writer.ready(next),
-            parameters: compare.then(|| *self.state.parameter_hash(&self.config).as_bytes()),
+            parameters: compare.then(|| self.state.fingerprint(&self.config, self.stepper.plan().parts())),
             codec: self.codecs.as_mut().and_then(|codecs| codecs.take_word(rank)),
         }
     }
@@ -411,6 +423,7 @@ impl Run {
             step: self.state.step,
             stop,
             engine: self.stepper.engine(),
+            slice: self.stepper.slice(),
             progress: self.stepper.progress(),
         };
         let evaluation = evaluate(&place, &self.state.weights, tokens, windows);

@@ -1,24 +1,27 @@
 //! The state of a run: where it starts, how it is named, and its way into a checkpoint and back.
 //!
 //! - [`sharding`]: what a rank keeps of the optimiser's state.
-//! - [`mesh`]: the ranks that wrote a checkpoint; [`residuals`]: what they left out of gradients, onto the same ranks or
-//!   others; [`folding`]: what all have left out, added up for a checkpoint.
+//! - [`mesh`]: the ranks that wrote a checkpoint; [`share`]: which part of it is a rank's to write.
+//! - [`residuals`]: what they left out of gradients, onto the same ranks or others; [`slices`]: the same where ranks hold
+//!   parts of a model; [`folding`]: what all have left out, added up for a checkpoint.
 
 pub mod folding;
 pub mod mesh;
 pub mod residuals;
 pub mod sharding;
+pub mod share;
+pub mod slices;
 
 use std::sync::Arc;
 
-use checkpoint::reader::Checkpoint;
-use checkpoint::writer::{PieceSpec, Snapshot, TensorSpec};
-use compression::{Codec, Side};
-use parallel::data::Parameter;
+use checkpoint::CheckpointError;
+use checkpoint::reader::{Checkpoint, Want};
+use checkpoint::writer::{Snapshot, TensorSpec};
+use compression::Codec;
 use parallel::data::exchange::Exchange;
 use parallel::data::owed::Owed;
 use parallel::data::rules::may_be_lossy;
-use parallel::data::shard::shard;
+use parallel::data::{Parameter, Part};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -26,8 +29,9 @@ use crate::model::{Config, init};
 use crate::recipe::raw::{self, Reader};
 
 use mesh::Mesh;
-use residuals::{Kept, folded_name, owner_name, sender_name, sides};
+use residuals::{Kept, owner_name, sides};
 use sharding::Sharding;
+pub use share::{Share, pieces};
 
 /// Everything that a step changes: together with the recipe it decides every later step.
 #[derive(Clone, Debug, PartialEq)]
@@ -150,6 +154,16 @@ impl State {
         Self::fresh(weights.collect())
     }
 
+    /// The same, of the parts that a rank holds.
+    #[must_use]
+    pub fn initial_parts(config: &Config, parts: &[Part], seed: u64) -> Self {
+        let weights = parts.iter().map(|part| match part.whole.shape.len() {
+            1 => vec![1.0; part.region.len()],
+            _ => init::normal_part(seed, part, config.initializer_range),
+        });
+        Self::fresh(weights.collect())
+    }
+
     /// These weights, with an optimiser that has seen nothing.
     #[must_use]
     pub fn fresh(weights: Vec<Vec<f32>>) -> Self {
@@ -161,19 +175,26 @@ impl State {
     /// BLAKE3 of all parameters, little-endian, in the order of their names.
     #[must_use]
     pub fn parameter_hash(&self, config: &Config) -> blake3::Hash {
-        let parameters = config.parameters();
-        let mut order: Vec<usize> = (0..parameters.len()).collect();
-        order.sort_by(|&a, &b| parameters[a].name.cmp(&parameters[b].name));
-        let mut hasher = blake3::Hasher::new();
-        for index in order {
-            #[cfg(target_endian = "little")]
-            hasher.update_rayon(bytemuck::cast_slice(&self.weights[index]));
-            #[cfg(target_endian = "big")]
-            for value in &self.weights[index] {
-                hasher.update(&value.to_le_bytes());
-            }
+        let hash = hash_of(config, |index, hasher| {
+            hasher.add(&self.weights[index]);
+            Ok(())
+        });
+        hash.expect("nothing fails")
+    }
+
+    /// What ranks compare: the parameters' hash; where this rank holds parts of them, half of the hash of these, and half of that of
+    /// the parameters that it holds whole, as all other ranks do.
+    #[must_use]
+    pub fn fingerprint(&self, config: &Config, parts: &[Part]) -> [u8; 32] {
+        let own = *self.parameter_hash(config).as_bytes();
+        if parts.iter().all(Part::is_whole) {
+            return own;
         }
-        hasher.finalize()
+        let mut hasher = Hasher::default();
+        self.weights.iter().zip(parts).filter(|(_, part)| part.is_whole()).for_each(|(values, _)| hasher.add(values));
+        let mut both = own;
+        both[16..].copy_from_slice(&hasher.0.finalize().as_bytes()[..16]);
+        both
     }
 
     /// Copies everything into a snapshot whose tensors are those of [`specs`], and, where something was owed when this
@@ -191,32 +212,37 @@ impl State {
         }
     }
 
-    /// What a rank keeps of the state that a checkpoint holds. The caller has compared the shapes.
+    /// What a rank keeps of its parts that a checkpoint holds, which says `meta` of itself. `load` is [`Checkpoint::load`], or
+    /// [`Checkpoint::load_and_verify`] where nobody has verified it yet.
     ///
     /// # Errors
     /// A tensor that is missing, damaged, or of another shape.
-    pub fn load(checkpoint: &Checkpoint, config: &Config, sharding: Sharding) -> Result<(Self, Meta)> {
-        let (meta, parameters) = (meta(checkpoint)?, config.parameters());
-        let zeros = parameters.iter().map(|parameter| vec![0.0; parameter.elements()]);
-        let mut state = Self::fresh(zeros.collect()).sharded(&parameters, sharding);
+    pub fn load(
+        checkpoint: &Checkpoint,
+        (meta, parts, sharding): (&Meta, &[Part], Sharding),
+        load: impl FnOnce(&Checkpoint, &mut [Want<'_>]) -> std::result::Result<u64, CheckpointError>,
+    ) -> std::result::Result<Self, CheckpointError> {
+        let state = Self::fresh(parts.iter().map(|part| vec![0.0; part.region.len()]).collect());
+        let mut state = state.sharded(parts.iter().map(|part| &part.whole), sharding);
         (state.step, state.updates, state.skips, state.good_step) =
             (meta.step, meta.updates, meta.skips, meta.good_step);
-        sharding::load(checkpoint, &parameters, &mut state)?;
-        Ok((state, meta))
+        let names = sharding::names(checkpoint, parts, sharding);
+        load(checkpoint, &mut sharding::wants(parts, &names, &mut state))?;
+        Ok(state)
     }
 
     /// Copies this rank's share of everything, and what it left out of gradients and sums, into a snapshot whose pieces
     /// are those of [`pieces`]. `folded` is its shard of everything, where that is kept.
     pub fn snapshot_share(&self, snapshot: &mut Snapshot<'_>, share: &Share, exchange: &Exchange, folded: &[Vec<f32>]) {
-        let mut next = sharding::put(self, exchange.plan().parameters(), snapshot, share);
-        for values in folded {
+        let mut next = sharding::put(self, snapshot, share);
+        let of_lossy = share.own.iter().filter(|own| own.may_be_lossy());
+        for (values, _) in folded.iter().zip(of_lossy).filter(|(_, own)| own.part.counts) {
             snapshot.tensor(next).copy_from_slice(values);
             next += 1;
         }
-        let parameters = exchange.plan().parameters().iter().enumerate();
         let exact = share.kept == Kept::Exact;
-        for (index, _) in parameters.filter(|(_, parameter)| exact && may_be_lossy(parameter)) {
-            for side in sides(share.rank, share.ranks) {
+        for (index, _) in share.own.iter().enumerate().filter(|(_, own)| exact && own.leaves_out()) {
+            for side in sides(share.data, share.replicas) {
                 put(snapshot.tensor(next), exchange.residual(index, side));
                 next += 1;
             }
@@ -226,6 +252,33 @@ impl State {
     fn tensors(&self) -> impl Iterator<Item = &[f32]> {
         self.weights.iter().chain(&self.m).chain(&self.v).map(Vec::as_slice)
     }
+}
+
+/// BLAKE3 of f32 numbers.
+#[derive(Default)]
+pub struct Hasher(blake3::Hasher);
+
+impl Hasher {
+    /// Adds these, little-endian.
+    pub fn add(&mut self, values: &[f32]) {
+        #[cfg(target_endian = "little")]
+        self.0.update_rayon(bytemuck::cast_slice(values));
+        #[cfg(target_endian = "big")]
+        values.iter().for_each(|value| _ = self.0.update(&value.to_le_bytes()));
+    }
+}
+
+/// BLAKE3 of all parameters, of which `add` adds one after the other, in the order of their names.
+///
+/// # Errors
+/// Those of `add`.
+pub fn hash_of(config: &Config, mut add: impl FnMut(usize, &mut Hasher) -> Result<()>) -> Result<blake3::Hash> {
+    let parameters = config.parameters();
+    let mut order: Vec<usize> = (0..parameters.len()).collect();
+    order.sort_by(|&a, &b| parameters[a].name.cmp(&parameters[b].name));
+    let mut hasher = Hasher::default();
+    order.into_iter().try_for_each(|index| add(index, &mut hasher))?;
+    Ok(hasher.0.finalize())
 }
 
 /// What was left out, or zeros for nothing.
@@ -239,15 +292,15 @@ fn put(tensor: &mut [f32], values: Option<&[f32]>) {
 /// The tensors of a checkpoint: parameters (`NAME`), then both moments (`NAME.m`, `NAME.v`).
 #[must_use]
 pub fn specs(config: &Config) -> Vec<TensorSpec> {
-    let parameters = config.parameters();
-    let named = |suffix: &str| {
-        let suffix = suffix.to_owned();
-        parameters
-            .iter()
-            .map(move |p| TensorSpec { name: format!("{}{suffix}", p.name), shape: p.shape.clone() })
-            .collect::<Vec<_>>()
+    named(&config.parameters().iter().collect::<Vec<_>>())
+}
+
+fn named(parameters: &[&Parameter]) -> Vec<TensorSpec> {
+    let spec = |suffix: &str, parameter: &Parameter| {
+        let Parameter { name, shape } = parameter;
+        TensorSpec { name: format!("{name}{suffix}"), shape: shape.clone() }
     };
-    [named(""), named(".m"), named(".v")].concat()
+    ["", ".m", ".v"].iter().flat_map(|suffix| parameters.iter().map(move |one| spec(suffix, one))).collect()
 }
 
 /// The tensors in which one rank alone keeps what several had left out (`NAME.owner`).
@@ -255,51 +308,6 @@ pub fn specs(config: &Config) -> Vec<TensorSpec> {
 pub fn owner_specs(config: &Config) -> Vec<TensorSpec> {
     let lossy = config.parameters().into_iter().filter(may_be_lossy);
     lossy.map(|parameter| TensorSpec { name: owner_name(&parameter.name), shape: parameter.shape }).collect()
-}
-
-/// Which part of a checkpoint a rank writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Share {
-    /// Its rank in the run.
-    pub rank: usize,
-    /// Ranks of the run.
-    pub ranks: usize,
-    /// Its place among the ranks that share its run folder.
-    pub index: usize,
-    /// Ranks that share it.
-    pub of: usize,
-    /// What it writes of what was left out.
-    pub kept: Kept,
-    /// What it keeps of the optimiser's state.
-    pub sharding: Sharding,
-}
-
-/// The pieces that a rank of several writes: its share of [`specs`] (with a sharded optimiser what it
-/// owns, and its share of replicas that are no masters), and of every tensor that may travel in a lossy codec
-/// what it left out as a sender (`NAME.sender.0001`, the whole tensor) and as an owner (`NAME.owner`, its shard). They are
-/// the same whatever codec is in force, so that it may change.
-#[must_use]
-pub fn pieces(config: &Config, share: &Share) -> Vec<PieceSpec> {
-    let elements = |shape: &[usize]| shape.iter().product();
-    let mut pieces = sharding::pieces(&config.parameters(), share);
-    let lossy =
-        config.parameters().into_iter().filter(|parameter| share.kept != Kept::Nothing && may_be_lossy(parameter));
-    for Parameter { name, shape } in lossy {
-        let all = elements(&shape);
-        let own = shard(all, share.rank, share.ranks);
-        if share.kept == Kept::Folded {
-            pieces.push(PieceSpec { tensor: folded_name(&name), shape, range: own });
-            continue;
-        }
-        pieces.extend(sides(share.rank, share.ranks).map(|side| {
-            let (tensor, range) = match side {
-                Side::Sender { rank } => (sender_name(&name, rank), 0..all),
-                Side::Owner => (owner_name(&name), own.clone()),
-            };
-            PieceSpec { tensor, shape: shape.clone(), range }
-        }));
-    }
-    pieces
 }
 
 /// What a checkpoint says of how gradients travelled. Older versions did not say it; what they left out

@@ -1,5 +1,6 @@
 //! One training step, from tokens to new weights.
 //!
+//! - `taps`: how gradients leave a backward pass; `replicas`: whether ranks hold the same parameters.
 //! - `report`: what a step did.
 //! - `owned`: what a sharded optimiser does with what a rank owns, once all have voted.
 //! - `update`: what happens to the parameters when all ranks have voted, at the end of the step or in the next one.
@@ -12,10 +13,9 @@ use burn::tensor::{Device, Int, TensorData};
 use compression::Codec;
 use parallel::data::engine::{Engine, Packed};
 use parallel::data::exchange::Verdict;
-use parallel::data::{Gradient, GradientStream, Plan, Voted};
+use parallel::data::{GradientStream, Plan, Voted};
 use parallel::note::Ballot;
 use parallel::progress::{Progress, Stage};
-use parallel::tap::Emit;
 use parallel::trace::{Label, Trace, Track};
 
 use crate::error::{Error, Result};
@@ -23,8 +23,10 @@ use crate::model::{Config, Hook, Leaf, Llama, Values};
 use crate::optimizer::{self, AdamW};
 use crate::recipe::Recipe;
 use crate::state::State;
+use crate::tensor::Slice;
 
 use self::report::loss;
+use self::taps::hooks;
 use self::update::{Behind, Due, Ended, Updater};
 
 /// Tokens and the tokens that follow them, `[batch, seq]` each, row-major.
@@ -61,6 +63,8 @@ pub struct Stepper {
     hooks: Vec<Hook>,
     progress: Arc<Progress>,
     trace: Option<Arc<Trace>>,
+    /// This rank's slice of the model, where several hold it together.
+    slice: Option<Slice>,
     /// The last step, if it was decided and not [settled](Self::settle).
     due: Mutex<Option<Due>>,
 }
@@ -72,27 +76,28 @@ impl Stepper {
     /// A model whose parameters do not fit the address space.
     pub fn new(config: &Config, device: &Device, bucket_bytes_max: usize) -> Result<Self> {
         let plan = Plan::new(config.parameters(), bucket_bytes_max).map_err(|e| Error::Usage(e.to_string()))?;
-        Ok(Self::with(config, device, GradientStream::new(Arc::new(plan)), Arc::default()))
+        Ok(Self::with(config, device, GradientStream::new(Arc::new(plan)), None))
     }
 
-    /// The stepper of one rank of several. The engine's plan is [`Plan::new`] of the model's parameters.
+    /// The stepper of one rank of several. The engine's plan is [`Plan::new`] of the model's parameters, or
+    /// [`Plan::of_parts`] of those of this rank's slice.
     #[must_use]
-    pub fn across(config: &Config, device: &Device, engine: Engine) -> Self {
-        let progress = engine.progress().clone();
-        Self::with(config, device, GradientStream::across(engine), progress)
+    pub fn across(config: &Config, device: &Device, engine: Engine, slice: Option<Slice>) -> Self {
+        Self::with(config, device, GradientStream::across(engine), slice)
     }
 
-    fn with(config: &Config, device: &Device, stream: GradientStream, progress: Arc<Progress>) -> Self {
+    fn with(config: &Config, device: &Device, stream: GradientStream, slice: Option<Slice>) -> Self {
+        let progress = stream.engine().map(|engine| engine.progress().clone()).unwrap_or_default();
         let (plan, stream) = (stream.plan().clone(), Arc::new(stream));
-        let hooks = plan.parameters().iter().enumerate().map(|(index, parameter)| {
-            let stream = stream.clone();
-            match parameter.shape.len() {
-                1 => Hook::new(Emit::new::<1>(move |gradient| take(&stream, index, gradient))),
-                _ => Hook::new(Emit::new::<2>(move |gradient| take(&stream, index, gradient))),
-            }
-        });
-        let (hooks, config, device) = (hooks.collect(), config.clone(), device.clone().autodiff());
-        Self { config, device, plan, stream, hooks, progress, trace: None, due: Mutex::default() }
+        let hooks = hooks(&stream, slice.as_ref());
+        let (config, device) = (config.clone(), device.clone().autodiff());
+        Self { config, device, plan, stream, hooks, progress, trace: None, slice, due: Mutex::default() }
+    }
+
+    /// This rank's slice of the model, where several hold it together.
+    #[must_use]
+    pub const fn slice(&self) -> Option<&Slice> {
+        self.slice.as_ref()
     }
 
     /// The same, and it records what it does, if that is wanted.
@@ -214,6 +219,7 @@ impl Stepper {
                 forward_s -= before.as_ref().map_or(0.0, |ended| ended.spent.wait_s + ended.spent.update_s);
                 self.stream.begin(step, batches.len());
             }
+            self.check(step)?;
             self.stream.begin_micro_batch(index);
             forward_s += forward.elapsed().as_secs_f64();
             // What comes after it hides nothing: the sums of the step before are here.
@@ -224,6 +230,7 @@ impl Stepper {
             self.progress.enter(Stage::Backward);
             let backward = Instant::now();
             part.backward();
+            self.check(step)?;
             backward_s += backward.elapsed().as_secs_f64();
             self.span(backward, Label { micro_batch: Some(index), ..Label::new("backward", step) });
             loss += scalar(value, step)?;
@@ -234,11 +241,13 @@ impl Stepper {
         drop(model);
         let Word { stop, busy, parameters, codec } = word;
         let (finite, compute_s) = (loss.is_finite(), forward_s + backward_s);
+        // Ranks that hold one model together have the same loss, and one of them says it.
+        let loss = if self.slice.as_ref().is_none_or(Slice::counts) { loss } else { 0.0 };
         let voted = self.stream.vote(Ballot { finite, stop, busy, loss, compute_s, parameters, codec })?;
         self.span(backward_end, Label::new("wait", step));
 
         let hashes: Vec<_> = voted.ballots.iter().map(|ballot| ballot.parameters).collect();
-        same_parameters(&hashes, state.step)?;
+        same_parameters(&hashes, self.replica(), state.step)?;
         let rules = self.decide(state, recipe, &voted);
         self.send_owned(state, voted.verdict, rules.as_deref());
         let mut report = Report::of(&voted, state, recipe);
@@ -252,6 +261,17 @@ impl Stepper {
         self.span(start, Label::new("step", step));
         report.step_s = start.elapsed().as_secs_f64();
         Ok(report)
+    }
+
+    /// How many ranks hold one replica of the model together.
+    #[must_use]
+    pub fn replica(&self) -> usize {
+        self.engine().map_or(1, |engine| engine.members().ranks() / engine.members().members().len())
+    }
+
+    /// What went wrong in a pass, if something did: inside it nothing can be returned.
+    fn check(&self, step: u64) -> Result<()> {
+        self.slice.as_ref().map_or(Ok(()), |slice| slice.check(step))
     }
 
     /// Brings `state` up to its step, whose sums it waits for. Returns what zstd served meanwhile, if it was behind.
@@ -341,28 +361,19 @@ impl Stepper {
             let index = next;
             next += 1;
             assert_eq!(self.plan.parameters()[index].name, name, "the builder follows the plan");
-            let shape = shape.to_vec();
+            let part = &self.plan.parameters()[index].shape;
+            assert!(part.len() == shape.len(), "{name}: a part of it has its dimensions");
+            let shape = part.clone();
             let values = match behind.cloned() {
                 None => Values::Now(TensorData::new(weights[index].clone(), shape)),
-                Some(behind) => Values::WhenUsed(Box::new(move || TensorData::new(behind.values(index), shape))),
+                Some(behind) => {
+                    let values = move |shape| TensorData::new(behind.values(index), shape);
+                    Values::WhenUsed(shape.clone(), Box::new(move || values(shape)))
+                }
             };
             Leaf { values, hook: self.hooks[index].clone() }
         })
-    }
-}
-
-/// Compares the ranks' hashes of the parameters after step `step`, where they were sent.
-///
-/// # Errors
-/// They differ.
-pub fn same_parameters(hashes: &[Option<[u8; 32]>], step: u64) -> Result<()> {
-    let text = |hash: [u8; 32]| blake3::Hash::from_bytes(hash).to_hex().to_string();
-    match hashes.iter().position(|hash| *hash != hashes[0]) {
-        Some(rank) => {
-            let hashes = [0, rank].map(|rank| hashes[rank].map_or_else(|| "none".into(), text));
-            Err(Error::Replicas { step, rank, hashes })
-        }
-        None => Ok(()),
+        .over(self.slice.as_ref().map(Slice::rows))
     }
 }
 
@@ -370,22 +381,6 @@ pub fn same_parameters(hashes: &[Option<[u8; 32]>], step: u64) -> Result<()> {
 #[must_use]
 pub fn untouched(_: usize, loss: Tensor<1>) -> Tensor<1> {
     loss
-}
-
-/// The model of these weights without taps, for evaluation and generation.
-#[must_use]
-pub fn plain_model(config: &Config, device: &Device, weights: &[Vec<f32>]) -> Llama {
-    let mut weights = weights.iter();
-    Llama::build(config, device, &mut |_, shape| {
-        let values = weights.next().expect("one vector for each parameter of the list").clone();
-        Leaf { values: Values::Now(TensorData::new(values, shape.to_vec())), hook: Hook::default() }
-    })
-}
-
-fn take<const D: usize>(stream: &GradientStream, index: usize, gradient: Tensor<D>) -> Option<Tensor<D>> {
-    let elements = gradient.shape().num_elements();
-    stream.add(index, Gradient::Device(Box::new(gradient.reshape([elements]))));
-    None
 }
 
 impl Batch {
@@ -416,10 +411,14 @@ fn clip_factor(norm: f64, limit: Option<f64>) -> f32 {
 }
 
 mod owned;
+mod replicas;
 mod report;
+mod taps;
 mod update;
 
+pub use replicas::same_parameters;
 pub use report::Report;
+pub use taps::{plain_model, sliced_model};
 
 #[cfg(test)]
 mod ahead_tests;

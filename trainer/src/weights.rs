@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use checkpoint::export::Folder;
 use checkpoint::reader::{self, Checkpoint, Want};
 
-use parallel::data::Parameter;
+use parallel::data::{Parameter, Part};
 
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
@@ -128,26 +128,36 @@ impl Weights {
         if mismatches.is_empty() { Ok(()) } else { Err(Error::Mismatch { path: self.path.clone(), mismatches }) }
     }
 
+    /// Reads the parts that a rank holds of a model of shape `wanted`. Memory: of an export the largest parameter beside them.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check), or a damaged file.
+    pub fn read_parts(&self, wanted: &Config, parts: &[Part]) -> Result<Vec<Vec<f32>>> {
+        self.check(wanted)?;
+        let checkpoint = match &self.source {
+            Source::Checkpoint(checkpoint) => checkpoint,
+            Source::Export(folder) => {
+                return parts.iter().map(|part| Ok(part.take(&folder.tensor(&part.whole.name)?.1))).collect();
+            }
+        };
+        let mut values: Vec<Vec<f32>> = parts.iter().map(|part| vec![0.0; part.region.len()]).collect();
+        let mut wants: Vec<Want<'_>> = (parts.iter().zip(&mut values))
+            .map(|(part, out)| {
+                let Parameter { name, shape } = &part.whole;
+                Want { tensor: name, shape, region: part.region.clone(), out }
+            })
+            .collect();
+        checkpoint.load(&mut wants)?;
+        Ok(values)
+    }
+
     /// Reads every parameter of a model of shape `wanted`, in its order.
     ///
     /// # Errors
     /// As [`check`](Self::check), or a damaged file.
     pub fn read(&self, wanted: &Config) -> Result<Vec<Vec<f32>>> {
-        self.check(wanted)?;
-        let parameters = wanted.parameters();
-        let checkpoint = match &self.source {
-            Source::Checkpoint(checkpoint) => checkpoint,
-            Source::Export(folder) => {
-                return parameters.iter().map(|parameter| Ok(folder.tensor(&parameter.name)?.1)).collect();
-            }
-        };
-        let mut values: Vec<Vec<f32>> =
-            parameters.iter().map(|parameter| vec![0.0; parameter.shape.iter().product()]).collect();
-        let mut wants: Vec<Want<'_>> = (parameters.iter().zip(&mut values))
-            .map(|(parameter, values)| Want::all(&parameter.name, &parameter.shape, values))
-            .collect();
-        checkpoint.load(&mut wants)?;
-        Ok(values)
+        let whole = |parameter| Part::whole(parameter).map_err(|error| Error::Usage(error.to_string()));
+        self.read_parts(wanted, &wanted.parameters().into_iter().map(whole).collect::<Result<Vec<_>>>()?)
     }
 }
 

@@ -47,7 +47,7 @@ fn cut(values: &[f32; 12], cuts: &[usize], held: &[usize]) -> Saved {
     let mut lead = None;
     for (rank, bound) in bounds.windows(2).enumerate() {
         let range = bound[0]..bound[1];
-        let piece = PieceSpec { tensor: "w".into(), shape: vec![3, 4], range: range.clone() };
+        let piece = PieceSpec::interval("w", &[3, 4], range.clone());
         let member = Member { rank, lead: rank == 0 };
 
         let mut writer = Writer::member(Arc::new(RealDisk), root.path().into(), vec![piece], member, KEEP_ALL).unwrap();

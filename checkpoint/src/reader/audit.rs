@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::Checkpoint;
-use super::stored::check_file;
+use super::stored::Stored;
 use crate::error::CheckpointError;
 use crate::layout;
 
@@ -46,8 +46,14 @@ pub fn audit(path: &Path) -> Audit {
     let mut audit = Audit { step: Some(manifest.step), files: manifest.files.len(), bytes_good: 0, damage: Vec::new() };
     for (name, entry) in &manifest.files {
         let held = manifest.pieces_in(name);
-        match check_file(path, name, entry, &held) {
-            Ok(_) => audit.bytes_good += entry.bytes,
+        let stored = Stored::open(path, name, entry, true);
+        let checked = stored.and_then(|stored| {
+            let reading = stored.reading()?;
+            reading.check()?;
+            reading.check_pieces(&held)
+        });
+        match checked {
+            Ok(()) => audit.bytes_good += entry.bytes,
             Err(error) => {
                 let tensors = held.iter().map(|(tensor, ..)| (*tensor).to_owned()).collect();
                 audit.damage.push(Damage { file: name.clone(), error, tensors });

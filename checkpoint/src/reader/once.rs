@@ -1,150 +1,182 @@
-//! Reads a file once, on all cores: every byte is hashed where it lands.
+//! Reads a file once, on all cores: every byte is hashed where it lands, and a part of a file without the rest.
 //!
-//! BLAKE3 is a tree, so that blocks of a power of two bytes are hashed apart and their values merged to the hash of the
-//! file (<https://github.com/BLAKE3-team/BLAKE3-specs/blob/master/blake3.pdf>, section 2.1). A block's wanted bytes are
-//! read straight to where they are wanted, and hashed there while the core's cache holds them. What was hashed is
-//! therefore what the caller has: a file that changes meanwhile is noticed, or its change is not in the caller's memory.
+//! A wanted byte is read straight to where it is wanted, and hashed there while the core's cache holds it; what is short is
+//! copied there from where it was hashed. What was hashed is therefore what the caller has: a file that changes meanwhile is
+//! noticed, or its change is not in the caller's memory.
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 
-use blake3::hazmat::{ChainingValue, HasherExt as _, Mode, merge_subtrees_non_root, merge_subtrees_root};
+use blake3::hazmat::HasherExt as _;
 use blake3::{Hash, Hasher};
 use rayon::prelude::*;
 
-/// Bytes that one thread reads and hashes at a time: a subtree of the hash, so a power of two.
-const BLOCK: u64 = 1 << 20;
+use crate::tree::{BLOCK, Tree};
 
 /// Bytes of one read; few enough that they are in the core's cache still when they are hashed.
 const STEP: usize = 1 << 18;
 
-/// What becomes of some bytes of a file; all others are hashed and forgotten.
-#[derive(Debug)]
-pub enum Place<'a> {
-    /// They are read to here.
-    Wanted(&'a mut [u8]),
-    /// They were read before and lie here: these are hashed, whatever the file says by now.
-    Read(&'a [u8]),
+/// Bytes from which on a place is read to directly; shorter ones are copied, so that reads and hashes stay long.
+const DIRECT: usize = 1 << 16;
+
+/// What the blocks of a file must hash to.
+#[derive(Clone, Debug)]
+pub enum Proof {
+    /// The file is one block.
+    Whole(Hash),
+    /// It has several.
+    Blocks(Tree),
 }
 
-/// The part of a file that makes one subtree.
+/// Why something was not read.
+#[derive(Debug)]
+pub enum Fault {
+    /// What the file system says.
+    Io(io::Error),
+    /// These bytes are not what was proved.
+    Damaged(Range<u64>),
+}
+
+/// Bytes that are wanted from an offset on, and where.
+pub type Place<'a> = (u64, &'a mut [u8]);
+
+/// A part of the file that has a hash of its own.
 #[derive(Debug)]
 struct Block<'a> {
     range: Range<u64>,
-    /// With the offset of each in the file, ascending.
-    places: Vec<(u64, Place<'a>)>,
+    /// Ascending.
+    places: Vec<Place<'a>>,
+    wanted: bool,
 }
 
-/// Reads the first `bytes` bytes of `file`, those of `places` to where they belong, and returns the hash of all of them.
-/// `places` have their offsets in the file, in any order. Until the hash is found right, nobody may use what is there.
-///
-/// # Errors
-/// What the file system says; `UnexpectedEof` when the file is shorter.
-///
-/// # Panics
-/// Places that overlap, or that leave the file.
-pub fn read(file: &File, bytes: u64, places: Vec<(u64, Place<'_>)>) -> io::Result<Hash> {
-    let blocks = cut(bytes, places);
-    if let [_] = &blocks[..] {
-        let mut hasher = Hasher::new();
-        blocks.into_iter().try_for_each(|block| block.read(file, &mut hasher, &mut Vec::new()))?;
-        return Ok(hasher.finalize());
-    }
-    let values = blocks.into_par_iter().map_init(Vec::new, |scratch, block| {
-        let mut hasher = Hasher::new();
-        hasher.set_input_offset(block.range.start);
-        block.read(file, &mut hasher, scratch)?;
-        Ok(hasher.finalize_non_root())
-    });
-    let values = values.collect::<io::Result<Vec<ChainingValue>>>()?;
-    let (left, right) = halves(&values);
-    Ok(merge_subtrees_root(&merge(left), &merge(right), Mode::Hash))
-}
-
-fn merge(values: &[ChainingValue]) -> ChainingValue {
-    if let [only] = values {
-        return *only;
-    }
-    let (left, right) = halves(values);
-    merge_subtrees_non_root(&merge(left), &merge(right), Mode::Hash)
-}
-
-/// The left subtree is the largest that is complete and leaves something to the right.
-fn halves(values: &[ChainingValue]) -> (&[ChainingValue], &[ChainingValue]) {
-    values.split_at(values.len().next_power_of_two() / 2)
-}
-
-impl Place<'_> {
-    const fn len(&self) -> usize {
+impl Proof {
+    fn block_bytes(&self) -> u64 {
         match self {
-            Self::Wanted(to) => to.len(),
-            Self::Read(bytes) => bytes.len(),
+            Self::Whole(_) => u64::MAX,
+            Self::Blocks(tree) => tree.block,
         }
     }
 }
 
+/// Hashes the first `bytes` bytes of `file`, and returns with the hash what proves each block of them.
+///
+/// # Errors
+/// What the file system says; `UnexpectedEof` when the file is shorter.
+pub fn hash(file: &File, bytes: u64) -> io::Result<(Hash, Proof)> {
+    let blocks = cut(bytes, BLOCK, Vec::new());
+    if let [_] = &blocks[..] {
+        let mut hasher = Hasher::new();
+        blocks.into_iter().try_for_each(|block| block.read(file, &mut hasher, &mut Vec::new()))?;
+        let hash = hasher.finalize();
+        return Ok((hash, Proof::Whole(hash)));
+    }
+    let values = blocks.into_par_iter().map_init(Vec::new, |scratch, block| block.value(file, scratch));
+    let tree = Tree { block: BLOCK, values: values.collect::<io::Result<_>>()? };
+    Ok((tree.root(), Proof::Blocks(tree)))
+}
+
+/// Reads what `places` want of a `file` of `bytes` bytes to where it is wanted. `places` may be in any order. Blocks that hold
+/// none of it are not read, unless they hold some of the bytes `also`; all that are read are hashed. Returns the bytes read.
+///
+/// # Errors
+/// What the file system says, or the first block that is not what `proof` says: nobody may use what is in `places` then.
+///
+/// # Panics
+/// Places that overlap, or that leave the file.
+pub fn read(file: &File, bytes: u64, proof: &Proof, places: Vec<Place<'_>>, also: &[Range<u64>]) -> Result<u64, Fault> {
+    let size = proof.block_bytes();
+    let mut blocks = cut(bytes, size, places);
+    for range in also.iter().filter(|range| !range.is_empty()) {
+        let (first, last) = ((range.start / size) as usize, ((range.end - 1) / size) as usize);
+        blocks[first..=last].iter_mut().for_each(|block| block.wanted = true);
+    }
+    let blocks: Vec<(usize, Block<'_>)> = blocks.into_iter().enumerate().filter(|(_, block)| block.wanted).collect();
+    let read = blocks.iter().map(|(_, block)| block.range.end - block.range.start).sum();
+    let check = |scratch: &mut Vec<u8>, (index, block): (usize, Block<'_>)| {
+        let range = block.range.clone();
+        let right = match proof {
+            Proof::Whole(hash) => {
+                let mut hasher = Hasher::new();
+                block.read(file, &mut hasher, scratch).map_err(Fault::Io)?;
+                hasher.finalize() == *hash
+            }
+            Proof::Blocks(tree) => block.value(file, scratch).map_err(Fault::Io)? == tree.values[index],
+        };
+        if right { Ok(()) } else { Err(Fault::Damaged(range)) }
+    };
+    let checked: Vec<Result<(), Fault>> = blocks.into_par_iter().map_init(Vec::new, check).collect();
+    checked.into_iter().collect::<Result<(), Fault>>().map(|()| read)
+}
+
 /// Cuts a file into blocks, and every place on their borders.
-fn cut(bytes: u64, mut places: Vec<(u64, Place<'_>)>) -> Vec<Block<'_>> {
-    places.sort_unstable_by_key(|(offset, place)| (*offset, place.len()));
-    let count = bytes.div_ceil(BLOCK).max(1);
-    let block = |index| Block { range: index * BLOCK..bytes.min((index + 1) * BLOCK), places: Vec::new() };
+fn cut(bytes: u64, size: u64, mut places: Vec<Place<'_>>) -> Vec<Block<'_>> {
+    places.sort_unstable_by_key(|(offset, to)| (*offset, to.len()));
+    let count = bytes.div_ceil(size).max(1);
+    let block = |index: u64| {
+        let end = if index + 1 == count { bytes } else { (index + 1) * size };
+        Block { range: index * size..end, places: Vec::new(), wanted: false }
+    };
     let mut blocks: Vec<Block<'_>> = (0..count).map(block).collect();
     let mut end = 0;
-    for (mut offset, mut place) in places {
+    for (mut offset, mut to) in places {
         assert!(end <= offset, "two places want byte {offset}");
-        end = offset + place.len() as u64;
+        end = offset + to.len() as u64;
         assert!(end <= bytes, "a place ends at {end}, the file at {bytes}");
-        while place.len() > 0 {
-            let block = &mut blocks[(offset / BLOCK) as usize];
-            let here = (block.range.end - offset).min(place.len() as u64) as usize;
-            let (first, rest) = match place {
-                Place::Wanted(to) => {
-                    let (first, rest) = to.split_at_mut(here);
-                    (Place::Wanted(first), Place::Wanted(rest))
-                }
-                Place::Read(bytes) => {
-                    let (first, rest) = bytes.split_at(here);
-                    (Place::Read(first), Place::Read(rest))
-                }
-            };
+        while !to.is_empty() {
+            let block = &mut blocks[(offset / size) as usize];
+            let here = (block.range.end - offset).min(to.len() as u64) as usize;
+            let (first, rest) = to.split_at_mut(here);
             block.places.push((offset, first));
-            (offset, place) = (offset + here as u64, rest);
+            block.wanted = true;
+            (offset, to) = (offset + here as u64, rest);
         }
     }
     blocks
 }
 
 impl Block<'_> {
-    /// Reads the block, and hashes it in order. `scratch` is for what nobody wants.
+    /// Reads the block, one of several, and returns its value.
+    fn value(self, file: &File, scratch: &mut Vec<u8>) -> io::Result<blake3::hazmat::ChainingValue> {
+        let mut hasher = Hasher::new();
+        hasher.set_input_offset(self.range.start);
+        self.read(file, &mut hasher, scratch)?;
+        Ok(hasher.finalize_non_root())
+    }
+
+    /// Reads the block, and hashes it in order. `scratch` is for what nobody wants, and for what is short.
     fn read(self, file: &File, hasher: &mut Hasher, scratch: &mut Vec<u8>) -> io::Result<()> {
-        let mut forget = |gap: Range<u64>, hasher: &mut Hasher| {
-            scratch.resize(STEP, 0);
-            for at in gap.clone().step_by(STEP) {
-                let step = &mut scratch[..(gap.end - at).min(STEP as u64) as usize];
-                file.read_exact_at(step, at)?;
-                hasher.update(step);
-            }
-            Ok::<_, io::Error>(())
-        };
-        let mut next = self.range.start;
-        for (offset, place) in self.places {
-            forget(next..offset, hasher)?;
-            next = offset + place.len() as u64;
-            match place {
-                Place::Read(bytes) => {
-                    hasher.update(bytes);
+        let mut at = self.range.start;
+        let mut places = self.places.into_iter().peekable();
+        while at < self.range.end {
+            if let Some((_, to)) = places.next_if(|(offset, to)| *offset == at && to.len() >= DIRECT) {
+                for step in to.chunks_mut(STEP) {
+                    file.read_exact_at(step, at)?;
+                    hasher.update(step);
+                    at += step.len() as u64;
                 }
-                Place::Wanted(to) => {
-                    for (index, step) in to.chunks_mut(STEP).enumerate() {
-                        file.read_exact_at(step, offset + (index * STEP) as u64)?;
-                        hasher.update(step);
-                    }
-                }
+                continue;
             }
+            // As far as a step, or to the next long place; a short one is not cut.
+            let mut until = self.range.end.min(at + STEP as u64);
+            let mut here: Vec<Place<'_>> = Vec::new();
+            while let Some((offset, to)) = places.next_if(|(offset, to)| *offset < until && to.len() < DIRECT) {
+                until = until.max(offset + to.len() as u64);
+                here.push((offset, to));
+            }
+            until = places.peek().map_or(until, |(offset, _)| until.min(*offset));
+            scratch.resize(STEP + DIRECT, 0);
+            let step = &mut scratch[..(until - at) as usize];
+            file.read_exact_at(step, at)?;
+            hasher.update(step);
+            for (offset, to) in here {
+                let start = (offset - at) as usize;
+                to.copy_from_slice(&step[start..start + to.len()]);
+            }
+            at = until;
         }
-        forget(next..self.range.end, hasher)
+        Ok(())
     }
 }
 
@@ -174,56 +206,66 @@ mod tests {
         let longest = content(8 * block + 1);
         for size in sizes {
             let bytes = &longest[..size];
-            let found = read(&file(bytes), size as u64, Vec::new()).unwrap();
+            let (found, proof) = hash(&file(bytes), size as u64).unwrap();
             assert_eq!(found, blake3::hash(bytes), "{size} bytes");
+            let all = 0..size as u64;
+            let read = read(&file(bytes), size as u64, &proof, Vec::new(), std::slice::from_ref(&all)).unwrap();
+            assert_eq!(read, size as u64);
         }
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
+        #![proptest_config(ProptestConfig::with_cases(60))]
 
-        /// Cuts a file at random, wants every other part, and knows one part before.
+        /// Cuts a file at random, in long parts and short ones, and wants every other part.
         #[test]
         fn every_wanted_byte_comes_where_it_belongs(
-            size in 1usize..(3 << 20),
-            cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..9),
+            size in 1usize..(4 << 20),
+            cuts in prop::collection::vec((any::<prop::sample::Index>(), 0usize..100_000), 0..20),
             first in any::<bool>(),
         ) {
             let bytes = content(size);
-            let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(size + 1)).chain([0, size]).collect();
+            let cuts = cuts.iter().flat_map(|(cut, after)| [cut.index(size + 1), (cut.index(size + 1) + after).min(size)]);
+            let mut cuts: Vec<usize> = cuts.chain([0, size]).collect();
             cuts.sort_unstable();
             let ranges: Vec<_> = cuts.windows(2).map(|pair| pair[0]..pair[1]).skip(first.into()).step_by(2).collect();
             let mut found: Vec<Vec<u8>> = ranges.iter().map(|range| vec![0xAA; range.len()]).collect();
-            let mut places: Vec<(u64, Place<'_>)> = (ranges.iter().zip(&mut found))
-                .map(|(range, to)| (range.start as u64, Place::Wanted(to)))
-                .rev()
-                .collect();
-            let before = bytes.clone();
-            if let Some((offset, place)) = places.pop() {
-                let known = &before[offset as usize..][..place.len()];
-                places.push((offset, Place::Read(known)));
-            }
-            prop_assert_eq!(read(&file(&bytes), size as u64, places).unwrap(), blake3::hash(&bytes));
-            for (range, found) in ranges.into_iter().zip(found).skip(1) {
+            let places: Vec<Place<'_>> =
+                (ranges.iter().zip(&mut found)).map(|(range, to)| (range.start as u64, &mut to[..])).rev().collect();
+            let file = file(&bytes);
+            let (_, proof) = hash(&file, size as u64).unwrap();
+            read(&file, size as u64, &proof, places, &[]).unwrap();
+            for (range, found) in ranges.into_iter().zip(found) {
                 prop_assert!(found == bytes[range]);
             }
         }
     }
 
     #[test]
-    fn what_was_read_before_is_what_is_hashed() {
-        let bytes = content(3 << 20);
-        let mut other = bytes.clone();
-        other[5] ^= 1;
-        let known =
-            |known: &[u8]| read(&file(&bytes), bytes.len() as u64, vec![(0, Place::Read(&known[..64]))]).unwrap();
-        assert_eq!(known(&bytes), blake3::hash(&bytes));
-        assert_eq!(known(&other), blake3::hash(&other), "not the file's byte, the caller's");
+    fn only_the_blocks_that_are_wanted_are_read_and_a_damaged_one_is_named() {
+        let (block, size) = (BLOCK, 4 * BLOCK + 5);
+        let mut bytes = content(size as usize);
+        let (_, proof) = hash(&file(&bytes), size).unwrap();
+        bytes[(2 * block + 7) as usize] ^= 1;
+        let file = file(&bytes);
+        let mut out = vec![0; 100];
+        let read_at =
+            |offset: u64, out: &mut [u8], also: &[Range<u64>]| read(&file, size, &proof, vec![(offset, out)], also);
+        assert_eq!(read_at(0, &mut out, &[]).unwrap(), block);
+        assert_eq!(read_at(2 * block - 100, &mut out, &[]).unwrap(), block, "up to the damage");
+        assert_eq!(read_at(4 * block - 50, &mut out[..55], &[]).unwrap(), block + 5);
+        assert_eq!(read_at(5, &mut out, &[3 * block..3 * block + 1, 9..9]).unwrap(), 2 * block);
+        for (offset, also) in
+            [(2 * block - 99, vec![]), (3 * block - 1, vec![]), (0, Vec::from([2 * block..3 * block, 0..1]))]
+        {
+            let fault = read_at(offset, &mut out, &also).unwrap_err();
+            assert!(matches!(&fault, Fault::Damaged(range) if *range == (2 * block..3 * block)), "{fault:?}");
+        }
     }
 
     #[test]
     fn a_file_that_is_too_short_is_an_error() {
-        let fault = read(&file(&content(1000)), 1001, Vec::new()).unwrap_err();
+        let fault = hash(&file(&content(1000)), 1001).unwrap_err();
         assert_eq!(fault.kind(), io::ErrorKind::UnexpectedEof);
     }
 }

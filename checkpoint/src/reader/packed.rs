@@ -1,32 +1,31 @@
-//! Reads packed files, whose hash was found right before.
+//! Reads packed files. What is looked at was hashed before, block by block; nothing else is read.
 //!
 //! A right hash says that the bytes are those that somebody meant, not that they make sense: every size is checked against
 //! the file and the manifest before memory is taken for it. Beside the header, which has the bound of every header, and the
 //! table, of 32 bytes a frame and never more of them than pieces that the manifest's size makes, a thread has room for one
 //! frame and for what it may hold, 2 MiB together, and zstd's own state.
 //!
-//! The frames are read after the file was hashed, in a second pass. What changes in between is noticed by a frame's own
+//! A frame is read after its blocks were hashed, a second time. What changes in between is noticed by a frame's own
 //! checksum, 32 bits of XXH64.
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use rayon::prelude::*;
 use zstd::bulk::Decompressor;
 use zstd::zstd_safe::{compress_bound, find_frame_compressed_size};
 
 use super::once::Place;
-use super::stored::{HEADER_BYTES_MAX, Header};
+use super::stored::{HEADER_BYTES_MAX, Header, Reading};
 use crate::error::CheckpointError;
-use crate::manifest::FileEntry;
 use crate::packed::{PIECE, PLANES, SEEKABLE_MAGIC, TABLE_ENTRY, TABLE_FOOT, TABLE_HEAD, TABLE_MAGIC, unshuffle};
 
-/// A packed file, open, with its table read.
+/// A packed file, with its table read.
 #[derive(Debug)]
 pub struct Packed {
-    file: File,
     path: PathBuf,
     frames: Vec<Frame>,
     /// Frames that hold the header; those of the values follow.
@@ -53,16 +52,17 @@ struct Room {
 }
 
 impl Packed {
-    /// Opens `file`, which stands for a safetensors file of `unpacked` bytes and whose hash is that of `entry`.
+    /// Reads the table and the header of a file that stands for a safetensors file of `unpacked` bytes.
     ///
     /// # Errors
-    /// What the file system says, or the first thing that does not fit.
-    pub fn open(file: &File, path: &Path, entry: &FileEntry, unpacked: u64) -> Result<(Self, Header), CheckpointError> {
-        let file = file.try_clone().map_err(CheckpointError::io("open the file", path))?;
-        let mut packed = Self { file, path: path.into(), frames: Vec::new(), header_frames: 1, header_bytes: 0 };
-        packed.frames = packed.table(entry.bytes, unpacked)?;
+    /// What the file system says, a damaged block, or the first thing that does not fit.
+    pub fn open(reading: &Reading<'_>, unpacked: u64) -> Result<(Self, Header), CheckpointError> {
+        let (path, file) = (reading.path(), &reading.file);
+        let mut packed = Self { path: path.into(), frames: Vec::new(), header_frames: 1, header_bytes: 0 };
+        packed.frames = packed.table(reading, unpacked)?;
         let mut room = Room::default();
-        let mut header = packed.unpack(0, &mut room)?.to_vec();
+        reading.read(Vec::new(), &[packed.bytes_of(0)])?;
+        let mut header = packed.unpack(file, 0, &mut room)?.to_vec();
         let length =
             header.first_chunk().ok_or_else(|| packed.fault("its first frame is shorter than a header".into()))?;
         packed.header_bytes = u64::from_le_bytes(*length).saturating_add(size_of::<u64>() as u64);
@@ -71,22 +71,32 @@ impl Packed {
             return Err(packed.fault(why));
         }
         packed.header_frames = packed.check_frames(unpacked)?;
+        let rest: Vec<Range<u64>> = (1..packed.header_frames).map(|index| packed.bytes_of(index)).collect();
+        reading.read(Vec::new(), &rest)?;
         for index in 1..packed.header_frames {
-            header.extend_from_slice(packed.unpack(index, &mut room)?);
+            header.extend_from_slice(packed.unpack(file, index, &mut room)?);
         }
         let header = Header::parse(header, path, unpacked)?;
         Ok((packed, header))
     }
 
-    /// Reads the table of a file of `bytes` bytes, and checks that its frames fill the file.
-    fn table(&self, bytes: u64, unpacked: u64) -> Result<Vec<Frame>, CheckpointError> {
+    /// Where in the file a frame lies.
+    fn bytes_of(&self, index: usize) -> Range<u64> {
+        let Frame { offset, bytes, .. } = self.frames[index];
+        offset..offset + bytes as u64
+    }
+
+    /// Reads the table of a file, and checks that its frames fill the file.
+    fn table(&self, reading: &Reading<'_>, unpacked: u64) -> Result<Vec<Frame>, CheckpointError> {
+        let bytes = reading.entry().bytes;
         let fault = |why: &str| self.fault(why.into());
-        let read = |to: &mut [u8], at| {
-            self.file.read_exact_at(to, at).map_err(CheckpointError::io("read the file", &self.path))
-        };
+        let read = |to: &mut [u8], at| reading.read(vec![(at, to)], &[]);
         let number = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes"));
         let mut foot = [0; TABLE_FOOT];
-        let foot_at = bytes.checked_sub((TABLE_HEAD + TABLE_FOOT) as u64).ok_or_else(|| fault("it is too short"))?;
+        let Some(foot_at) = bytes.checked_sub((TABLE_HEAD + TABLE_FOOT) as u64) else {
+            reading.read(Vec::new(), std::slice::from_ref(&(0..bytes)))?;
+            return Err(fault("it is too short"));
+        };
         read(&mut foot, foot_at + TABLE_HEAD as u64)?;
         if number(&foot[5..]) != SEEKABLE_MAGIC || foot[4] != 0 {
             return Err(fault("it does not end with a seek table without checksums"));
@@ -146,11 +156,11 @@ impl Packed {
     }
 
     /// What a frame holds.
-    fn unpack<'a>(&self, index: usize, room: &'a mut Room) -> Result<&'a [u8], CheckpointError> {
+    fn unpack<'a>(&self, file: &File, index: usize, room: &'a mut Room) -> Result<&'a [u8], CheckpointError> {
         let Frame { offset, bytes, unpacked } = self.frames[index];
         let fault = |why: String| self.fault(format!("frame {index}: {why}"));
         room.frame.resize(bytes, 0);
-        self.file.read_exact_at(&mut room.frame, offset).map_err(CheckpointError::io("read the file", &self.path))?;
+        file.read_exact_at(&mut room.frame, offset).map_err(CheckpointError::io("read the file", &self.path))?;
         if find_frame_compressed_size(&room.frame) != Ok(bytes) {
             return Err(fault(format!("its {bytes} bytes are not one zstd frame")));
         }
@@ -171,11 +181,15 @@ impl Packed {
     /// places have their offsets in the safetensors file.
     ///
     /// # Errors
-    /// What the file system says, or a frame that does not hold what it must; some places are filled then.
-    pub fn fill(&self, places: Vec<(u64, Place<'_>)>) -> Result<(), CheckpointError> {
+    /// What the file system says, a damaged block, or a frame that does not hold what it must; some places are filled then.
+    pub fn fill(
+        &self,
+        reading: &Reading<'_>,
+        places: Vec<Place<'_>>,
+        also: &[Range<u64>],
+    ) -> Result<u64, CheckpointError> {
         let mut wanted: BTreeMap<usize, Vec<(usize, &mut [u8])>> = BTreeMap::new();
-        for (offset, place) in places {
-            let Place::Wanted(mut to) = place else { continue };
+        for (offset, mut to) in places {
             let mut at = (offset - self.header_bytes) as usize;
             if !at.is_multiple_of(PLANES) {
                 return Err(self.fault(format!("a tensor begins at byte {at} of the values, inside one of them")));
@@ -188,20 +202,26 @@ impl Packed {
             }
         }
         let wanted: Vec<_> = wanted.into_iter().collect();
+        let frames: Vec<Range<u64>> =
+            wanted.iter().map(|(index, _)| self.bytes_of(*index)).chain(also.iter().cloned()).collect();
+        let read = reading.read(Vec::new(), &frames)?;
         wanted.into_par_iter().try_for_each_init(Room::default, |room, (index, places)| {
-            let planes = self.unpack(index, room)?;
+            let planes = self.unpack(&reading.file, index, room)?;
             places.into_iter().for_each(|(first, to)| unshuffle(planes, first, to));
-            Ok(())
-        })
+            Ok::<_, CheckpointError>(())
+        })?;
+        Ok(read)
     }
 
     /// Unpacks every frame of values and forgets it, on all cores.
     ///
     /// # Errors
     /// Those of [`fill`](Self::fill).
-    pub fn check(&self) -> Result<(), CheckpointError> {
+    pub fn check(&self, file: &File) -> Result<(), CheckpointError> {
         let frames = self.header_frames..self.frames.len();
-        frames.into_par_iter().try_for_each_init(Room::default, |room, index| self.unpack(index, room).map(|_| ()))
+        frames
+            .into_par_iter()
+            .try_for_each_init(Room::default, |room, index| self.unpack(file, index, room).map(|_| ()))
     }
 
     fn fault(&self, why: String) -> CheckpointError {

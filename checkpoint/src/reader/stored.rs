@@ -1,40 +1,43 @@
-//! One file of a checkpoint: open, as long as the manifest says, and not believed before its hash is found right.
+//! One file of a checkpoint. What is read of it is hashed where it lands, and only as much is read as is asked for.
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt as _;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype as StoredType, SafeTensorError};
 
-use super::Checked;
-use super::once::{self, Place};
+use super::once::{self, Fault, Place, Proof};
 use super::packed::Packed;
 use crate::error::CheckpointError;
-use crate::manifest::{DTYPE, FileEntry, Piece, TensorEntry};
-use crate::mapped::Mapped;
+use crate::manifest::{DTYPE, FileEntry, Piece};
 
 /// The longest header that is read; the `safetensors` crate has the same bound.
 pub(super) const HEADER_BYTES_MAX: u64 = 100_000_000;
 
 /// A piece of the tensor of that name.
-pub(super) type Held<'a> = (&'a str, &'a TensorEntry, &'a Piece);
+pub(super) type Held<'a> = (&'a str, &'a Piece);
 
+/// A file, and what is known of it by now.
 #[derive(Debug)]
-pub(super) struct Stored<'a> {
-    file: File,
+pub(super) struct Stored {
     path: PathBuf,
-    entry: &'a FileEntry,
+    entry: FileEntry,
+    /// Open, so that it can be read when its name is gone; `None` where too many others are.
+    file: Option<File>,
+    proof: OnceLock<Proof>,
+    content: OnceLock<Content>,
 }
 
 /// Where the tensors of a file are.
 #[derive(Debug)]
-pub enum Content {
+pub(super) enum Content {
     /// In the file as they are.
-    Mapped(Mapped),
+    Plain(Header),
     /// In its frames.
-    Packed(Packed),
+    Packed(Packed, Header),
 }
 
 /// The header of a safetensors file.
@@ -46,92 +49,141 @@ pub struct Header {
     path: PathBuf,
 }
 
-impl<'a> Stored<'a> {
-    pub fn open(folder: &Path, name: &str, entry: &'a FileEntry) -> Result<Self, CheckpointError> {
-        let path = folder.join(name);
-        let file = File::open(&path).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => CheckpointError::FileMissing { path: path.clone() },
-            _ => CheckpointError::Io { operation: "open the file", path: path.clone(), source },
-        })?;
-        let metadata = file.metadata().map_err(CheckpointError::io("look at the file", &path))?;
-        check_size(&path, entry, metadata.len())?;
-        Ok(Self { file, path, entry })
-    }
-
-    /// Reads all of it once, what `places` want to where it belongs, and compares the hash.
-    pub fn check(&self, places: Vec<(u64, Place<'_>)>) -> Result<(), CheckpointError> {
-        let found = once::read(&self.file, self.entry.bytes, places);
-        let found = found.map_err(CheckpointError::io("read the file", &self.path))?;
-        check_hash(&self.path, self.entry, found)
-    }
-
-    /// [`check`](Self::check) of a safetensors file. `places` says from its header what is wanted; where that cannot be,
-    /// and the file is damaged, then the damage is the news. A packed file is hashed before anything of it is looked at.
-    pub fn check_tensors<'b>(
-        &self,
-        places: impl FnOnce(&Header) -> Result<Vec<(u64, Place<'b>)>, CheckpointError>,
-    ) -> Result<Checked, CheckpointError> {
-        if let Some(unpacked) = self.entry.unpacked_bytes {
-            self.check(Vec::new())?;
-            let (packed, header) = Packed::open(&self.file, &self.path, self.entry, unpacked)?;
-            packed.fill(places(&header)?)?;
-            return Ok(Checked { header, content: Content::Packed(packed) });
+impl Stored {
+    /// `stays`: whether it is to stay open.
+    pub fn open(folder: &Path, name: &str, entry: &FileEntry, stays: bool) -> Result<Self, CheckpointError> {
+        let (path, entry, proof) = (folder.join(name), entry.clone(), OnceLock::new());
+        match entry.tree() {
+            Ok(Some(tree)) => _ = proof.set(Proof::Blocks(tree)),
+            Ok(None) => {}
+            Err(why) => return Err(CheckpointError::ManifestText { path, why: format!("file {name}: {why}") }),
         }
-        let found = self.header().and_then(|header| places(&header).map(|places| (header, places)));
-        match found {
-            Ok((header, places)) => {
-                let mut places: Vec<(u64, Place<'_>)> = places;
-                places.push((0, Place::Read(&header.bytes)));
-                self.check(places)?;
-                let content = Content::Mapped(Mapped::of(&self.file, &self.path)?);
-                Ok(Checked { header, content })
-            }
-            Err(fault) => self.check(Vec::new()).and(Err(fault)),
-        }
+        let file = open(&path, &entry)?;
+        Ok(Self { path, entry, file: stays.then_some(file), proof, content: OnceLock::new() })
     }
 
-    /// Reads the header. Nothing in it may be believed before the whole file is checked, with these very bytes.
-    fn header(&self) -> Result<Header, CheckpointError> {
-        let fault = |source| CheckpointError::Safetensors { path: self.path.clone(), source };
-        let read = |bytes: &mut [u8]| {
-            self.file.read_exact_at(bytes, 0).map_err(CheckpointError::io("read the file", &self.path))
+    /// The file, as long as the manifest says.
+    pub fn reading(&self) -> Result<Reading<'_>, CheckpointError> {
+        let file = match &self.file {
+            Some(file) => file.try_clone().map_err(CheckpointError::io("open the file", &self.path))?,
+            None => open(&self.path, &self.entry)?,
         };
-        let mut length = [0; size_of::<u64>()];
-        if self.entry.bytes < length.len() as u64 {
-            return Err(fault(SafeTensorError::HeaderTooSmall));
-        }
-        read(&mut length)?;
-        let bytes = u64::from_le_bytes(length).saturating_add(length.len() as u64);
-        if bytes > self.entry.bytes.min(HEADER_BYTES_MAX) {
-            return Err(fault(SafeTensorError::InvalidHeaderLength));
-        }
-        let mut bytes = vec![0; bytes as usize];
-        read(&mut bytes)?;
-        Header::parse(bytes, &self.path, self.entry.bytes)
+        check_size(&self.path, &self.entry, length(&file, &self.path)?)?;
+        Ok(Reading { stored: self, file })
     }
 }
 
-/// Checks a file that holds these pieces: its size and hash, and that the pieces are in it as the manifest says. Returns
-/// it as it was found, if it holds any. Every frame of a packed file is unpacked once.
-pub(super) fn check_file(
-    folder: &Path,
-    name: &str,
-    entry: &FileEntry,
-    held: &[Held<'_>],
-) -> Result<Option<Checked>, CheckpointError> {
-    let stored = Stored::open(folder, name, entry)?;
-    if held.is_empty() {
-        return stored.check(Vec::new()).map(|()| None);
+/// A file that is being read.
+#[derive(Debug)]
+pub(super) struct Reading<'a> {
+    stored: &'a Stored,
+    pub file: File,
+}
+
+impl<'a> Reading<'a> {
+    pub fn path(&self) -> &'a Path {
+        &self.stored.path
     }
-    let pieces = |header: &Header| {
-        held.iter().try_for_each(|&(tensor, entry, piece)| header.piece(tensor, entry, piece).map(|_| ()))?;
-        Ok(Vec::new())
-    };
-    let checked = stored.check_tensors(pieces)?;
-    if let Content::Packed(packed) = &checked.content {
-        packed.check()?;
+
+    pub fn entry(&self) -> &'a FileEntry {
+        &self.stored.entry
     }
-    Ok(Some(checked))
+
+    /// Hashes all of it anew.
+    pub fn check(&self) -> Result<(), CheckpointError> {
+        let Stored { path, entry, proof, .. } = self.stored;
+        let (found, found_proof) =
+            once::hash(&self.file, entry.bytes).map_err(CheckpointError::io("read the file", path))?;
+        check_hash(path, entry, found)?;
+        // One that was there proves the same.
+        let _ = proof.set(found_proof);
+        Ok(())
+    }
+
+    /// Reads `places`, and checks the blocks that hold them and the bytes `also`. Where nothing proves a block, as in files of
+    /// earlier builds, the whole file is hashed before, once. Returns the bytes read.
+    pub fn read(&self, places: Vec<Place<'_>>, also: &[Range<u64>]) -> Result<u64, CheckpointError> {
+        let Stored { path, entry, proof, .. } = self.stored;
+        let mut before = 0;
+        if proof.get().is_none() {
+            match entry.one_block() {
+                Some(hash) => _ = proof.set(Proof::Whole(hash)),
+                None => {
+                    self.check()?;
+                    before = entry.bytes;
+                }
+            }
+        }
+        let proof = proof.get().expect("it was set");
+        once::read(&self.file, entry.bytes, proof, places, also).map(|read| before + read).map_err(
+            |fault| match fault {
+                Fault::Io(source) => CheckpointError::Io { operation: "read the file", path: path.clone(), source },
+                Fault::Damaged(range) => CheckpointError::FileRange { path: path.clone(), range },
+            },
+        )
+    }
+
+    /// Where its tensors are, from bytes that were checked.
+    pub fn content(&self) -> Result<&'a Content, CheckpointError> {
+        let Stored { entry, content, .. } = self.stored;
+        if content.get().is_none() {
+            let found = match entry.unpacked_bytes {
+                Some(unpacked) => {
+                    Packed::open(self, unpacked).map(|(packed, header)| Content::Packed(packed, header))?
+                }
+                None => Content::Plain(self.header()?),
+            };
+            // Another thread may have found the same.
+            let _ = content.set(found);
+        }
+        Ok(content.get().expect("it was set"))
+    }
+
+    fn header(&self) -> Result<Header, CheckpointError> {
+        let (path, file_bytes) = (self.path(), self.entry().bytes);
+        let fault = |source| CheckpointError::Safetensors { path: path.to_path_buf(), source };
+        let mut length = [0; size_of::<u64>()];
+        if file_bytes < length.len() as u64 {
+            self.read(Vec::new(), std::slice::from_ref(&(0..file_bytes)))?;
+            return Err(fault(SafeTensorError::HeaderTooSmall));
+        }
+        self.read(vec![(0, &mut length)], &[])?;
+        let bytes = u64::from_le_bytes(length).saturating_add(length.len() as u64);
+        if bytes > file_bytes.min(HEADER_BYTES_MAX) {
+            return Err(fault(SafeTensorError::InvalidHeaderLength));
+        }
+        let mut bytes = vec![0; bytes as usize];
+        self.read(vec![(0, &mut bytes)], &[])?;
+        Header::parse(bytes, path, file_bytes)
+    }
+
+    /// Checks that the file holds these pieces as the manifest says; every frame of a packed one is unpacked once. Its bytes
+    /// were checked before.
+    pub fn check_pieces(&self, held: &[Held<'_>]) -> Result<(), CheckpointError> {
+        if held.is_empty() {
+            return Ok(());
+        }
+        let content = self.content()?;
+        let (Content::Plain(header) | Content::Packed(_, header)) = content;
+        held.iter().try_for_each(|&(tensor, piece)| header.piece(tensor, piece).map(|_| ()))?;
+        match content {
+            Content::Plain(_) => Ok(()),
+            Content::Packed(packed, _) => packed.check(&self.file),
+        }
+    }
+}
+
+fn open(path: &Path, entry: &FileEntry) -> Result<File, CheckpointError> {
+    let file = File::open(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => CheckpointError::FileMissing { path: path.to_path_buf() },
+        _ => CheckpointError::Io { operation: "open the file", path: path.to_path_buf(), source },
+    })?;
+    check_size(path, entry, length(&file, path)?)?;
+    Ok(file)
+}
+
+fn length(file: &File, path: &Path) -> Result<u64, CheckpointError> {
+    Ok(file.metadata().map_err(CheckpointError::io("look at the file", path))?.len())
 }
 
 impl Header {
@@ -148,7 +200,7 @@ impl Header {
     }
 
     /// Where in the file the piece begins, which has the type and shape that it must have there.
-    pub fn piece(&self, tensor: &str, entry: &TensorEntry, piece: &Piece) -> Result<u64, CheckpointError> {
+    pub fn piece(&self, tensor: &str, piece: &Piece) -> Result<u64, CheckpointError> {
         let missing = || {
             let (path, tensor, count) = (self.path.clone(), piece.key.clone(), self.metadata.offset_keys().len());
             CheckpointError::NoTensor { path, tensor, count }
@@ -159,7 +211,7 @@ impl Header {
             let found = info.dtype.to_string();
             return Err(CheckpointError::TensorType { path: path(), tensor: tensor(), expected: DTYPE, found });
         }
-        let expected = entry.stored_shape(piece);
+        let expected = piece.stored_shape();
         if info.shape != expected {
             let found = info.shape.clone();
             return Err(CheckpointError::TensorShape { path: path(), tensor: tensor(), expected, found });

@@ -59,7 +59,7 @@ fn a_damaged_file_is_refused_at_first_use_without_verify() {
     let mut out = [0.0; 4];
     let message = checkpoint.tensor("w", &[2, 2], &mut out).unwrap_err().to_string();
     assert!(message.contains("rank-0000.safetensors") && message.contains("damaged"), "{message}");
-    assert_eq!(out, [0.0; 4], "nothing of it was handed over");
+    assert!(out.iter().all(|value| value.is_nan()), "nothing of it can be used");
     fs::write(&file, good).unwrap();
     checkpoint.tensor("w", &[2, 2], &mut out).unwrap();
     assert_eq!(out, [1.0, 2.0, 3.0, 4.0]);
@@ -145,5 +145,5 @@ fn a_checkpoint_stays_readable_while_retention_removes_it() {
     fs::remove_dir_all(&path).unwrap();
     out.fill(0.0);
     checkpoint.tensor("w", &[2, 2], &mut out).unwrap();
-    assert_eq!(out, [1.0, 2.0, 3.0, 4.0], "what is mapped stays");
+    assert_eq!(out, [1.0, 2.0, 3.0, 4.0], "what is open stays");
 }

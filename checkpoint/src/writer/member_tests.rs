@@ -12,7 +12,7 @@ pub(super) const FOLDER: &str = "/checkpoints";
 pub(super) fn cut(rank: usize, ranks: usize) -> Vec<PieceSpec> {
     let piece = |spec: TensorSpec| {
         let count: usize = spec.shape.iter().product();
-        PieceSpec { tensor: spec.name, shape: spec.shape, range: count * rank / ranks..count * (rank + 1) / ranks }
+        PieceSpec::interval(spec.name, &spec.shape, count * rank / ranks..count * (rank + 1) / ranks)
     };
     specs().into_iter().map(piece).collect()
 }
@@ -43,7 +43,7 @@ pub(super) fn offer(writer: &mut Writer, step: u64, seed: f32) -> Offer {
         for (index, piece) in pieces.iter().enumerate() {
             let values = snapshot.tensor(index).iter_mut();
             for (offset, value) in values.enumerate() {
-                *value = seed + (10 * index + piece.range.start + offset) as f32;
+                *value = seed + (10 * index + piece.region.flat_start + offset) as f32;
             }
         }
     })
@@ -208,9 +208,12 @@ fn parts_that_do_not_fit_fail_the_step_and_nothing_is_left() {
     check(&|parts| parts[1].bytes += 1, &["step 7", "rank-0001.safetensors was reported with", "found"]);
     check(&|parts| parts[1].file = "rank-0002.safetensors".into(), &["rank-0002.safetensors", "it is not there"]);
     check(&|parts| parts[1].file = "../checkpoints/x".into(), &["plain name"]);
-    check(&|parts| parts[1].pieces[0].range.start -= 1, &["tensor w", "overlap", "0..3", "2..6"]);
+    check(&|parts| parts[1].pieces[0].region.flat_start -= 1, &["tensor w", "overlap", "0..3", "2..6"]);
     check(&|parts| parts[1] = parts[0].clone(), &["rank-0000.safetensors", "two parts have it"]);
-    check(&|parts| parts[1].pieces[0].shape = vec![6], &["tensor w", "expected shape [2, 3], found [6]"]);
+    check(
+        &|parts| parts[1].pieces[0] = PieceSpec::interval("w", &[6], 3..6),
+        &["tensor w", "expected shape [2, 3], found [6]"],
+    );
     check(&|parts| parts.truncate(0), &["rank-0000.safetensors, is not among the 0 parts"]);
 }
 
@@ -243,7 +246,7 @@ fn retention_waits_until_the_step_is_settled() {
 #[test]
 fn two_folders_hold_their_own_ranks_parts_under_one_id() {
     let (disk, shared) = simulated();
-    let piece = |tensor: String, range| PieceSpec { tensor, shape: vec![2, 4], range };
+    let piece = |tensor: String, range| PieceSpec::interval(tensor, &[2, 4], range);
     let pieces = |rank: usize| {
         let shard = 2 * rank..2 * rank + 2;
         let sender = piece(format!("w.sender.{rank:04}"), 0..8);

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use compression::region::elements;
 use compression::{Region, RegionError};
 use serde::{Deserialize, Serialize};
 
 use crate::error::CheckpointError;
 use crate::manifest::{self, DTYPE, FileEntry, Piece, TensorEntry};
 use crate::safetensors_file::check_names;
+use crate::tree::Subtrees;
 
 /// A tensor that every snapshot holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,8 +28,9 @@ pub struct PieceSpec {
     pub tensor: String,
     /// Sizes of the dimensions of the whole tensor.
     pub shape: Vec<usize>,
-    /// The elements, counted row-major in the whole tensor. With none the tensor is named and nothing is stored.
-    pub range: Range<usize>,
+    /// The elements: any box of the tensor, or an interval of one. With none the tensor is named and nothing is stored. No
+    /// two ranks store the same element.
+    pub region: Region,
 }
 
 /// One process among those that write a checkpoint together.
@@ -53,6 +54,9 @@ pub struct Part {
     /// Of a packed file, the size of the safetensors file that it stands for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unpacked_bytes: Option<u64>,
+    /// The values of the file's blocks, if it has several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subtrees: Option<Subtrees>,
     /// The pieces in the file, each under its tensor's name; those without elements are not in it.
     pub pieces: Vec<PieceSpec>,
 }
@@ -63,22 +67,23 @@ pub(super) type Tensors = BTreeMap<String, TensorEntry>;
 pub(super) type Files = BTreeMap<String, FileEntry>;
 
 impl PieceSpec {
+    /// The elements `range` of a tensor, counted row-major in the whole.
+    #[must_use]
+    pub fn interval(tensor: impl Into<String>, shape: &[usize], range: Range<usize>) -> Self {
+        Self { tensor: tensor.into(), shape: shape.to_vec(), region: Region::interval(shape, range) }
+    }
+
     /// All of a tensor.
     pub(super) fn whole(TensorSpec { name, shape }: TensorSpec, folder: &Path) -> Result<Self, CheckpointError> {
-        match elements(&shape) {
-            Ok(end) => Ok(Self { tensor: name, shape, range: 0..end }),
+        match Region::whole(&shape) {
+            Ok(region) => Ok(Self { tensor: name, shape, region }),
             Err(source) => Err(CheckpointError::Region { path: folder.to_path_buf(), tensor: name, source }),
         }
     }
 
-    /// Checks that the range lies in the shape, and returns the number of elements of the whole.
-    fn check(&self, path: &Path) -> Result<usize, CheckpointError> {
-        let Range { start, end } = self.range;
-        let inside = elements(&self.shape).and_then(|elements| {
-            let inside = start <= end && end <= elements;
-            inside.then_some(elements).ok_or(RegionError::Flat { start, end, elements })
-        });
-        inside.map_err(|source| self.fault(path, source))
+    /// Checks that the region lies in the shape.
+    fn check(&self, path: &Path) -> Result<(), CheckpointError> {
+        self.region.check(&self.shape).map_err(|source| self.fault(path, source))
     }
 
     fn fault(&self, path: &Path, source: RegionError) -> CheckpointError {
@@ -87,7 +92,7 @@ impl PieceSpec {
 
     /// The shape under which the piece lies in its file.
     pub(super) fn stored_shape(&self) -> Vec<usize> {
-        manifest::stored_shape(&self.shape, elements(&self.shape).unwrap_or(usize::MAX), &self.range)
+        manifest::stored_shape(&self.region)
     }
 }
 
@@ -99,7 +104,7 @@ pub(super) fn buffer_ranges(pieces: &[PieceSpec], folder: &Path) -> Result<Vec<R
     for piece in pieces {
         piece.check(folder)?;
         // A buffer is one allocation, and those end at `isize::MAX` bytes.
-        let next = end.checked_add(piece.range.len()).filter(|&next| next <= isize::MAX as usize / size_of::<f32>());
+        let next = end.checked_add(piece.region.len()).filter(|&next| next <= isize::MAX as usize / size_of::<f32>());
         let next = next.ok_or_else(|| piece.fault(folder, RegionError::Overflow { shape: piece.shape.clone() }))?;
         ranges.push(end..next);
         end = next;
@@ -111,8 +116,9 @@ pub(super) fn buffer_ranges(pieces: &[PieceSpec], folder: &Path) -> Result<Vec<R
 /// files' content. `path` is the manifest to be, for messages.
 pub(super) fn assemble(parts: &[Part], path: &Path) -> Result<(Tensors, Files), CheckpointError> {
     let (mut tensors, mut files) = (Tensors::new(), Files::new());
-    for Part { file, bytes, blake3, unpacked_bytes, pieces } in parts {
-        let entry = FileEntry { bytes: *bytes, blake3: blake3.clone(), unpacked_bytes: *unpacked_bytes };
+    for Part { file, bytes, blake3, unpacked_bytes, subtrees, pieces } in parts {
+        let (bytes, blake3) = (*bytes, blake3.clone());
+        let entry = FileEntry { bytes, blake3, unpacked_bytes: *unpacked_bytes, subtrees: subtrees.clone() };
         manifest::check_file(file, &entry, path)?;
         if files.insert(file.clone(), entry).is_some() {
             let (path, name) = (path.to_path_buf(), file.clone());
@@ -121,22 +127,20 @@ pub(super) fn assemble(parts: &[Part], path: &Path) -> Result<(Tensors, Files), 
         check_names(pieces.iter().map(|piece| piece.tensor.as_str()))?;
         for piece in pieces {
             piece.check(path)?;
-            let PieceSpec { tensor, shape, range } = piece;
+            let PieceSpec { tensor, shape, region } = piece;
             let new = || TensorEntry { dtype: DTYPE.into(), shape: shape.clone(), pieces: Vec::new() };
             let entry = tensors.entry(tensor.clone()).or_insert_with(new);
             if entry.shape != *shape {
                 let (path, expected, found) = (path.to_path_buf(), entry.shape.clone(), shape.clone());
                 return Err(CheckpointError::TensorShape { path, tensor: tensor.clone(), expected, found });
             }
-            if !range.is_empty() {
-                let whole = Region::whole(shape).map_err(|source| piece.fault(path, source))?;
-                let region = Region { flat_start: range.start, flat_end: range.end, ..whole };
-                entry.pieces.push(Piece { file: file.clone(), key: tensor.clone(), region });
+            if !region.is_empty() {
+                entry.pieces.push(Piece { file: file.clone(), key: tensor.clone(), region: region.clone() });
             }
         }
     }
     for (name, entry) in &mut tensors {
-        entry.pieces.sort_by_key(|piece| piece.region.flat_start);
+        entry.sort();
         entry.check(name, path)?;
     }
     Ok((tensors, files))
@@ -148,11 +152,18 @@ mod tests {
     use crate::layout;
 
     fn piece(range: Range<usize>) -> PieceSpec {
-        PieceSpec { tensor: "w".into(), shape: vec![2, 3], range }
+        PieceSpec::interval("w", &[2, 3], range)
     }
 
     fn part(rank: usize, pieces: Vec<PieceSpec>) -> Part {
-        Part { file: layout::shard(rank), bytes: 8, blake3: "ab".repeat(32), unpacked_bytes: None, pieces }
+        Part {
+            file: layout::shard(rank),
+            bytes: 8,
+            blake3: "ab".repeat(32),
+            unpacked_bytes: None,
+            subtrees: None,
+            pieces,
+        }
     }
 
     fn path() -> &'static Path {
@@ -163,7 +174,8 @@ mod tests {
     fn parts_in_any_order_make_the_same_tensors() {
         let parts = [part(0, vec![piece(4..6)]), part(1, vec![piece(0..3)]), part(2, vec![piece(3..4)])];
         let (tensors, files) = assemble(&parts, path()).unwrap();
-        let ranges: Vec<_> = tensors["w"].pieces.iter().map(Piece::range).collect();
+        let ranges: Vec<_> =
+            tensors["w"].pieces.iter().map(|piece| piece.region.flat_start..piece.region.flat_end).collect();
         assert_eq!(ranges, [0..3, 3..4, 4..6]);
         assert_eq!(files.len(), 3);
         let [a, b, c] = parts;
@@ -192,11 +204,11 @@ mod tests {
             check(&[good(), Part { file: name.into(), ..part(1, vec![]) }], &[&format!("{name:?}")]);
         }
         check(&[good(), Part { blake3: "xyz".into(), ..part(1, vec![]) }], &["64 lower-case hex digits"]);
-        let other = PieceSpec { shape: vec![3, 2], ..piece(3..6) };
+        let other = PieceSpec::interval("w", &[3, 2], 3..6);
         check(&[good(), part(1, vec![other])], &["tensor w", "expected shape [2, 3], found [3, 2]"]);
         check(&[good(), part(1, vec![piece(3..7)])], &["tensor w", "elements 3..7 of a box of 6"]);
         check(&[good(), part(1, vec![piece(Range { start: 5, end: 4 })])], &["elements 5..4 of a box of 6"]);
-        let huge = PieceSpec { shape: vec![usize::MAX, 3], ..piece(0..0) };
+        let huge = PieceSpec::interval("w", &[usize::MAX, 3], 0..0);
         check(&[part(0, vec![huge])], &["more elements than can be addressed"]);
         check(&[part(0, vec![piece(0..2), piece(2..4)])], &["\"w\"", "two tensors have it"]);
         // The control: the same without the fault.

@@ -67,7 +67,7 @@ fn two_folders_keep_the_same_ones() {
     let folder = |rank: usize| Path::new(FOLDER).join(rank.to_string());
     let writer = |rank: usize| {
         let range = 3 * rank..3 * rank + 3;
-        let piece = PieceSpec { tensor: "w".into(), shape: vec![2, 3], range };
+        let piece = PieceSpec::interval("w", &[2, 3], range);
         Writer::member(Arc::clone(&shared), folder(rank), vec![piece], Member { rank, lead: true }, BEST).unwrap()
     };
     let mut writers: Vec<Writer> = (0..2).map(writer).collect();

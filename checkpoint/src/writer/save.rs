@@ -70,18 +70,18 @@ pub(super) fn write(target: &Target, step: u64, values: &[f32]) -> Result<Part, 
     disk::create_dir(disk, &partial)?;
     let path = partial.join(&file);
     disk::clear_file(disk, &path)?;
-    let stored = || (target.pieces.iter().zip(&target.ranges)).filter(|(piece, _)| !piece.range.is_empty());
+    let stored = || (target.pieces.iter().zip(&target.ranges)).filter(|(piece, _)| !piece.region.is_empty());
     let shapes: Vec<Vec<usize>> = stored().map(|(piece, _)| piece.stored_shape()).collect();
     let entries: Vec<Entry<'_>> = (stored().zip(&shapes))
         .map(|((piece, range), shape)| Entry { name: &piece.tensor, shape, values: &values[range.clone()] })
         .collect();
-    let (Written { bytes, blake3 }, unpacked_bytes) = if packs {
+    let (Written { bytes, blake3, subtrees }, unpacked_bytes) = if packs {
         let (written, unpacked_bytes) = packed::write(disk, &path, &entries)?;
         (written, Some(unpacked_bytes))
     } else {
         (safetensors_file::write(disk, &path, &entries, Dtype::F32, &[])?, None)
     };
-    Ok(Part { file, bytes, blake3, unpacked_bytes, pieces: target.pieces.clone() })
+    Ok(Part { file, bytes, blake3, unpacked_bytes, subtrees, pieces: target.pieces.clone() })
 }
 
 /// [`write`] for a rank of several, which also makes the file's name durable: the lead may be another machine, and over a
@@ -109,8 +109,8 @@ pub(super) fn commit(target: &Target, order: &Commit<'_>) -> Result<Saved, Check
         check_attachment(name, &files, &partial)?;
         let file = partial.join(name);
         disk::clear_file(disk, &file)?;
-        let Written { bytes, blake3 } = safetensors_file::write_bytes(disk, &file, bytes)?;
-        files.insert(name.clone(), FileEntry { bytes, blake3, unpacked_bytes: None });
+        let Written { bytes, blake3, subtrees } = safetensors_file::write_bytes(disk, &file, bytes)?;
+        files.insert(name.clone(), FileEntry { bytes, blake3, unpacked_bytes: None, subtrees });
     }
     let bytes: u64 = files.values().map(|file| file.bytes).sum();
     // The parts are what other processes said.

@@ -57,9 +57,10 @@ fn slowest(all: &[&CodecFacts]) -> Facts {
         let CodecElements { any, int8_at_least, fp32 } = all.first().and_then(|facts| of(facts)).unwrap_or_default();
         Elements { any, int8_at_least, fp32 }
     };
+    let sums = all.first().map_or(0, |facts| facts.ranks as usize);
     let members = all.first().map_or(1, |facts| facts.members.max(1) as usize);
     Facts {
-        ranks: all.len(),
+        ranks: if sums == 0 { all.len() } else { sums.min(all.len()) },
         members,
         link_bytes_per_s: least(|facts| facts.link_bytes_per_s),
         elements: elements(|facts| facts.elements),

@@ -143,7 +143,11 @@ fn contents(checkpoint: &Checkpoint, others: &[PathBuf], checksums: Option<&[Str
     let manifest = checkpoint.manifest();
     let tensors = manifest.tensors.iter().enumerate().map(|(index, (name, entry))| {
         let pieces = entry.pieces.iter().map(|piece| {
-            json!({ "file": piece.file, "key": piece.key, "start": piece.range().start, "end": piece.range().end })
+            let mut told = json!({ "file": piece.file, "key": piece.key, "region": piece.region });
+            if piece.region.is_interval(&entry.shape) {
+                (told["start"], told["end"]) = (piece.region.flat_start.into(), piece.region.flat_end.into());
+            }
+            told
         });
         let mut tensor = json!({
             "name": name,
@@ -189,9 +193,11 @@ fn mesh_of(checkpoint: &Checkpoint) -> Option<String> {
         let (raw, _) = raw::read(&String::from_utf8_lossy(&checkpoint.attachment("recipe.toml").ok()?), &[]);
         Reader(&raw).count("parallel.data")
     };
-    let data = checkpoint.state().pointer("/mesh/data").and_then(Value::as_u64);
-    let data = data.or_else(|| Some(recipe()? as u64))?;
-    Some(format!("{data} x 1 x 1"))
+    let count = |axis: &str| checkpoint.state().pointer(&format!("/mesh/{axis}")).and_then(Value::as_u64);
+    let data = count("data").or_else(|| Some(recipe()? as u64))?;
+    // Versions that wrote none had none.
+    let tensor = count("tensor").unwrap_or(1);
+    Some(format!("{data} x 1 x {tensor}"))
 }
 
 pub(super) fn verify(args: &Verify) -> Result<ExitCode> {

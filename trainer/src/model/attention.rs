@@ -21,10 +21,10 @@ pub struct Attention {
     pub v_proj: Linear,
     /// `[D, H * E]`
     pub o_proj: Linear,
-    /// Query heads.
+    /// Query heads that this layer has.
     #[module(skip)]
     pub heads: usize,
-    /// Key and value heads.
+    /// Key and value heads that it has.
     #[module(skip)]
     pub shared_heads: usize,
 }

@@ -8,8 +8,9 @@ use burn::tensor::{Device, Int, TensorData};
 
 use super::attention::{Attention, KvCache, Positions};
 use super::config::Config;
-use super::layers::{Embedding, Hook, Linear, RmsNorm, look_up, project};
+use super::layers::{Embedding, Hook, Linear, RmsNorm, project};
 use crate::kernels::cross_entropy::cross_entropy;
+use crate::kernels::cross_entropy_rows::{SomeRows, cross_entropy_of_some};
 use crate::kernels::swiglu::swiglu;
 
 /// A decoder with its head, as Hugging Face's `LlamaForCausalLM`.
@@ -21,6 +22,8 @@ pub struct Llama {
     pub lm_head: Option<Linear>,
     #[module(skip)]
     config: Config,
+    #[module(skip)]
+    rows: Option<SomeRows>,
 }
 
 /// The decoder without its head.
@@ -61,7 +64,8 @@ pub struct Mlp {
 /// What one parameter of a model is built from.
 #[derive(Debug)]
 pub struct Leaf {
-    /// The values, in the shape that was asked for.
+    /// The values, in the shape that was asked for, or of a part of it: some heads of the attention, some of a SwiGLU's
+    /// width, some rows of the vocabulary.
     pub values: Values,
     /// The slot.
     pub hook: Hook,
@@ -71,15 +75,15 @@ pub struct Leaf {
 pub enum Values {
     /// They are there.
     Now(TensorData),
-    /// They are asked for when the forward pass first uses the parameter.
-    WhenUsed(Box<dyn FnOnce() -> TensorData + Send + Sync>),
+    /// They are asked for when the forward pass first uses the parameter, and have this shape.
+    WhenUsed(Vec<usize>, Box<dyn FnOnce() -> TensorData + Send + Sync>),
 }
 
 impl fmt::Debug for Values {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Now(data) => f.debug_tuple("Now").field(&data.shape()).finish(),
-            Self::WhenUsed(_) => f.write_str("WhenUsed"),
+            Self::WhenUsed(shape, _) => f.debug_tuple("WhenUsed").field(shape).finish(),
         }
     }
 }
@@ -99,7 +103,13 @@ impl Llama {
         };
         let lm_head =
             (!config.tie_word_embeddings).then(|| builder.linear("lm_head", [config.vocab_size, config.hidden_size]));
-        Self { model, lm_head, config: config.clone() }
+        Self { model, lm_head, config: config.clone(), rows: None }
+    }
+
+    /// The same, of a table and a head that have some rows of the vocabulary.
+    #[must_use]
+    pub fn over(self, rows: Option<SomeRows>) -> Self {
+        Self { rows, ..self }
     }
 
     /// The shape of the model.
@@ -108,13 +118,14 @@ impl Llama {
         &self.config
     }
 
-    /// Logits `[B, T, V]` of tokens `[B, T]`. With caches (one a layer) the tokens follow those that the caches hold.
+    /// Logits `[B, T, V]`, or of some rows of the vocabulary, of tokens `[B, T]`. With caches (one a layer) the tokens follow those that the caches hold.
     pub fn forward(&self, tokens_bt: Tensor<2, Int>, caches: Option<&mut [KvCache]>) -> Tensor<3> {
         let [_, t] = tokens_bt.dims();
         let start = caches.as_ref().and_then(|caches| caches.first()).map_or(0, KvCache::len);
         let positions = Positions::new(&self.config, start, t);
         let table_vd = self.model.embed_tokens.table();
-        let mut x_btd = look_up(table_vd.clone(), tokens_bt);
+        let rows = self.rows.as_ref().map(|some| &some.rows);
+        let mut x_btd = self.model.embed_tokens.look_up(table_vd.clone(), tokens_bt, rows);
         let mut caches = caches.map(<[KvCache]>::iter_mut);
         for block in &self.model.layers {
             x_btd = block.forward(x_btd, &positions, caches.as_mut().and_then(Iterator::next));
@@ -129,8 +140,13 @@ impl Llama {
     /// The sum over all tokens of the cross entropy between the logits and `targets_bt`, in nats: `[1]`.
     pub fn loss(&self, tokens_bt: Tensor<2, Int>, targets_bt: Tensor<2, Int>) -> Tensor<1> {
         let [b, t] = tokens_bt.dims();
-        let logits = self.forward(tokens_bt, None).reshape([b * t, self.config.vocab_size]);
-        cross_entropy(logits, targets_bt.reshape([b * t]))
+        let logits_btv = self.forward(tokens_bt, None);
+        let [_, _, v] = logits_btv.dims();
+        let (logits_nv, targets_n) = (logits_btv.reshape([b * t, v]), targets_bt.reshape([b * t]));
+        match &self.rows {
+            None => cross_entropy(logits_nv, targets_n),
+            Some(rows) => cross_entropy_of_some(logits_nv, targets_n, rows),
+        }
     }
 }
 
@@ -155,21 +171,38 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn leaf<const D: usize>(&mut self, name: &str, shape: [usize; D]) -> (Param<Tensor<D>>, Hook) {
-        let Leaf { values, hook } = (self.source)(&format!("{name}.weight"), &shape);
-        let weight = match values {
-            Values::Now(data) => Param::from_tensor(Tensor::from_data(data, self.device)),
-            Values::WhenUsed(values) => {
-                let make =
-                    move |device: &Device, tracked| Tensor::from_data(values(), device).set_require_grad(tracked);
-                Param::uninitialized(ParamId::new(), make, self.device.clone(), true, shape.into())
-            }
-        };
+        let (weight, hook, _) = self.part(name, shape);
         (weight, hook)
     }
 
+    /// A parameter, or a part of it, which has another shape.
+    fn part<const D: usize>(&mut self, name: &str, shape: [usize; D]) -> (Param<Tensor<D>>, Hook, [usize; D]) {
+        let Leaf { values, hook } = (self.source)(&format!("{name}.weight"), &shape);
+        let found = match &values {
+            Values::Now(data) => data.shape().to_vec(),
+            Values::WhenUsed(shape, _) => shape.clone(),
+        };
+        let found: [usize; D] = found.try_into().expect("a part of a parameter has its dimensions");
+        assert!(found.iter().zip(&shape).all(|(found, whole)| found <= whole), "{found:?} of {shape:?}");
+        let weight = match values {
+            Values::Now(data) => Param::from_tensor(Tensor::from_data(data, self.device)),
+            Values::WhenUsed(_, values) => {
+                let make =
+                    move |device: &Device, tracked| Tensor::from_data(values(), device).set_require_grad(tracked);
+                Param::uninitialized(ParamId::new(), make, self.device.clone(), true, found.into())
+            }
+        };
+        (weight, hook, found)
+    }
+
     fn linear(&mut self, name: &str, shape: [usize; 2]) -> Linear {
-        let (weight, hook) = self.leaf(name, shape);
-        Linear::new(weight, hook)
+        self.heads(name, shape).0
+    }
+
+    /// A layer, and how many heads its rows are.
+    fn heads(&mut self, name: &str, shape: [usize; 2]) -> (Linear, usize) {
+        let (weight, hook, [rows, _]) = self.part(name, shape);
+        (Linear::new(weight, hook), rows / self.config.head_dim())
     }
 
     fn norm(&mut self, name: &str) -> RmsNorm {
@@ -182,16 +215,14 @@ impl Builder<'_> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let shared = config.num_key_value_heads * config.head_dim();
         let name = |part: &str| format!("model.layers.{layer}.{part}");
+        let input_layernorm = self.norm(&name("input_layernorm"));
+        let (q_proj, heads) = self.heads(&name("self_attn.q_proj"), [hidden, hidden]);
+        let (k_proj, shared_heads) = self.heads(&name("self_attn.k_proj"), [shared, hidden]);
+        let v_proj = self.linear(&name("self_attn.v_proj"), [shared, hidden]);
+        let o_proj = self.linear(&name("self_attn.o_proj"), [hidden, hidden]);
         Block {
-            input_layernorm: self.norm(&name("input_layernorm")),
-            self_attn: Attention {
-                q_proj: self.linear(&name("self_attn.q_proj"), [hidden, hidden]),
-                k_proj: self.linear(&name("self_attn.k_proj"), [shared, hidden]),
-                v_proj: self.linear(&name("self_attn.v_proj"), [shared, hidden]),
-                o_proj: self.linear(&name("self_attn.o_proj"), [hidden, hidden]),
-                heads: config.num_attention_heads,
-                shared_heads: config.num_key_value_heads,
-            },
+            input_layernorm,
+            self_attn: Attention { q_proj, k_proj, v_proj, o_proj, heads, shared_heads },
             post_attention_layernorm: self.norm(&name("post_attention_layernorm")),
             mlp: Mlp {
                 gate_proj: self.linear(&name("mlp.gate_proj"), [inner, hidden]),

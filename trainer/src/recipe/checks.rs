@@ -1,6 +1,7 @@
 //! What no key shows alone: faults between the keys of a recipe.
 
 use compression::BLOCK;
+use parallel::mesh::{Mesh, MeshFaults, Shape};
 
 use super::fault::{Fault, Origin};
 use super::raw::{Raw, Reader};
@@ -10,6 +11,7 @@ pub fn all(raw: &Raw, faults: &mut Vec<Fault>) {
     model_faults(raw, faults);
     data_faults(raw, faults);
     schedule_faults(raw, faults);
+    mesh_faults(raw, faults);
     share_faults(raw, faults);
     sharding_faults(raw, faults);
     retention_faults(raw, faults);
@@ -118,6 +120,9 @@ fn sharding_faults(raw: &Raw, faults: &mut Vec<Fault>) {
         let what = "expected \"fp32\": without optimizer.sharded no parameters travel, sums of gradients do";
         faults
             .push(Fault::new(raw.origin(name), name, what).help("write `optimizer.sharded = true` to send parameters"));
+    } else if is_lossy && keys.count("parallel.tensor").is_some_and(|ranks| ranks > 1) {
+        let what = "expected \"fp32\" with parallel.tensor above 1: parts of a model travel as they are";
+        faults.push(Fault::new(raw.origin(name), name, what));
     }
 }
 
@@ -140,6 +145,35 @@ fn schedule_faults(raw: &Raw, faults: &mut Vec<Fault>) {
             "schedule.min_learning_rate",
             format!("expected at most schedule.learning_rate = {peak}, found {end}"),
         ));
+    }
+}
+
+/// What the mesh asks of the model, as far as the recipe says it. What comes with `model.from`, and how many tokens the
+/// vocabulary really has, is known later, and checked again.
+fn mesh_faults(raw: &Raw, faults: &mut Vec<Fault>) {
+    let (name, keys) = ("parallel.tensor", Reader(raw));
+    let (Some(data), Some(tensor)) = (keys.count("parallel.data"), keys.count(name)) else { return };
+    let mut add = |found: &MeshFaults| {
+        let all = found.all().iter().map(|fault| Fault::new(raw.origin(name), name, fault.to_string()));
+        faults.extend(all);
+    };
+    let mesh = match Mesh::new(data, 1, tensor) {
+        Ok(mesh) => mesh,
+        Err(found) => return add(&found),
+    };
+    let known = |key: &str| keys.count(key).unwrap_or(tensor);
+    let heads = known("model.num_attention_heads");
+    let sequence = keys.flag("parallel.sequence").filter(|&on| on).and_then(|_| keys.count("train.seq_len"));
+    let shape = Shape {
+        heads,
+        key_value_heads: keys.count("model.num_key_value_heads").unwrap_or(heads),
+        layers: known("model.num_hidden_layers"),
+        vocabulary: known("tokenizer.vocab_size"),
+        feed_forward: known("model.intermediate_size"),
+        sequence,
+    };
+    if let Err(found) = mesh.check(mesh.ranks(), &shape, 1) {
+        add(&found);
     }
 }
 

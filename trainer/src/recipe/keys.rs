@@ -128,6 +128,8 @@ pub const KEYS: &[Key] = &[
     key("schedule.warmup_steps", Integer(0, MANY), DefaultInteger(0), Resumable, "steps of linear warm-up"),
     key("schedule.min_learning_rate", Real(0.0, 100.0), DefaultReal(0.0), Resumable, "where the cosine ends, at `train.steps`"),
     key("parallel.data", Integer(1, 1024), DefaultInteger(1), Resumable, "data-parallel ranks, a process each; every rank computes `train.micro_batches` of its own"),
+    key("parallel.tensor", Integer(1, 1024), DefaultInteger(1), Resumable, "ranks that hold one model together, each a part of every layer, and work on the same batch; they follow each other, so that they are of one machine. `parallel.data` x `parallel.tensor` processes"),
+    key("parallel.sequence", Flag, DefaultFlag(false), Resumable, "whether norms and what lies between layers are cut between the tensor ranks too, by tokens: less memory, for the same bytes; the tensor ranks must divide `train.seq_len`"),
     key("parallel.micro_batches", Integers(1, 1 << 20), Empty, Resumable, "forward and backward passes a step of each rank, in rank order, in place of `train.micro_batches`: for machines of unequal speed"),
     key("parallel.bucket_bytes_max", Integer(4, 1 << 34), DefaultInteger(4 << 20), Free, "bytes of f32 gradient a bucket, which leaves as soon as it is full"),
     key("parallel.group", Integer(1, 1024), DefaultInteger(1), Resumable, "ranks of a machine, which are consecutive: they add their gradients in f32 before these are compressed and leave the machine, once for all of them; a divisor of `parallel.data`"),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use checkpoint::export::Dtype;
 use compression::Codec;
+use parallel::mesh::Mesh;
 
 use super::checks;
 use super::fault::Fault;
@@ -178,6 +179,10 @@ pub struct Schedule {
 pub struct Parallel {
     /// Data-parallel ranks.
     pub data: usize,
+    /// Ranks that hold one model together.
+    pub tensor: usize,
+    /// Whether they cut sequences too.
+    pub sequence: bool,
     /// Forward passes a step, of each rank.
     pub micro_batches: Vec<usize>,
     /// Bytes of f32 gradient a bucket.
@@ -196,6 +201,17 @@ pub struct Parallel {
     pub verify_every: u64,
     /// Whether local ranks keep to their share of the cores.
     pub pin: bool,
+}
+
+impl Parallel {
+    /// All ranks.
+    ///
+    /// # Panics
+    /// When the recipe was not checked.
+    #[must_use]
+    pub fn mesh(&self) -> Mesh {
+        Mesh::new(self.data, 1, self.tensor).expect("a recipe with more ranks than there may be is refused")
+    }
 }
 
 /// `[compression]`.
@@ -388,6 +404,8 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
         },
         parallel: Parallel {
             data: keys.count("parallel.data")?,
+            tensor: keys.count("parallel.tensor")?,
+            sequence: keys.flag("parallel.sequence")?,
             micro_batches: match keys.counts("parallel.micro_batches") {
                 Some(shares) => shares,
                 None => vec![keys.count("train.micro_batches")?; keys.count("parallel.data")?],

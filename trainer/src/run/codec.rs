@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 use super::Run;
 use crate::error::{Error, Result};
 use crate::recipe::Recipe;
-use crate::recipe::resolved::{CodecChoice, Compression, Zstd};
+use crate::recipe::resolved::{CodecChoice, Compression, Parallel, Zstd};
 use crate::state::Chosen;
 use crate::step::Report;
 
@@ -258,8 +258,8 @@ impl Run {
         let Some(calibration) = codecs.calibration.take_if(|calibration| calibration.is_complete()) else {
             return Ok(());
         };
-        let Recipe { parallel, optimizer, .. } = &self.recipe;
-        let facts = calibration.facts(self.stepper.plan(), parallel.group, optimizer.sharded);
+        let Recipe { parallel: Parallel { data, group: members, .. }, optimizer, .. } = &self.recipe;
+        let facts = calibration.facts(self.stepper.plan(), (*members, *data), optimizer.sharded);
         group.control.say(From::CodecFacts(facts));
         if group.share.rank == 0 {
             self.stepper.progress().enter(Stage::Waiting);

@@ -10,7 +10,8 @@ use super::signals::Stop;
 use crate::data::tokens::Tokens;
 use crate::error::Result;
 use crate::model::Config;
-use crate::step::{Batch, plain_model, scalar};
+use crate::step::{Batch, plain_model, scalar, sliced_model};
+use crate::tensor::Slice;
 
 /// The sum of the cross entropy over a number of tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -36,7 +37,11 @@ impl Evaluation {
 /// # Errors
 /// The device fails, or another rank.
 pub fn evaluate(at: &Place<'_>, weights: &[Vec<f32>], tokens: &Tokens, windows: usize) -> Result<Option<Evaluation>> {
-    let model = plain_model(at.config, at.device, weights);
+    let model = match at.slice {
+        // The last window may have a number of tokens that cannot be cut.
+        Some(slice) => sliced_model(&slice.with_all_tokens(), at.config, at.device, weights)?,
+        None => plain_model(at.config, at.device, weights),
+    };
     let (whole, seq) = (usize::try_from(tokens.windows(at.seq_len)).unwrap_or(usize::MAX), at.seq_len);
     let count = if windows == 0 { whole } else { windows.min(whole) };
     let starts: Vec<usize> = (0..count).map(|i| i * whole / count * seq).collect();
@@ -45,18 +50,22 @@ pub fn evaluate(at: &Place<'_>, weights: &[Vec<f32>], tokens: &Tokens, windows: 
     if windows == 0 && rest > 0 {
         batches.push((vec![whole * seq], rest));
     }
+    // Ranks that hold one model together take the same batches, and have the same sums.
     let (rank, ranks) = at.engine.map_or((0, 1), |engine| (engine.group().rank, engine.group().ranks));
+    let replica = at.engine.map_or(1, |engine| engine.members().ranks() / ranks);
     let mut sum = Evaluation { nats: 0.0, tokens: 0 };
     for round in batches.chunks(VALUES_MAX * ranks) {
         let mut own = Vec::new();
         for (starts, length) in round.iter().skip(rank).step_by(ranks) {
             at.progress.enter(Stage::Evaluating);
-            if at.stop.asked() {
+            if at.stops()? {
                 own.clear();
                 break;
             }
             let [inputs, targets] = batch(tokens, starts, *length).tensors(at.device);
-            own.push(scalar(model.loss(inputs, targets), at.step)?);
+            let loss = model.loss(inputs, targets);
+            at.slice.map_or(Ok(()), |slice| slice.check(at.step))?;
+            own.push(scalar(loss, at.step)?);
         }
         at.progress.enter(Stage::Waiting);
         let all = match at.engine {
@@ -64,6 +73,7 @@ pub fn evaluate(at: &Place<'_>, weights: &[Vec<f32>], tokens: &Tokens, windows: 
             None => vec![own],
         };
         // A rank that was asked to stop has sent fewer than its share.
+        let all: Vec<&Vec<f64>> = all.iter().step_by(replica).collect();
         let whole = (0..ranks).all(|rank| all[rank].len() == round.iter().skip(rank).step_by(ranks).count());
         if !whole {
             return Ok(None);
@@ -93,8 +103,20 @@ pub struct Place<'a> {
     pub stop: &'a Stop,
     /// The way to the other ranks, if there are any.
     pub engine: Option<&'a Engine>,
+    /// This rank's slice of the model, where several hold it together.
+    pub slice: Option<&'a Slice>,
     /// How far this rank is.
     pub progress: &'a Progress,
+}
+
+impl Place<'_> {
+    /// Whether this rank was asked to stop, or another one that holds the same model: they stop at the same batch.
+    fn stops(&self) -> Result<bool> {
+        match self.slice {
+            Some(slice) => slice.any("evaluate/stop", self.stop.asked()),
+            None => Ok(self.stop.asked()),
+        }
+    }
 }
 
 /// The windows that start at these tokens, with what follows each token.

@@ -30,7 +30,7 @@ pub(super) fn finish(run: &Run, folder: Option<&Folder>) -> Result<bool> {
     run.stepper.progress().enter(Stage::Ending);
     // What is exported is what owners have; all others compute with replicas of it.
     let masters = match &run.group {
-        Some(group) if run.recipe.export.at_end => sharding::gather(&group.all, &run.config.parameters(), &run.state)?,
+        Some(group) if run.recipe.export.at_end => sharding::gather(&group.sums, &run.config.parameters(), &run.state)?,
         _ => None,
     };
     if let Some(group) = &run.group {
@@ -38,7 +38,7 @@ pub(super) fn finish(run: &Run, folder: Option<&Folder>) -> Result<bool> {
     }
     let (Some(folder), Some(_)) = (folder, &run.metrics) else { return Ok(true) };
     if run.recipe.export.at_end {
-        export(run, folder, masters.as_deref().unwrap_or(&run.state.weights))?;
+        export(run, folder, masters.as_deref().unwrap_or(run.whole_weights()))?;
     }
     let mut summary = run.summary(Status::Done);
     summary.held_out_bits_per_byte = held_out.map(|(bits, _)| bits);
@@ -106,7 +106,7 @@ fn report(run: &Run, folder: &Folder, summary: &Summary, held_out: Option<(f64, 
 
 fn sample(run: &Run, prompt: &str) -> Result<String> {
     let keys = &run.recipe.export;
-    let model = plain_model(&run.config, &run.device, &run.state.weights);
+    let model = plain_model(&run.config, &run.device, run.whole_weights());
     let sampling = Sampling { temperature: keys.temperature, top_p: 0.95, seed: run.recipe.train.seed };
     let longest = run.config.max_position_embeddings;
     let ids = prompt_tokens(&run.data.tokenizer, "export.prompt", prompt, longest)?;

@@ -32,8 +32,8 @@ pub struct Group {
     pub control: Control,
     /// The connections to the other ranks.
     pub transport: Arc<GrpcTransport>,
-    /// All ranks, for what they do together between two steps.
-    pub all: SubGroup,
+    /// The ranks whose gradients are summed, for what they do together between two steps.
+    pub sums: SubGroup,
     /// What happens when the run ends for everybody.
     pub ender: Ender,
     /// Bytes that this rank would send a step if everything travelled as f32; `None` with one rank.
@@ -210,7 +210,7 @@ impl Run {
         self.stepper.progress().enter(Stage::Waiting);
         let start = Instant::now();
         assert!(self.stepper.is_settled(), "the parameters are of the step before");
-        let own = self.state.parameter_hash(&self.config).as_bytes().map(f64::from);
+        let own = self.state.fingerprint(&self.config, self.stepper.plan().parts()).map(f64::from);
         let all = engine.gather(own.to_vec()).map_err(StreamError::from)?;
         self.span("compare", start);
         let hash = |values: &Vec<f64>| -> Option<[u8; 32]> {
@@ -218,7 +218,7 @@ impl Run {
             bytes.try_into().ok()
         };
         let hashes: Vec<_> = all.iter().map(hash).collect();
-        same_parameters(&hashes, self.state.step)
+        same_parameters(&hashes, self.stepper.replica(), self.state.step)
     }
 
     /// Waits until no checkpoint is under way. Everybody's heartbeat bounds it.

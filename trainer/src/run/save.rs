@@ -49,14 +49,14 @@ impl Run {
             Some(_) if self.busy => Offer::Busy,
             Some(group) => {
                 let folded = match (group.share.kept, stepper.engine()) {
-                    (Kept::Folded, Some(engine)) => folding::fold(&group.all, &engine.exchange())?,
+                    (Kept::Folded, Some(engine)) => folding::fold(&group.sums, &engine.exchange())?,
                     _ => Vec::new(),
                 };
                 group.saving.insert(step);
                 group.writing.insert(step);
-                let share = group.share;
+                let share = &group.share;
                 self.writer.offer(step, json!(meta), attachments, |snapshot| match stepper.engine() {
-                    Some(engine) => state.snapshot_share(snapshot, &share, &engine.exchange(), &folded),
+                    Some(engine) => state.snapshot_share(snapshot, share, &engine.exchange(), &folded),
                     None => alone(snapshot),
                 })
             }
@@ -143,7 +143,7 @@ impl Run {
     pub(super) fn summary(&self, status: Status) -> Summary {
         // A run that failed may have parameters of the step before.
         let known = status != Status::Running && self.stepper.is_settled();
-        let hash = known.then(|| self.state.parameter_hash(&self.config).to_hex().to_string());
+        let hash = if known { self.parameter_hash() } else { None };
         Summary {
             status,
             step: self.state.step,

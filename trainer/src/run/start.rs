@@ -2,8 +2,9 @@
 //!
 //! - `newest`: the checkpoint to go on from.
 //! - `rank`: what is different for one rank of several; `restart`: what a checkpoint of other ranks had left out;
-//!   `share`: its part of what all write and send.
+//!   `share`: its part of what all write and send; `exchange`: how its gradients are summed.
 
+mod exchange;
 mod newest;
 pub mod rank;
 mod restart;
@@ -19,7 +20,8 @@ use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
 use checkpoint::writer::{Retention, Writer};
 use parallel::coordinator::state::RankNumbers;
-use parallel::data::Plan;
+use parallel::data::{Part, Plan};
+use parallel::mesh;
 use parallel::progress::Progress;
 use serde_json::json;
 
@@ -46,9 +48,10 @@ use crate::state::mesh::Mesh;
 use crate::state::sharding::Sharding;
 use crate::state::{self, State};
 use crate::step::Stepper;
+use crate::tensor::parts::parts;
 use crate::weights::Weights;
 
-use newest::Newest;
+use newest::{Loaded, Newest};
 pub use rank::train_rank;
 use restart::Restart;
 
@@ -73,18 +76,19 @@ pub fn train(request: Request) -> Result<Left> {
     }
     make_runs(&runs)?;
     let port = Port::open(request.recipe.metrics.prometheus_port)?;
-    let Newest { checkpoint: newest, set_aside } = match &existing {
-        Some((folder, _)) => newest::newest(folder, request.resume_from_earlier)?,
+    let Newest { checkpoint: newest, loaded, set_aside } = match &existing {
+        Some((folder, _)) => newest::newest(folder, request.resume_from_earlier, true)?,
         None => Newest::default(),
     };
     let ready = prepare(&request, newest.as_ref())?;
-    let begun = ready.begin(&request, newest.as_ref(), Sharding::NONE)?;
+    let whole = parts(&ready.config, 0, 1)?;
+    let begun = ready.begin(&request, (newest.as_ref(), loaded), (&whole, Sharding::NONE))?;
     let resumed = existing.is_some();
     let (folder, changed) = match existing {
         Some(existing) => existing,
         None => (Folder::create(&runs, &request.name)?, Vec::new()),
     };
-    let mesh = Mesh { data: 1, group: 1, hosts: vec![host()] };
+    let mesh = Mesh { data: 1, tensor: 1, group: 1, hosts: vec![host()] };
     let open = || {
         folder.keep_recipe(&request.raw)?;
         request.log.open(&folder.file("logs/rank-0.log"))?;
@@ -155,7 +159,7 @@ fn work(run: &mut Run, folder: Option<&Folder>) -> Result<Left> {
         let _ = run.keep_summary(folder, Status::Failed);
     }
     let ended = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    let parameter_hash = run.state.parameter_hash(&run.config).to_hex().to_string();
+    let parameter_hash = run.parameter_hash().expect("a run that ends in good order has put its parts together");
     Ok(Left { ended, step: run.state.step, parameter_hash })
 }
 
@@ -267,17 +271,30 @@ fn peek(request: &Request) -> Result<Option<Checkpoint>> {
 }
 
 impl Ready {
-    fn begin(&self, request: &Request, newest: Option<&Checkpoint>, sharding: Sharding) -> Result<Begun> {
+    /// Where a rank that holds these parts starts. `loaded` is what `newest` holds, where it was read before.
+    fn begin(
+        &self,
+        request: &Request,
+        (newest, loaded): (Option<&Checkpoint>, Option<Loaded>),
+        (parts, sharding): (&[Part], Sharding),
+    ) -> Result<Begun> {
         not_behind(request, newest)?;
-        let fresh = |state: State| state.sharded(&self.config.parameters(), sharding);
+        let fresh = |state: State| state.sharded(parts.iter().map(|part| &part.whole), sharding);
         let (state, tokens, last_loss) = match (newest, &self.from) {
             (Some(newest), _) => {
                 same_text(&request.name, newest, &self.data)?;
-                let (state, meta) = State::load(newest, &self.config, sharding)?;
+                let whole = parts.iter().all(Part::is_whole) && !sharding.is_on();
+                let (state, meta) = match loaded.filter(|loaded| whole && loaded.is_of(newest, &self.config)) {
+                    Some(Loaded { state, meta, .. }) => (state, meta),
+                    None => {
+                        let meta = state::meta(newest)?;
+                        (State::load(newest, (&meta, parts, sharding), Checkpoint::load)?, meta)
+                    }
+                };
                 (state, meta.tokens, meta.loss)
             }
-            (None, Some(from)) => (fresh(State::fresh(from.read(&self.config)?)), 0, None),
-            (None, None) => (fresh(State::initial(&self.config, request.recipe.train.seed)), 0, None),
+            (None, Some(from)) => (fresh(State::fresh(from.read_parts(&self.config, parts)?)), 0, None),
+            (None, None) => (fresh(State::initial_parts(&self.config, parts, request.recipe.train.seed)), 0, None),
         };
         Ok(Begun { state, tokens, last_loss, committed: newest.map(Checkpoint::step) })
     }
@@ -348,6 +365,7 @@ impl Parts {
             failure: None,
             first: true,
             evaluated: None,
+            merged: None,
         }
     }
 }
@@ -392,5 +410,16 @@ fn shape(recipe: &Recipe, vocab_size: usize, from: Option<&Weights>) -> Result<C
             config.max_position_embeddings, recipe.train.seq_len
         )));
     }
+    let mesh = recipe.parallel.mesh();
+    let shape = mesh::Shape {
+        heads: config.num_attention_heads,
+        key_value_heads: config.num_key_value_heads,
+        layers: config.num_hidden_layers,
+        vocabulary: config.vocab_size,
+        feed_forward: config.intermediate_size,
+        sequence: recipe.parallel.sequence.then_some(recipe.train.seq_len),
+    };
+    let fits = mesh.check(mesh.ranks(), &shape, 1);
+    fits.map_err(|faults| Error::Usage(format!("parallel.tensor = {}: {faults}", recipe.parallel.tensor)))?;
     Ok(config)
 }

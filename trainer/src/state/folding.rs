@@ -16,16 +16,17 @@ use crate::error::Result;
 /// Elements that a rank sends another at once, so that little waits beside the tensor itself.
 const PART: usize = 4 << 20;
 
-/// This rank's shard of what all sides left out, of every tensor that may travel in a lossy codec, in their order. All ranks
-/// call it between the same steps. Memory: what is returned, and of one tensor a part from each rank.
+/// This rank's shard of what all sides left out, of every tensor that may travel in a lossy codec, in their order. `all` are the
+/// ranks that sum their gradients; they call it between the same steps. Memory: what is returned, and of one tensor a part from each rank.
 ///
 /// # Errors
 /// A rank is lost.
 pub fn fold(all: &SubGroup, exchange: &Exchange) -> Result<Vec<Vec<f32>>> {
     let (group, plan) = (exchange.group(), exchange.plan());
-    let lossy = plan.parameters().iter().enumerate().filter(|(_, parameter)| may_be_lossy(parameter));
+    let parts = plan.parameters().iter().zip(plan.parts()).enumerate();
+    let lossy = parts.filter(|(_, (_, part))| may_be_lossy(&part.whole));
     lossy
-        .map(|(index, parameter)| {
+        .map(|(index, (parameter, _))| {
             let shards: Vec<_> = (0..group.ranks).map(|rank| shard(parameter.elements(), rank, group.ranks)).collect();
             let longest = shards.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
             let own = shards[group.rank].clone();

@@ -10,14 +10,17 @@ use super::Meta;
 use crate::error::{Error, Result};
 use crate::recipe::raw::{self, Reader};
 
-/// As many as `parallel.data` may be.
-const RANKS_MAX: usize = 1024;
+/// As many as there may be.
+const RANKS_MAX: usize = parallel::mesh::RANKS_MAX;
 
 /// The ranks of a run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mesh {
     /// Data-parallel ranks.
     pub data: usize,
+    /// Ranks that hold one model together.
+    #[serde(default = "one")]
+    pub tensor: usize,
     /// Ranks of a machine, which add their gradients before these are compressed.
     pub group: usize,
     /// The host of each rank, in rank order: who is to be asked when what a rank wrote is not here. Empty where an older
@@ -26,8 +29,17 @@ pub struct Mesh {
     pub hosts: Vec<String>,
 }
 
+/// Where an older version wrote the checkpoint, every rank held a whole model.
+const fn one() -> usize {
+    1
+}
+
 impl fmt::Display for Mesh {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.tensor > 1 {
+            let (data, tensor) = (self.data, self.tensor);
+            return write!(f, "{} ranks, {data} x 1 x {tensor} (data x pipeline x tensor)", data * tensor);
+        }
         match (self.data, self.group) {
             (1, _) => write!(f, "1 rank"),
             (data, 1) => write!(f, "{data} ranks"),
@@ -43,7 +55,9 @@ impl Mesh {
     /// It makes no sense, or the recipe in the checkpoint is damaged.
     pub fn of(checkpoint: &Checkpoint, meta: &Meta) -> Result<Self> {
         if let Some(mesh) = &meta.mesh {
-            let sound = (1..=RANKS_MAX).contains(&mesh.data) && (1..=mesh.data).contains(&mesh.group);
+            let count = |ranks: usize| (1..=RANKS_MAX).contains(&ranks);
+            let sound = count(mesh.data) && count(mesh.tensor) && (1..=mesh.data).contains(&mesh.group);
+            let sound = sound && count(mesh.data * mesh.tensor);
             let what = || format!("expected 1 to {RANKS_MAX} ranks and a group of them, found {mesh}");
             let path = checkpoint.path().join("manifest.json").display().to_string();
             return if sound { Ok(mesh.clone()) } else { Err(Error::Text { path, what: what() }) };
@@ -51,19 +65,20 @@ impl Mesh {
         let recipe = checkpoint.attachment("recipe.toml")?;
         let (raw, _) = raw::read(&String::from_utf8_lossy(&recipe), &[]);
         let count = |key| Reader(&raw).count(key).unwrap_or(1);
-        Ok(Self { data: count("parallel.data"), group: count("parallel.group"), hosts: Vec::new() })
+        let (data, tensor) = (count("parallel.data"), count("parallel.tensor"));
+        Ok(Self { data, tensor, group: count("parallel.group"), hosts: Vec::new() })
     }
 
     /// Whether both leave the same out of the same places, so that nothing has to be cut anew.
     #[must_use]
     pub fn cuts_like(&self, other: &Self) -> bool {
-        (self.data, self.group) == (other.data, other.group)
+        (self.data, self.tensor, self.group) == (other.data, other.tensor, other.group)
     }
 
-    /// The host of a rank, for people.
+    /// The host of a data-parallel rank, of the first of those that hold its model together, for people.
     #[must_use]
-    pub fn host_of(&self, rank: usize) -> &str {
-        self.hosts.get(rank).map_or("a machine that the checkpoint does not name", String::as_str)
+    pub fn host_of(&self, data: usize) -> &str {
+        self.hosts.get(data * self.tensor).map_or("a machine that the checkpoint does not name", String::as_str)
     }
 }
 
@@ -82,7 +97,7 @@ impl Recut {
     /// The fields of its event.
     #[must_use]
     pub fn fields(&self) -> Value {
-        let of = |mesh: &Mesh| json!({ "data": mesh.data, "group": mesh.group });
+        let of = |mesh: &Mesh| json!({ "data": mesh.data, "group": mesh.group, "tensor": mesh.tensor });
         let residuals = if self.folded { "folded" } else { "none" };
         json!({ "before": of(&self.before), "after": of(&self.after), "residuals": residuals })
     }
@@ -91,7 +106,7 @@ impl Recut {
 impl fmt::Display for Recut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { before, after, folded } = self;
-        let left = match (folded, after.data) {
+        let left = match (folded, after.data * after.tensor) {
             (false, _) => "nothing was left out of its gradients",
             (true, 1) => "what had been left out of gradients is added to the next one that counts",
             (true, _) => "what had been left out of gradients was added up, and each rank goes on with its share",

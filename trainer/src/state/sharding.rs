@@ -10,16 +10,16 @@
 
 use std::ops::Range;
 
-use checkpoint::CheckpointError;
 use checkpoint::reader::{Checkpoint, Want};
 use checkpoint::writer::{PieceSpec, Snapshot};
 use compression::Codec;
 use parallel::collective::SubGroup;
-use parallel::data::Parameter;
 use parallel::data::rules::codec_of;
 use parallel::data::shard::shard;
+use parallel::data::{Parameter, Part};
 
 use super::residuals::{parts, site};
+use super::share::Own;
 use super::{Share, State};
 use crate::error::Result;
 
@@ -58,11 +58,6 @@ impl Sharding {
     pub fn has_master(self, parameter: &Parameter) -> bool {
         self.is_on() && codec_of(parameter, self.codec).is_lossy()
     }
-
-    /// What a rank stores of moments: with others it owns each element once; else all have the same, and share the writing.
-    fn stored(self, elements: usize, share: &Share) -> Range<usize> {
-        if self.is_on() { self.owned(elements) } else { shard(elements, share.index, share.of) }
-    }
 }
 
 /// The tensor in which a replica lies that is not the master.
@@ -72,15 +67,16 @@ pub fn replica_name(parameter: &str) -> String {
 }
 
 impl State {
-    /// What a rank keeps of a state whose optimiser has seen nothing.
+    /// What a rank keeps of a state whose optimiser has seen nothing. `wholes` are the parameters of which it holds all, or
+    /// parts.
     #[must_use]
-    pub fn sharded(mut self, parameters: &[Parameter], sharding: Sharding) -> Self {
+    pub fn sharded<'a>(mut self, wholes: impl IntoIterator<Item = &'a Parameter>, sharding: Sharding) -> Self {
         if sharding.is_on() {
             for moments in self.m.iter_mut().chain(&mut self.v) {
                 *moments = vec![0.0; sharding.owned(moments.len()).len()];
             }
         }
-        for ((parameter, master), weights) in parameters.iter().zip(&mut self.masters).zip(&self.weights) {
+        for ((parameter, master), weights) in wholes.into_iter().zip(&mut self.masters).zip(&self.weights) {
             *master = match sharding.has_master(parameter) {
                 true => weights[sharding.owned(weights.len())].to_vec(),
                 false => Vec::new(),
@@ -106,92 +102,86 @@ impl State {
     }
 }
 
-/// Reads parameters and moments into a state that has their places. Any rank may have written any part of them, with a
-/// sharded optimiser or without.
-///
-/// # Errors
-/// A tensor that is missing, damaged, or of another shape.
-pub(super) fn load(
-    checkpoint: &Checkpoint,
-    parameters: &[Parameter],
-    state: &mut State,
-) -> std::result::Result<(), CheckpointError> {
-    let named = |suffix: &str| parameters.iter().map(|p| format!("{}{suffix}", p.name)).collect::<Vec<_>>();
-    let (first, second) = (named(".m"), named(".v"));
-    let replicas: Vec<String> = (parameters.iter())
-        .map(|parameter| {
-            let replica = replica_name(&parameter.name);
-            let is_there = state.sharding.has_master(parameter) && checkpoint.has(&replica);
-            if is_there { replica } else { parameter.name.clone() }
-        })
-        .collect();
-    let State { weights, m, v, masters, sharding, .. } = state;
-    let mut wants = Vec::new();
-    let each = parameters.iter().zip(weights).zip(masters).zip(m).zip(v).enumerate();
-    for (index, ((((parameter, weights), master), m), v)) in each {
-        let (shape, own) = (&parameter.shape[..], sharding.owned(weights.len()));
-        wants.push(Want::all(&replicas[index], shape, weights));
-        if !master.is_empty() {
-            wants.push(part(&parameter.name, shape, own.clone(), master));
-        }
-        wants.push(part(&first[index], shape, own.clone(), m));
-        wants.push(part(&second[index], shape, own, v));
-    }
-    checkpoint.load(&mut wants)
+/// The tensors that a rank reads of each parameter: its replica, which may be the master, the master, and both moments.
+pub(super) fn names(checkpoint: &Checkpoint, parts: &[Part], sharding: Sharding) -> Vec<[String; 4]> {
+    let names = |part: &Part| {
+        let name = &part.whole.name;
+        let replica = replica_name(name);
+        let differs = sharding.has_master(&part.whole) && checkpoint.has(&replica);
+        [if differs { replica } else { name.clone() }, name.clone(), format!("{name}.m"), format!("{name}.v")]
+    };
+    parts.iter().map(names).collect()
 }
 
-/// An interval of a tensor.
-const fn part<'a>(tensor: &'a str, shape: &'a [usize], range: Range<usize>, out: &'a mut [f32]) -> Want<'a> {
-    Want { tensor, shape, range, out }
+/// What a rank reads into a state that has the places for it. Any rank may have written any part of that, with a sharded
+/// optimiser or without.
+pub(super) fn wants<'a>(parts: &'a [Part], names: &'a [[String; 4]], state: &'a mut State) -> Vec<Want<'a>> {
+    let State { weights, m, v, masters, sharding, .. } = state;
+    let mut wants = Vec::new();
+    let each = parts.iter().zip(names).zip(weights).zip(masters).zip(m.iter_mut().zip(v));
+    for ((((part, [replica, master, first, second]), weights), masters), (m, v)) in each {
+        let shape = &part.whole.shape[..];
+        let own = part.region.part(sharding.owned(weights.len()));
+        wants.push(Want { tensor: replica, shape, region: part.region.clone(), out: weights });
+        if !masters.is_empty() {
+            wants.push(Want { tensor: master, shape, region: own.clone(), out: masters });
+        }
+        wants.push(Want { tensor: first, shape, region: own.clone(), out: m });
+        wants.push(Want { tensor: second, shape, region: own, out: v });
+    }
+    wants
+}
+
+/// What of a parameter that this rank holds it writes as the owner: of those that hold the same part and own the same of it
+/// one does.
+fn owned(own: &Own, sharding: Sharding) -> Range<usize> {
+    if own.part.counts { sharding.owned(own.part.region.len()) } else { 0..0 }
 }
 
 /// What a rank of several writes of parameters and moments, in the order of [`put`].
-pub(super) fn pieces(parameters: &[Parameter], share: &Share) -> Vec<PieceSpec> {
+pub(super) fn pieces(share: &Share) -> Vec<PieceSpec> {
     let sharding = share.sharding;
-    let piece =
-        |parameter: &Parameter, tensor: String, range| PieceSpec { tensor, shape: parameter.shape.clone(), range };
-    let replica = |parameter: &Parameter| shard(parameter.elements(), share.index, share.of);
-    let mut pieces = Vec::new();
-    for parameter in parameters {
-        let range = match sharding.has_master(parameter) {
-            true => sharding.owned(parameter.elements()),
-            false => replica(parameter),
-        };
-        pieces.push(piece(parameter, parameter.name.clone(), range));
-    }
-    for suffix in [".m", ".v"] {
-        for parameter in parameters {
-            let range = sharding.stored(parameter.elements(), share);
-            pieces.push(piece(parameter, format!("{}{suffix}", parameter.name), range));
-        }
-    }
-    for parameter in parameters.iter().filter(|parameter| sharding.has_master(parameter)) {
-        pieces.push(piece(parameter, replica_name(&parameter.name), replica(parameter)));
-    }
-    pieces
+    let has_master = |own: &&Own| sharding.has_master(&own.part.whole);
+    let piece = |own: &Own, tensor: String, range: Range<usize>| PieceSpec {
+        tensor,
+        shape: own.part.whole.shape.clone(),
+        region: own.part.region.part(range),
+    };
+    let name = |own: &Own, suffix: &str| format!("{}{suffix}", own.part.whole.name);
+    let parameter = |own: &Own| if has_master(&own) { owned(own, sharding) } else { own.range.clone() };
+    let moments = |own: &Own| if sharding.is_on() { owned(own, sharding) } else { own.range.clone() };
+    let parameters = share.own.iter().map(|own| piece(own, name(own, ""), parameter(own)));
+    let first = share.own.iter().map(|own| piece(own, name(own, ".m"), moments(own)));
+    let second = share.own.iter().map(|own| piece(own, name(own, ".v"), moments(own)));
+    let replicas = share.own.iter().filter(has_master);
+    let replicas = replicas.map(|own| piece(own, replica_name(&own.part.whole.name), own.range.clone()));
+    parameters.chain(first).chain(second).chain(replicas).collect()
 }
 
 /// Copies parameters and moments into a snapshot whose pieces begin with those of [`pieces`]. Returns their number.
-pub(super) fn put(state: &State, parameters: &[Parameter], snapshot: &mut Snapshot<'_>, share: &Share) -> usize {
+pub(super) fn put(state: &State, snapshot: &mut Snapshot<'_>, share: &Share) -> usize {
     let sharding = share.sharding;
     let mut next = 0;
     let mut copy = |values: &[f32]| {
         snapshot.tensor(next).copy_from_slice(values);
         next += 1;
     };
-    let replica = |index: usize| {
-        let weights = &state.weights[index];
-        &weights[shard(weights.len(), share.index, share.of)]
-    };
-    for (index, parameter) in parameters.iter().enumerate() {
-        copy(if sharding.has_master(parameter) { state.master(index) } else { replica(index) });
+    let has_master = |own: &Own| sharding.has_master(&own.part.whole);
+    for (index, own) in share.own.iter().enumerate() {
+        match has_master(own) {
+            true => copy(if own.part.counts { state.master(index) } else { &[] }),
+            false => copy(&state.weights[index][own.range.clone()]),
+        }
     }
-    for moments in state.m.iter().chain(&state.v) {
-        // Those of a rank that owns its part are that part.
-        copy(if sharding.is_on() { moments } else { &moments[shard(moments.len(), share.index, share.of)] });
+    for (moments, own) in state.m.iter().chain(&state.v).zip(share.own.iter().cycle()) {
+        match sharding.is_on() {
+            // They are what it owns.
+            true => copy(if own.part.counts { moments } else { &[] }),
+            false => copy(&moments[own.range.clone()]),
+        }
     }
-    for (index, _) in parameters.iter().enumerate().filter(|(_, parameter)| sharding.has_master(parameter)) {
-        copy(replica(index));
+    for (index, own) in share.own.iter().enumerate().filter(|(_, own)| has_master(own)) {
+        copy(&state.weights[index][own.range.clone()]);
     }
     next
 }

@@ -27,7 +27,7 @@ fn stepper(rank: usize, end: ChannelTransport, codec: Codec) -> (Stepper, State,
     let aborter = inbox.aborter();
     let group = Group { rank, ranks: 2, members: 1, window: 3, epoch: 1, chunk_blocks: 1 };
     let engine = Engine::start(Exchange::new(plan, group, codec), Arc::new(end), inbox, Arc::default());
-    let stepper = Stepper::across(&config, &Device::flex(), engine.expect("a thread"));
+    let stepper = Stepper::across(&config, &Device::flex(), engine.expect("a thread"), None);
     (stepper, State::initial(&config, 5), aborter)
 }
 

@@ -7,8 +7,10 @@ use std::time::Duration;
 use compression::Codec;
 use parallel::data::engine::Inbox;
 use parallel::data::exchange::{Exchange, Group};
+use parallel::tap::Emit;
 use parallel::transport::channel::{ChannelTransport, network};
 
+use super::taps::take;
 use super::tests::{batch, recipe};
 use super::*;
 
@@ -33,7 +35,7 @@ fn stepper(rank: usize, end: ChannelTransport, anchors: bool) -> (Stepper, State
     let group = Group { rank, ranks: 2, members: 1, window: usize::MAX, epoch: 1, chunk_blocks: 64 };
     let exchange = Exchange::new(plan, group, Codec::Fp32);
     let engine = Engine::start(exchange, Arc::new(end), inbox, Arc::default()).expect("a thread");
-    let mut stepper = Stepper::across(&config, &Device::flex(), engine);
+    let mut stepper = Stepper::across(&config, &Device::flex(), engine, None);
     let seen = Arc::<Mutex<Seen>>::default();
     for (index, parameter) in stepper.plan.parameters().iter().enumerate() {
         let stream = stepper.stream.clone();

@@ -54,7 +54,7 @@ fn run(setting: Setting) -> Vec<(Vec<f64>, State)> {
         }
         let engine = Engine::start(exchange, Arc::new(end), inbox, Arc::default()).expect("a thread");
         let state = State::initial(&config, 5).sharded(&config.parameters(), sharding);
-        (rank, Stepper::across(&config, &Device::flex(), engine), state)
+        (rank, Stepper::across(&config, &Device::flex(), engine, None), state)
     });
     let steppers: Vec<_> = steppers.collect();
     std::thread::scope(|scope| {

@@ -1201,6 +1201,7 @@ fn codec_facts(link_bytes_per_s: f64) -> CodecFacts {
         last_bucket: Some(CodecElements { any: 1_000_000, int8_at_least: 0, fp32: 0 }),
         members: 1,
         parameters: String::new(),
+        ranks: 0,
     }
 }
 
@@ -1248,6 +1249,14 @@ fn the_slowest_link_and_the_slowest_rank_count() {
     assert_eq!(choice(|_| {}).codec, "fp32", "the control");
     assert_eq!(choice(|facts| facts.link_bytes_per_s = 1e6).codec, "int4");
     assert_eq!(choice(|facts| facts.link_bytes_per_s = f64::NAN).codec, "int4");
+    // Of ranks that hold one model together each sums with as many as there are models.
+    let predictions = |count: usize, sums: u32| {
+        let mut scene = Scene::running(count);
+        (0..count).for_each(|rank| scene.says(rank, From::CodecFacts(CodecFacts { ranks: sums, ..codec_facts(1e7) })));
+        chosen(&scene).predictions
+    };
+    assert_eq!(predictions(4, 2), predictions(2, 0));
+    assert_ne!(predictions(4, 2), predictions(4, 0));
     let slow = choice(|facts| facts.step_s = 50.0);
     assert!(slow.predictions.iter().all(|prediction| prediction.step_s > 50.0), "{slow:?}");
     let costly = choice(|facts| facts.speeds.iter_mut().for_each(|speed| speed.encode_s = f64::INFINITY));

@@ -49,7 +49,7 @@ impl Calibration {
     }
 
     /// All of it, for the coordinator.
-    pub(super) fn facts(self, plan: &Plan, members: usize, parameters: Option<Codec>) -> CodecFacts {
+    pub(super) fn facts(self, plan: &Plan, (members, ranks): (usize, usize), parameters: Option<Codec>) -> CodecFacts {
         let message = |Elements { any, int8_at_least, fp32 }| CodecElements { any, int8_at_least, fp32 };
         let last = plan.buckets().last().map_or(&[][..], |bucket| &bucket.parameters);
         CodecFacts {
@@ -59,6 +59,7 @@ impl Calibration {
             speeds: self.speeds,
             members: members as u32,
             parameters: parameters.map_or_else(String::new, |codec| codec.name().into()),
+            ranks: ranks as u32,
             elements: Some(message(count(plan.parts()))),
             last_bucket: Some(message(count(last.iter().map(|&index| &plan.parts()[index])))),
         }
@@ -127,7 +128,7 @@ mod tests {
             calibration.step(step_s, Some(step_s / 2.0));
         }
         assert!(calibration.is_complete());
-        let facts = calibration.facts(&Plan::new(Vec::new(), 1).expect("empty"), 1, Some(Codec::Int8));
+        let facts = calibration.facts(&Plan::new(Vec::new(), 1).expect("empty"), (1, 2), Some(Codec::Int8));
         assert_eq!((facts.step_s, facts.window_s), (1.5, 0.75));
         assert_eq!(facts.parameters, "int8");
         assert_eq!(median(Vec::new()), 0.0);

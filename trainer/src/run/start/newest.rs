@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use checkpoint::CheckpointError;
 use checkpoint::damaged::{self, Survey};
 use checkpoint::disk::RealDisk;
 use checkpoint::reader::Checkpoint;
@@ -10,13 +11,36 @@ use serde_json::{Value, json};
 use super::Books;
 use crate::error::{Error, Result};
 use crate::log::say;
+use crate::model::Config;
 use crate::run::folder::Folder;
+use crate::state::sharding::Sharding;
+use crate::state::{self, Meta, State};
+use crate::tensor::parts::parts;
+
+/// What a checkpoint held, read and verified in one pass.
+#[derive(Debug)]
+pub struct Loaded {
+    /// Which commit it is of: its step, and its id.
+    of: (u64, String),
+    pub state: State,
+    pub meta: Meta,
+}
+
+impl Loaded {
+    /// Whether this is what the checkpoint holds of a model of this shape.
+    pub fn is_of(&self, checkpoint: &Checkpoint, config: &Config) -> bool {
+        let of = (self.of.0, &*self.of.1);
+        of == (checkpoint.step(), checkpoint.id()) && self.meta.model.parameters() == config.parameters()
+    }
+}
 
 /// Where a run goes on.
 #[derive(Debug, Default)]
 pub struct Newest {
     /// `None` when it was killed before its first checkpoint.
     pub checkpoint: Option<Checkpoint>,
+    /// What is in it, if this folder has all of it.
+    pub loaded: Option<Loaded>,
     /// What was newer, and damaged.
     pub set_aside: Vec<SetAside>,
 }
@@ -45,15 +69,21 @@ impl Books {
     }
 }
 
-/// The newest checkpoint of a run, verified whole.
+/// The newest checkpoint of a run, verified whole, and loaded in the same pass where this rank `keeps_all` of it.
 ///
 /// # Errors
 /// It is damaged, and nobody said that an earlier one will do; or none is whole.
-pub fn newest(folder: &Folder, from_earlier: bool) -> Result<Newest> {
-    let Survey { good, damaged } = damaged::survey(&folder.checkpoints())?;
-    let Some(first) = damaged.first() else { return Ok(Newest { checkpoint: good, set_aside: Vec::new() }) };
+pub fn newest(folder: &Folder, from_earlier: bool, keeps_all: bool) -> Result<Newest> {
+    // Where ranks keep parts of the state, none has room for all of it.
+    let load = |checkpoint: &Checkpoint| match keeps_all {
+        true => load(checkpoint),
+        false => checkpoint.verify().map(|_| None),
+    };
+    let Survey { good, damaged } = damaged::survey(&folder.checkpoints(), load)?;
+    let (checkpoint, loaded) = good.map_or((None, None), |(good, loaded)| (Some(good), loaded));
+    let Some(first) = damaged.first() else { return Ok(Newest { checkpoint, loaded, set_aside: Vec::new() }) };
     let fault = |what: String| Error::Run { name: folder.name().into(), what };
-    let Some(good) = good else {
+    let Some(good) = checkpoint else {
         let all: Vec<String> = damaged.iter().map(|damaged| format!("\n  {}", damaged.error)).collect();
         let what = "none of its checkpoints is whole:";
         let way_out = "restore one of them from a copy, or start another run with --name";
@@ -75,7 +105,22 @@ pub fn newest(folder: &Folder, from_earlier: bool) -> Result<Newest> {
         set_aside.push(SetAside { step: damaged.step, error, kept_as });
     }
     // It may itself have waited under another name; that one did not change.
-    Ok(Newest { checkpoint: Some(good), set_aside })
+    Ok(Newest { checkpoint: Some(good), loaded, set_aside })
+}
+
+/// Reads every byte of a checkpoint once, the state to where a run needs it.
+fn load(checkpoint: &Checkpoint) -> std::result::Result<Option<Loaded>, CheckpointError> {
+    let verify = || checkpoint.verify().map(|_| None);
+    // What is no state of a run, or not all of one, is told as that, and only once it is known to be whole.
+    let Ok(meta) = state::meta(checkpoint) else { return verify() };
+    let Ok(parts) = parts(&meta.model, 0, 1) else { return verify() };
+    match State::load(checkpoint, (&meta, &parts, Sharding::NONE), Checkpoint::load_and_verify) {
+        Ok(state) => Ok(Some(Loaded { of: (checkpoint.step(), checkpoint.id().to_owned()), state, meta })),
+        Err(
+            CheckpointError::NoTensor { .. } | CheckpointError::TensorShape { .. } | CheckpointError::Absent { .. },
+        ) => verify(),
+        Err(fault) => Err(fault),
+    }
 }
 
 /// Says of a damaged checkpoint that all machines have, and that is not the newest of each, what to do about it.

@@ -8,27 +8,27 @@ use std::time::{Duration, Instant};
 use checkpoint::disk::RealDisk;
 use checkpoint::reader::{self, Checkpoint};
 use checkpoint::writer::{Member, Writer};
-use compression::{BLOCK, Codec, Workers};
+use compression::Codec;
 use parallel::collective::{CollectiveError, Collectives, Mailbox, Place, SubGroup};
 use parallel::control::{ControlError, beat};
-use parallel::data::engine::{Engine, Inbox};
-use parallel::data::exchange::{self, Exchange};
+use parallel::data::engine::{Engine, Inbox, Members};
 use parallel::data::plan::Plan;
+use parallel::mesh::Axis;
 use parallel::trace::Trace;
 use parallel::transport::grpc::{self, GrpcTransport};
 use parallel::transport::{Incoming, Sink};
 use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start, Welcome};
 use serde_json::json;
 
-use super::newest::{self, SetAside};
+use super::exchange::{exchange, group};
+use super::newest::{self, Loaded, SetAside};
 use super::restart::{self, Restart};
 use super::share::{f32_bytes, sharding, share};
 use super::{Begun, Books, Parts, Ready, begin_trace, make_runs, peek, prepare, retention, work};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::log::say;
-use crate::recipe::Recipe;
-use crate::recipe::resolved::{CodecChoice, Parallel};
+use crate::recipe::resolved::CodecChoice;
 use crate::run::codec::Codecs;
 use crate::run::folder::Folder;
 use crate::run::group::Group;
@@ -39,6 +39,8 @@ use crate::run::{Ended, Left, Request, Run};
 use crate::state::mesh::Mesh;
 use crate::state::{self, Share};
 use crate::step::Stepper;
+use crate::tensor::Slice;
+use crate::tensor::parts::parts;
 
 /// Trains as one rank of several.
 ///
@@ -60,7 +62,8 @@ pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
         Err(error) => return Err(fail(joined, folder, error)),
     };
     let (ender, peer_timeout_s) = (joined.ender.clone(), joined.control.welcome().peer_timeout_s);
-    let mut run = match open_rank(request, joined, ready, (&met, folder.as_ref()), started) {
+    let loaded = folder.as_mut().and_then(|folder| folder.loaded.take());
+    let mut run = match open_rank(request, joined, ready, (&met, folder.as_ref(), loaded), started) {
         Ok(run) => run,
         Err((joined, error)) => return Err(fail(*joined, folder, error)),
     };
@@ -128,6 +131,8 @@ struct RunFolder {
     changed: Vec<String>,
     is_new: bool,
     set_aside: Vec<SetAside>,
+    /// What is in the newest checkpoint here, until it is taken.
+    loaded: Option<Loaded>,
 }
 
 /// Opens the run's folder on the lead of it, and says which checkpoints are there and good.
@@ -144,14 +149,15 @@ fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<
         Some(existing) => existing,
         None => (Folder::create(runs, &request.name)?, Vec::new()),
     };
-    let mut set_aside = Vec::new();
+    let (mut set_aside, mut loaded) = (Vec::new(), None);
     let mut held = || {
         folder.keep_recipe(&request.raw)?;
         // A lead's writer puts the folder in order: what was set aside counts under its own name from then on.
         let member = Member { rank: 0, lead: true };
         drop(Writer::member(Arc::new(RealDisk), folder.checkpoints(), Vec::new(), member, retention(&request.recipe))?);
-        let newest = newest::newest(&folder, request.resume_from_earlier)?;
-        set_aside = newest.set_aside;
+        let keeps_all = request.recipe.parallel.tensor == 1 && request.recipe.optimizer.sharded.is_none();
+        let newest = newest::newest(&folder, request.resume_from_earlier, keeps_all)?;
+        (set_aside, loaded) = (newest.set_aside, newest.loaded);
         let verified = newest.checkpoint.map(|newest| newest.step());
         let open = |(step, path): (u64, std::path::PathBuf)| {
             let checkpoint = Checkpoint::open(&path).ok()?;
@@ -168,7 +174,7 @@ fn hold(request: &Request, runs: &Path, keep: &mut Option<RunFolder>) -> Result<
     if held.is_err() && is_new {
         folder.abandon();
     }
-    *keep = Some(RunFolder { folder, changed, is_new, set_aside });
+    *keep = Some(RunFolder { folder, changed, is_new, set_aside, loaded });
     held
 }
 
@@ -215,14 +221,14 @@ fn open_rank(
     request: Request,
     mut joined: Joined,
     ready: Ready,
-    (met, folder): (&Met, Option<&RunFolder>),
+    from: (&Met, Option<&RunFolder>, Option<Loaded>),
     started: Instant,
 ) -> std::result::Result<Run, (Box<Joined>, Error)> {
-    match connect(&request, &mut joined, &ready, (met, folder)) {
-        Ok(Connected { begun, stepper, writer, books, share, mesh, transport, all, f32_bytes, codecs, tracing }) => {
+    match connect(&request, &mut joined, &ready, from) {
+        Ok(Connected { begun, stepper, writer, books, share, mesh, transport, sums, f32_bytes, codecs, tracing }) => {
             let Joined { control, ender, stop, .. } = joined;
             let (saving, committing, writing, bytes) = Default::default();
-            let group = Group { share, control, transport, all, ender, f32_bytes, saving, committing, writing, bytes };
+            let group = Group { share, control, transport, sums, ender, f32_bytes, saving, committing, writing, bytes };
             let group = Some(group);
             let parts =
                 Parts { request, started, stop, ready, begun, stepper, writer, books, group, mesh, codecs, tracing };
@@ -241,7 +247,7 @@ struct Connected {
     share: Share,
     mesh: Mesh,
     transport: Arc<GrpcTransport>,
-    all: SubGroup,
+    sums: SubGroup,
     f32_bytes: Option<u64>,
     codecs: Option<Codecs>,
     tracing: Option<Tracing>,
@@ -251,7 +257,7 @@ fn connect(
     request: &Request,
     joined: &mut Joined,
     ready: &Ready,
-    (met, folder): (&Met, Option<&RunFolder>),
+    (met, folder, loaded): (&Met, Option<&RunFolder>, Option<Loaded>),
 ) -> Result<Connected> {
     let (rank, recipe) = (joined.rank(), &request.recipe);
     let path = recipe.metrics.runs_dir.join(&request.name);
@@ -263,33 +269,31 @@ fn connect(
     let open = |_| Checkpoint::open(&checkpoints.join(checkpoint::layout::committed(from)));
     let explain = |error| newest::explain(&request.name, from, error);
     let newest = met.start.from.as_ref().map(open).transpose().map_err(|error| explain(error.into()))?;
-    let sharding = sharding(recipe, rank, met.lead_of.len());
-    let begun = ready.begin(request, newest.as_ref(), sharding).map_err(explain)?;
+    let axes = recipe.parallel.mesh();
+    let at = |axis| (axes.coordinates(rank).on(axis), axes.size(axis));
+    let ((data, replicas), (slice, slices)) = (at(Axis::Data), at(Axis::Tensor));
+    let (parts, sharding) = (parts(&ready.config, slice, slices)?, sharding(recipe, data, replicas));
+    let begun = ready.begin(request, (newest.as_ref(), loaded), (&parts, sharding)).map_err(explain)?;
     let held = newest.as_ref().map(state::held).transpose()?.unwrap_or_default();
-    let one_machine = recipe.parallel.group == met.lead_of.len();
+    let one_machine = recipe.parallel.group == replicas;
     let codec = if one_machine { CodecChoice::Fixed(Codec::Fp32) } else { recipe.compression.codec };
-    let share = share(met, codec, (recipe.checkpoint.residuals, held), (rank, sharding));
+    let share = share((met, &ready.config), (axes, rank, sharding), codec, (recipe.checkpoint.residuals, held))?;
     let mesh = restart::mesh(recipe, &met.start);
     // What was measured with other ranks says nothing of these.
     let others = newest.as_ref().map(|newest| restart::is_of_others(newest, &mesh)).transpose()?.unwrap_or(false);
-    // With one rank nothing travels, and nothing is encoded.
+    // With one replica nothing travels, and nothing is encoded.
     let chosen = held.chosen.filter(|_| !request.choose_codec_anew && !others);
-    let codecs = (share.ranks > 1).then(|| Codecs::new(recipe.compression, chosen));
+    let codecs = (replicas > 1).then(|| Codecs::new(recipe.compression, chosen));
     let codecs = if one_machine { codecs.map(Codecs::on_one_machine) } else { codecs };
     let codec = codecs.as_ref().map_or(Codec::Fp32, |codecs| codecs.codec(begun.state.step + 1));
-    let plan = Plan::new(ready.config.parameters(), recipe.parallel.bucket_bytes_max);
+    let plan = Plan::of_parts(parts, recipe.parallel.bucket_bytes_max);
     let plan = Arc::new(plan.map_err(|error| Error::Usage(error.to_string()))?);
-    let f32_bytes = (share.ranks > 1).then(|| f32_bytes(&plan, &share));
-    let mut exchange = Exchange::new(plan.clone(), group(recipe, rank, met), codec).with_workers(workers(recipe)?);
-    if request.tamper.no_feedback {
-        exchange = exchange.without_feedback();
-    }
-    if let Some(codec) = recipe.optimizer.sharded.filter(|_| sharding.is_on()) {
-        exchange = exchange.sending_parameters(codec);
-    }
+    // Between slices other things travel too.
+    let f32_bytes = (replicas > 1 && slices == 1).then(|| f32_bytes(&plan, data, replicas));
+    let mut exchange = exchange(request, plan.clone(), group(recipe, (axes, rank), met), codec)?;
     // The lead's writer puts the folder in order before any other rank can write: all wait for each other below.
     let member = Member { rank, lead: met.lead_of[rank] == rank };
-    let pieces = state::pieces(&ready.config, &share);
+    let pieces = state::pieces(&share);
     let writer = Writer::member(Arc::new(RealDisk), checkpoints, pieces, member, retention(recipe))?;
     writer.pack(recipe.checkpoint.zstd);
 
@@ -303,11 +307,14 @@ fn connect(
     let apart = (0..share.ranks).any(|other| met.lead_of[other] != met.lead_of[0]);
     let collectives = Collectives::new(mailbox, transport.clone());
     let all = collectives.sub_group(&(0..share.ranks).collect::<Vec<_>>())?;
+    let sums = collectives.sub_group(&axes.group(Axis::Data, rank))?;
     let restart = Restart { request, mesh: &mesh, rank, others: apart.then_some(&all) };
     let recut = newest.as_ref().map(|newest| restart.give(newest, held, &mut exchange)).transpose()?.flatten();
-    let engine = Engine::start(exchange, transport.clone(), inbox, joined.progress.clone())
+    let members = Members::new(rank, share.ranks, &axes.group(Axis::Data, rank));
+    let engine = Engine::start_among((exchange, members), transport.clone(), inbox, joined.progress.clone())
         .map_err(Error::io("start a thread in", "this process"))?;
-    let stepper = Stepper::across(&ready.config, &ready.device, engine).traced(trace);
+    let slice = Slice::new(&collectives, (axes, rank), &ready.config, recipe.parallel.sequence)?;
+    let stepper = Stepper::across(&ready.config, &ready.device, engine, slice).traced(trace);
     request.tamper.prepare(&stepper);
     let mut books = match folder {
         Some(folder) if rank == 0 => Some(open_books(
@@ -323,33 +330,7 @@ fn connect(
         (None, Some(recut)) => tracing::info!("{recut}"),
         (None, None) => {}
     }
-    Ok(Connected { begun, stepper, writer, books, share, mesh, transport, all, f32_bytes, codecs, tracing })
-}
-
-/// How this rank's gradients are cut, and with whom they are summed.
-fn group(recipe: &Recipe, rank: usize, met: &Met) -> exchange::Group {
-    let Parallel { group, chunk_elements, window_chunks, .. } = recipe.parallel;
-    let of = |rank: usize| met.start.peers.get(rank).map_or("", |peer| &peer.host);
-    let first = rank / group * group;
-    if let Some(other) = (first..first + group).find(|&other| of(other) != of(first)) {
-        let (here, there) = (of(first), of(other));
-        tracing::warn!(
-            "parallel.group = {group}: rank {first} is on {here} and rank {other} on {there}; between them gradients travel as f32"
-        );
-    }
-    let (ranks, epoch, chunk_blocks) = (met.lead_of.len(), met.start.epoch, chunk_elements / BLOCK);
-    exchange::Group { rank, ranks, members: group, epoch, chunk_blocks, window: window_chunks }
-}
-
-/// The threads that encode. Beside a processor that computes, more than one would only take its cores away.
-fn workers(recipe: &Recipe) -> Result<Workers> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = match (recipe.compression.threads, device::is_host(&recipe.device.backend)) {
-        (0, true) => 1,
-        (0, false) => cores.min(4),
-        (threads, _) => threads,
-    };
-    Workers::new(threads).map_err(|error| Error::Usage(format!("compression.threads = {threads}: {error}")))
+    Ok(Connected { begun, stepper, writer, books, share, mesh, transport, sums, f32_bytes, codecs, tracing })
 }
 
 /// Connects with all other ranks.

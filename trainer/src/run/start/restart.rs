@@ -10,9 +10,11 @@ use parallel::wire::control::Start;
 use super::Books;
 use crate::error::Result;
 use crate::recipe::Recipe;
+use crate::recipe::resolved::Parallel;
 use crate::run::Request;
 use crate::state::mesh::{Mesh, Recut};
 use crate::state::residuals::Way;
+use crate::state::slices::Slices;
 use crate::state::{self, Held};
 
 /// Who goes on.
@@ -70,7 +72,11 @@ impl Restart<'_> {
         take: impl FnMut(usize, Vec<f32>, Vec<f32>),
     ) -> Result<Option<Recut>> {
         let before = Mesh::of(newest, &state::meta(newest)?)?;
-        if has_some {
+        if has_some && self.mesh.tensor > 1 {
+            let (checkpoint, after, twice) = (newest, self.mesh, self.request.tamper.fold_twice);
+            Slices { checkpoint, before: &before, folded, after, data: self.rank / after.tensor, twice }
+                .restore(plan, take)?;
+        } else if has_some {
             let way = Way {
                 run: &self.request.name,
                 checkpoint: newest,
@@ -101,7 +107,8 @@ impl Books {
 /// All ranks, as checkpoints name them.
 pub fn mesh(recipe: &Recipe, start: &Start) -> Mesh {
     let hosts = start.peers.iter().map(|peer| peer.host.clone()).collect();
-    Mesh { data: recipe.parallel.data, group: recipe.parallel.group, hosts }
+    let Parallel { data, tensor, group, .. } = recipe.parallel;
+    Mesh { data, tensor, group, hosts }
 }
 
 /// Whether a checkpoint is of other ranks than these.

@@ -12,6 +12,7 @@ use super::*;
 use crate::model::Config;
 use crate::recipe;
 use crate::state::{self, Meta, residuals::Kept};
+use crate::tensor::parts::parts;
 
 fn config() -> Config {
     let text = "
@@ -55,6 +56,13 @@ fn meta(config: &Config) -> Meta {
     .expect("complete")
 }
 
+/// What one of so many ranks writes that see one folder.
+fn share(config: &Config, rank: usize, ranks: usize, sharding: Sharding) -> Share {
+    let own = |part: Part| Own { range: shard(part.region.len(), rank, ranks), part };
+    let own = parts(config, 0, 1).expect("small").into_iter().map(own).collect();
+    Share { rank, ranks, data: rank, replicas: ranks, own, kept: Kept::Nothing, sharding }
+}
+
 /// Writes the checkpoint of so many ranks, and returns its folder.
 fn written(config: &Config, ranks: usize, codec: Option<Codec>) -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a folder");
@@ -63,8 +71,8 @@ fn written(config: &Config, ranks: usize, codec: Option<Codec>) -> tempfile::Tem
     let mut parts = Vec::new();
     for rank in 0..ranks {
         let sharding = codec.map_or(Sharding::NONE, |codec| Sharding::of(rank, ranks, codec));
-        let share = Share { rank, ranks, index: rank, of: ranks, kept: Kept::Nothing, sharding };
-        let (pieces, member) = (state::pieces(config, &share), Member { rank, lead: rank == 0 });
+        let share = share(config, rank, ranks, sharding);
+        let (pieces, member) = (state::pieces(&share), Member { rank, lead: rank == 0 });
         let retention = Retention { keep_last: 0, keep_every: 0, keep_best: 0 };
         let mut writer =
             Writer::member(Arc::new(RealDisk), folder.path().into(), pieces, member, retention).expect("a thread");
@@ -93,7 +101,8 @@ fn load(folder: &tempfile::TempDir, config: &Config, sharding: Sharding) -> Stat
     let path = folder.path().join(checkpoint::layout::committed(4));
     let checkpoint = Checkpoint::open(&path).expect("a checkpoint");
     checkpoint.verify().expect("whole");
-    State::load(&checkpoint, config, sharding).expect("everything is there").0
+    let (meta, parts) = (state::meta(&checkpoint).expect("ours"), parts(config, 0, 1).expect("small"));
+    State::load(&checkpoint, (&meta, &parts, sharding), Checkpoint::load).expect("everything is there")
 }
 
 #[test]
@@ -142,8 +151,7 @@ fn each_rank_stores_what_it_owns_once_and_replicas_where_they_are_no_masters() {
     for (codec, expected) in [(None, 3 * all), (Some(Codec::Fp32), 3 * all), (Some(Codec::Int8), 3 * all + lossy)] {
         let of = |rank| {
             let sharding = codec.map_or(Sharding::NONE, |codec| Sharding::of(rank, 3, codec));
-            let share = Share { rank, ranks: 3, index: rank, of: 3, kept: Kept::Nothing, sharding };
-            state::pieces(&config, &share).iter().map(|piece| piece.range.len()).sum::<usize>()
+            state::pieces(&share(&config, rank, 3, sharding)).iter().map(|piece| piece.region.len()).sum::<usize>()
         };
         assert_eq!((0..3).map(of).sum::<usize>(), expected, "{codec:?}");
     }

@@ -17,6 +17,9 @@ fn half(t: usize) -> Arc<Plan> {
     Arc::new(Plan::of_parts(vec![table, norm], 1 << 10).expect("small"))
 }
 
+/// The verdict of a step, the sums, and the norm.
+type Step = (Verdict, Vec<Vec<f32>>, f64);
+
 fn world(codec: Codec) -> Vec<(GradientStream, Arc<ChannelTransport>)> {
     let ends: Vec<Arc<ChannelTransport>> = network(WORLD).into_iter().map(Arc::new).collect();
     let inboxes: Vec<Inbox> = ends.iter().map(|_| Inbox::default()).collect();
@@ -72,7 +75,7 @@ fn each_pair_sums_its_part_all_vote_and_the_norm_counts_every_element_once() {
                 world(codec).into_iter().enumerate().map(|rank| scope.spawn(move || run(rank))).collect();
             threads.into_iter().map(|thread| thread.join().expect("no panic")).map(|(steps, _)| steps).collect()
         });
-        let steps: &Vec<Vec<(Verdict, Vec<Vec<f32>>, f64)>> = &found;
+        let steps: &[Vec<Step>] = &found;
         for (number, verdict) in [Verdict::Commit, Verdict::Skip, Verdict::Commit].into_iter().enumerate() {
             assert!(steps.iter().all(|steps| steps[number].0 == verdict), "a step that one skips all skip");
             for t in 0..2 {

@@ -1,0 +1,287 @@
+//! The same model, batches and optimiser on every mesh give the losses and parameters of one rank. Ranks are threads, which
+//! run the whole step: slices, sums over replicas, votes, clipping, AdamW.
+
+use std::sync::Arc;
+
+use burn::tensor::Device;
+use compression::Codec;
+use parallel::collective::{Mailbox, Place};
+use parallel::data::engine::{Engine, Inbox, Members};
+use parallel::data::exchange::{Exchange, Group};
+use parallel::data::{Parameter, Plan};
+use parallel::progress::Progress;
+use parallel::transport::channel::{ChannelTransport, network};
+
+use super::*;
+use crate::recipe::{self, Recipe};
+use crate::state::State;
+use crate::step::{Batch, Stepper, Word, untouched};
+
+const STEPS: usize = 20;
+const V: usize = 37;
+const T: usize = 8;
+/// Sequences a step, of all ranks.
+const ROWS: usize = 4;
+
+/// A tiny decoder.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Model {
+    width: usize,
+    inner: usize,
+    heads: usize,
+    shared: usize,
+    tied: bool,
+}
+
+/// Ranks, and how they share the work.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Case {
+    model: Model,
+    data: usize,
+    tensor: usize,
+    sequence: bool,
+    codec: Codec,
+}
+
+fn text(model: Model) -> String {
+    let Model { width, inner, heads, shared, tied } = model;
+    format!(
+        "[model]\nhidden_size = {width}\nintermediate_size = {inner}\nnum_hidden_layers = 2\nnum_attention_heads = {heads}\n\
+         num_key_value_heads = {shared}\ntie_word_embeddings = {tied}\ninitializer_range = 0.08\n\
+         [tokenizer]\nvocab_size = 257\n[data]\nsource = 'text'\ntrain = ['x']\n\
+         [train]\nsteps = {STEPS}\nseq_len = {T}\nmicro_batch_size = 2\nclip_norm = 0.5\n\
+         [optimizer]\neps = 1e-6\n[schedule]\nlearning_rate = 3e-3\nwarmup_steps = 3\n"
+    )
+}
+
+fn recipe(model: Model, data: usize) -> Recipe {
+    let sets = [format!("parallel.data={data}"), format!("train.micro_batches={}", ROWS / 2 / data)];
+    recipe::read("test", &text(model), &sets).expect("a good recipe").1
+}
+
+fn config(model: Model) -> Config {
+    Config::from_keys(&recipe(model, 1).model, V, T, None).expect("complete")
+}
+
+/// The micro-batches of a step, two sequences each.
+fn batches(step: usize) -> Vec<Batch> {
+    let ids = |first: usize| {
+        (0..2 * T).map(|i| ((step % 2 * 31 + first * 17 + i * i * 7 + i * 3) % V) as i32).collect::<Vec<_>>()
+    };
+    let of = |number: usize| {
+        let (inputs, mut targets) = (ids(number), ids(number)[1..].to_vec());
+        targets.push(5);
+        Batch { inputs, targets, rows: 2 }
+    };
+    (0..ROWS / 2).map(of).collect()
+}
+
+/// Losses, norms, and the parameters put together at the end.
+#[derive(Clone, Debug)]
+struct Found {
+    losses: Vec<f64>,
+    norms: Vec<f64>,
+    weights: Vec<Vec<f32>>,
+}
+
+fn one_rank(model: Model) -> Found {
+    let (config, recipe) = (config(model), recipe(model, 1));
+    let stepper = Stepper::new(&config, &Device::flex(), 1 << 12).expect("small");
+    let mut state = State::initial(&config, 5);
+    let (losses, norms) = steps(&stepper, &mut state, &recipe, batches);
+    Found { losses, norms, weights: state.weights }
+}
+
+fn steps(
+    stepper: &Stepper,
+    state: &mut State,
+    recipe: &Recipe,
+    batches: impl Fn(usize) -> Vec<Batch>,
+) -> (Vec<f64>, Vec<f64>) {
+    let step = |step| {
+        // As a run does: sums travel while the next forward pass computes.
+        let report = stepper.step_ahead(state, recipe, &batches(step), Word::default(), untouched);
+        let report = report.expect("all are there");
+        assert!(!report.skipped);
+        (report.loss, report.grad_norm)
+    };
+    let found = (0..STEPS).map(step).unzip();
+    stepper.settle(state).expect("all are there");
+    found
+}
+
+/// Everything that one rank needs.
+struct Rank {
+    stepper: Stepper,
+    state: State,
+}
+
+fn ranks(case: Case, wrong: Option<Wrong>) -> Vec<Rank> {
+    let mesh = Mesh::new(case.data, 1, case.tensor).expect("a mesh");
+    let count = mesh.ranks();
+    let config = config(case.model);
+    let open = |(rank, end)| {
+        let end: Arc<ChannelTransport> = Arc::new(end);
+        let (inbox, progress) = (Inbox::default(), Arc::<Progress>::default());
+        let mailbox = Mailbox::new(Place { rank, ranks: count, epoch: 1 }, progress.clone());
+        end.open(mailbox.sink(inbox.sink()));
+        (rank, end, inbox, mailbox, progress)
+    };
+    // All of them are open before the first sends something.
+    let opened: Vec<_> = network(count).into_iter().enumerate().map(open).collect();
+    let rank =
+        |(rank, end, inbox, mailbox, progress): (usize, Arc<ChannelTransport>, Inbox, Mailbox, Arc<Progress>)| {
+            let collectives = Collectives::new(mailbox, end.clone());
+            let slice = Slice::new(&collectives, (mesh, rank), &config, case.sequence).expect("a rank of it");
+            let slice = slice.map(|slice| Slice { wrong, ..slice });
+            let parts = match &slice {
+                Some(slice) => slice.parts().expect("small"),
+                None => config.parameters().into_iter().map(|whole| Part::whole(whole).expect("small")).collect(),
+            };
+            let state = State::initial_parts(&config, &parts, 5);
+            let plan = Arc::new(Plan::of_parts(parts, 1 << 12).expect("small"));
+            let members = mesh.group(Axis::Data, rank);
+            let data = mesh.coordinates(rank).on(Axis::Data);
+            let group = Group { rank: data, ranks: case.data, members: 1, window: 3, epoch: 1, chunk_blocks: 1 };
+            let exchange = Exchange::new(plan, group, case.codec);
+            let engine = Engine::start_among((exchange, Members::new(rank, count, &members)), end, inbox, progress);
+            let stepper = Stepper::across(&config, &Device::flex(), engine.expect("a thread"), slice);
+            Rank { stepper, state }
+        };
+    opened.into_iter().map(rank).collect()
+}
+
+/// What each rank finds.
+fn run(case: Case, wrong: Option<Wrong>) -> Vec<Found> {
+    let recipe = recipe(case.model, case.data);
+    let each = ROWS / 2 / case.data;
+    let work = |(number, Rank { stepper, mut state }): (usize, Rank)| {
+        let data = number / case.tensor;
+        let own = |step| batches(step)[data * each..(data + 1) * each].to_vec();
+        let (losses, norms) = steps(&stepper, &mut state, &recipe, own);
+        let weights = match stepper.slice() {
+            Some(slice) => {
+                let whole = |(index, own): (usize, &Vec<f32>)| slice.whole(index, own).expect("all are there");
+                state.weights.iter().enumerate().map(whole).collect()
+            }
+            None => state.weights,
+        };
+        Found { losses, norms, weights }
+    };
+    std::thread::scope(|scope| {
+        let work = &work;
+        let threads: Vec<_> =
+            ranks(case, wrong).into_iter().enumerate().map(|rank| scope.spawn(move || work(rank))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    })
+}
+
+/// The largest relative difference of two losses, and of two norms; and of parameters, beside the largest of each tensor.
+fn differences(found: &Found, expected: &Found) -> (f64, f64, f64) {
+    let relative = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs() / b.abs()).fold(0.0, f64::max);
+    let tensors = found.weights.iter().zip(&expected.weights).map(|(a, b)| {
+        assert_eq!(a.len(), b.len());
+        let largest = b.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+        f64::from(a.iter().zip(b).fold(0.0f32, |max, (a, b)| max.max((a - b).abs())) / largest)
+    });
+    (relative(&found.losses, &expected.losses), relative(&found.norms, &expected.norms), tensors.fold(0.0, f64::max))
+}
+
+/// A width that no number of ranks divides.
+const TIED: Model = Model { width: 32, inner: 41, heads: 4, shared: 4, tied: true };
+const GROUPED: Model = Model { shared: 2, tied: false, ..TIED };
+const ONE_SHARED: Model = Model { heads: 8, shared: 1, ..TIED };
+/// Its feed-forward layers have as many elements as travel compressed, and their slices have fewer.
+const WIDE: Model = Model { width: 256, inner: 264, ..GROUPED };
+
+fn case(model: Model, data: usize, tensor: usize, sequence: bool) -> Case {
+    Case { model, data, tensor, sequence, codec: Codec::Fp32 }
+}
+
+#[test]
+fn every_mesh_gives_the_losses_and_the_parameters_of_one_rank() {
+    for model in [TIED, GROUPED, ONE_SHARED] {
+        let expected = one_rank(model);
+        assert!(expected.losses[STEPS - 1] < 0.95 * expected.losses[0], "it learns: {:?}", expected.losses);
+        for (data, tensor, sequence) in
+            [(1, 2, false), (1, 2, true), (1, 4, false), (1, 4, true), (2, 2, false), (2, 2, true), (2, 1, false)]
+        {
+            let case = case(model, data, tensor, sequence);
+            let found = run(case, None);
+            for (rank, found) in found.iter().enumerate() {
+                let (loss, norm, weights) = differences(found, &expected);
+                assert!(
+                    loss <= 1e-6 && norm <= 1e-5 && weights <= 1e-5,
+                    "{case:?}, rank {rank}: {loss:e} {norm:e} {weights:e}"
+                );
+            }
+            assert!(found.iter().all(|other| other.losses == found[0].losses && other.weights == found[0].weights));
+        }
+    }
+}
+
+#[test]
+fn data_parallel_ranks_alone_have_the_bits_of_one() {
+    let (expected, found) = (one_rank(GROUPED), run(case(GROUPED, 2, 1, false), None));
+    assert_eq!(found[1].weights, expected.weights);
+}
+
+#[test]
+fn what_is_left_out_or_wrong_is_noticed() {
+    // The control of the test above: with each of these one mesh at least is found out, by far.
+    for (wrong, case) in [
+        (Wrong::WithoutF, case(TIED, 1, 2, false)),
+        (Wrong::Mean, case(TIED, 1, 2, false)),
+        (Wrong::ReplicasApart, case(ONE_SHARED, 1, 2, false)),
+        (Wrong::NormsApart, case(TIED, 1, 2, true)),
+    ] {
+        let found = run(case, Some(wrong));
+        let (loss, _, weights) = differences(&found[0], &one_rank(case.model));
+        assert!(loss > 1e-5 && weights > 1e-4, "{wrong:?}: {loss:e} {weights:e}");
+    }
+}
+
+#[test]
+fn compressed_gradients_of_slices_stay_as_close_as_those_of_whole_tensors() {
+    let expected = one_rank(WIDE);
+    let loss = |data, tensor, sequence| {
+        let found = run(Case { codec: Codec::Int8, ..case(WIDE, data, tensor, sequence) }, None);
+        differences(&found[data * tensor - 1], &expected).0
+    };
+    let (whole, slices) = (loss(2, 1, false), loss(2, 2, true));
+    // What is left out is there, though every slice is smaller than what travels as it is: its tensor is not.
+    assert!(slices > 1e-5 && slices < 2.0 * whole, "{slices:e} {whole:e}");
+}
+
+#[test]
+fn a_step_that_one_slice_finds_broken_all_skip() {
+    let case = case(TIED, 2, 2, false);
+    let recipe = recipe(TIED, 2);
+    let work = |(number, Rank { stepper, mut state }): (usize, Rank)| {
+        let before = state.clone();
+        let own = &batches(0)[number / 2..][..1];
+        let spoil = |_, loss: Tensor<1>| if number == 3 { loss.mul_scalar(f32::NAN) } else { loss };
+        let report = stepper.step(&mut state, &recipe, own, Word::default(), spoil).expect("a skip is no error");
+        assert!(report.skipped);
+        assert_eq!(state, State { step: 1, skips: 1, ..before });
+    };
+    std::thread::scope(|scope| {
+        let work = &work;
+        ranks(case, None).into_iter().enumerate().for_each(|rank| _ = scope.spawn(move || work(rank)));
+    });
+}
+
+#[test]
+fn the_first_state_is_a_slice_of_one_ranks() {
+    let config = config(GROUPED);
+    let whole = State::initial(&config, 5);
+    for rank in 0..4 {
+        let parts = parts::parts(&config, rank, 4).expect("small");
+        let own = State::initial_parts(&config, &parts, 5);
+        for ((part, own), whole) in parts.iter().zip(&own.weights).zip(&whole.weights) {
+            assert_eq!(own, &part.take(whole), "{}", part.whole.name);
+        }
+        let names: Vec<Parameter> = parts.into_iter().map(|part| part.whole).collect();
+        assert_eq!(names, config.parameters());
+    }
+}
