@@ -78,8 +78,8 @@ fn with_compressed_gradients_and_parameters_all_ranks_have_the_same_replicas_and
         assert_eq!(hashes[0].len(), 20);
         assert_eq!(hashes[0], hashes[1], "{run}");
         let apart = apart(&place, ["fp32", &run]);
-        println!("{run}: {apart}");
-        let band = if codec.starts_with("sparse") { 0.1 } else { 0.01 };
+        // Measured: 0.005 % with both in int8, 0.7 % with sparse24-int8.
+        let band = if codec.starts_with("sparse") { 0.02 } else { 0.001 };
         assert!(apart > 0.0 && apart < band, "{run}: {apart}");
     }
 }

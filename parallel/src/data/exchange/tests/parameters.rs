@@ -170,6 +170,24 @@ fn with_fp32_the_replicas_are_those_of_ranks_that_send_sums_to_the_last_bit() {
     }
 }
 
+#[test]
+fn what_senders_leave_out_is_what_they_leave_out_without_it() {
+    for codec in Codec::ALL {
+        let mut sharded = of(3, 1, 16, codec, Codec::Int8);
+        let mut sides: Vec<_> = (0..3).map(|rank| side(rank, 3, 16, codec)).collect();
+        for number in 1..4 {
+            plain(&mut sharded, number);
+            super::step(&mut sides, number, |rank, tensor| gradient(rank, number, tensor), |_| 0);
+            for (tensor, (rank, side)) in (0..3).flat_map(|tensor| sharded.iter().zip(&sides).map(move |x| (tensor, x)))
+            {
+                let [sender, owner] = residuals(&rank.side, tensor);
+                assert_eq!(sender, residuals(side, tensor)[0], "{codec}");
+                assert!(owner.iter().all(|left| *left == 0.0), "owners leave nothing out of sums");
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(16))]
     /// Invariant 5, over several steps with feedback in both stages.
