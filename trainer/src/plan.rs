@@ -124,7 +124,7 @@ impl Plan {
             sequences,
             tokens,
             codec,
-            checkpoint_bytes: checkpoint_bytes(recipe, config, mesh),
+            checkpoint_bytes: checkpoint_bytes(recipe, config, mesh, sharded),
             ranks,
             bubble: pipeline.bubble(),
             flops,
@@ -196,8 +196,8 @@ fn kept(recipe: &Recipe, data: usize) -> Kept {
     }
 }
 
-/// Parameters and both moments once, and what ranks left out.
-fn checkpoint_bytes(recipe: &Recipe, config: &Config, mesh: Mesh) -> usize {
+/// Parameters and both moments once, replicas that are not the masters, and what ranks left out.
+fn checkpoint_bytes(recipe: &Recipe, config: &Config, mesh: Mesh, sharded: Option<Codec>) -> usize {
     let lossy: usize = config.parameters().iter().filter(|p| may_be_lossy(p)).map(|p| p.elements()).sum();
     let data = mesh.size(Axis::Data);
     let residuals = match kept(recipe, data) {
@@ -206,7 +206,10 @@ fn checkpoint_bytes(recipe: &Recipe, config: &Config, mesh: Mesh) -> usize {
         // Every sender all of it, and the owners together all of it once more.
         Kept::Exact => lossy * (data + 1),
     };
-    size_of::<f32>() * (3 * config.parameter_count() + residuals)
+    let differs = |p: &&parallel::data::Parameter| sharded.is_some_and(|sent| codec_of(p, sent).is_lossy());
+    let replicas: usize =
+        if data > 1 { config.parameters().iter().filter(differs).map(|p| p.elements()).sum() } else { 0 };
+    size_of::<f32>() * (3 * config.parameter_count() + replicas + residuals)
 }
 
 /// Whether something of a parameter that travels in this codec is left out, at the sender and at the owner of its sum.
