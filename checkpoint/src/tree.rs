@@ -19,7 +19,7 @@ const HEX: usize = 2 * blake3::OUT_LEN;
 /// The values of a file's blocks, as a manifest holds them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Subtrees {
-    /// Bytes of a block, a power of two and at least [`BLOCK`]; the last block has what is left.
+    /// Bytes of a block, a power of two and at least 1 MiB; the last block has what is left.
     pub bytes: u64,
     /// The chaining value of each in lower-case hex, one after the other.
     pub values: String,
