@@ -240,7 +240,7 @@ fn a_folder_will_do_for_a_store() {
     let place = Place::new();
     let upload = format!("checkpoint.upload_to=file://{}", place.path("mounted").display());
     let train = |place: &Place, more: &[&str]| place.run(&stored("a", &upload, more));
-    train(&place, &[]).failed(1, &["could not look into the folder", "mounted"]);
+    train(&place, &[]).failed(1, &["could not look into the folder file:///", "mounted", "or make the folder"]);
     std::fs::create_dir(place.path("mounted")).expect("writable");
     train(&place, &["--set", "train.stop_at_step=30"]).ok();
     remove_run(&place, "a");

@@ -1,7 +1,6 @@
 //! From a URL and the environment to a store that answers: who may in, and how long to try.
 
 use std::fmt;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -105,7 +104,12 @@ pub(super) fn check_folder(place: &Place) -> Result<(), CheckpointError> {
         return Ok(());
     }
     let path = format!("/{}", place.prefix());
-    std::fs::read_dir(&path).map(|_| ()).map_err(CheckpointError::io("look into the folder", Path::new(&path)))
+    std::fs::read_dir(path).map(|_| ()).map_err(|error| CheckpointError::Store {
+        operation: "look into the folder",
+        url: place.to_string(),
+        why: format!("{error}; mount the file server, or make the folder if it is none"),
+        again: false,
+    })
 }
 
 #[cfg(test)]
