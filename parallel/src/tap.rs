@@ -28,6 +28,7 @@ use std::sync::Arc;
 
 use burn::Tensor;
 use burn::backend::{Dispatch, DispatchTensor};
+use burn::tensor::Gradients;
 
 use backend::TapBackend;
 
@@ -103,6 +104,19 @@ pub fn through<const D: usize>(
         let backward = backward.clone();
         (forward(x), move |gradient| backward(gradient))
     })
+}
+
+/// Goes backward from `y`, whose gradient is this one: where one stage of a pipeline takes up what the next one has begun. Both are
+/// on the same device, `gradient` outside of every graph.
+///
+/// # Panics
+/// When `y` is in no graph.
+pub fn backward_from<const D: usize>(y: Tensor<D>, gradient: Tensor<D>) -> Gradients {
+    let end: Tensor<1> = fused(y, move |y| {
+        let gradient = gradient.clone();
+        (Tensor::zeros([1], &y.device()), move |_: Tensor<1>| gradient.clone())
+    });
+    end.backward()
 }
 
 /// An operation of one input. `forward` returns the output and the closure that turns the output's gradient into the

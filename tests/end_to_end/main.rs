@@ -13,6 +13,7 @@ mod joining;
 mod ledger;
 mod nodes;
 mod packed;
+mod pipeline;
 mod plans;
 mod processes;
 mod prometheus;

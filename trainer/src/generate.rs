@@ -61,7 +61,7 @@ pub fn generate(
     sampling: Sampling,
     mut out: impl FnMut(&str) -> std::io::Result<()>,
 ) -> Result<Ending> {
-    let device = model.model.norm.weight.val().device();
+    let device = model.device();
     let longest = model.config().max_position_embeddings;
     let mut caches = vec![KvCache::default(); model.config().num_hidden_layers];
     let start = ids.len();

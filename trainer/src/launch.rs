@@ -87,14 +87,15 @@ pub fn launch(mut orders: Orders) -> Result<u8> {
     if let World::Ranks(ranks) = &orders.world
         && ranks.ranks != ranks_in_all
     {
-        let (world, Parallel { data, tensor, .. }) = (ranks.ranks, &recipe.parallel);
-        return Err(Error::Usage(match tensor {
-            1 => format!(
+        let (world, Parallel { data, pipeline, tensor, .. }) = (ranks.ranks, &recipe.parallel);
+        return Err(Error::Usage(match (pipeline, tensor) {
+            (1, 1) => format!(
                 "WORLD_SIZE is {world}, the recipe's parallel.data is {data}: make them equal, for example by --set \
                  parallel.data={world}"
             ),
             _ => format!(
-                "WORLD_SIZE is {world}, the recipe's parallel.data x parallel.tensor is {data} x {tensor}: make them equal"
+                "WORLD_SIZE is {world}, the recipe's parallel.data x parallel.pipeline x parallel.tensor is {data} x \
+                 {pipeline} x {tensor}: make them equal"
             ),
         }));
     }

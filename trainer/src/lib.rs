@@ -8,7 +8,8 @@
 //! - [`device`]: from `[device]` to a burn device.
 //! - [`step`]: one training step; [`optimizer`]: AdamW and the schedule; [`state`]: what a step changes.
 //! - [`run`]: a run from its folder to its end.
-//! - [`tensor`]: a model over the ranks of a tensor group.
+//! - [`cut`]: how a model is cut between ranks; [`replica`]: those that hold one together; [`tensor`]: the parts of a layer,
+//!   [`pipeline`]: the stages.
 //! - [`weights`]: weights that exist already; [`export`]: Hugging Face's format; [`generate`]: text from a model.
 //! - [`plan`]: what a recipe would take, before anything is run.
 //! - [`launch`]: the process that starts the ranks and watches over them.
@@ -23,6 +24,7 @@
 pub mod allocator;
 pub mod bench;
 pub mod cli;
+pub mod cut;
 pub mod data;
 pub mod device;
 pub mod error;
@@ -33,9 +35,11 @@ pub mod launch;
 pub mod log;
 pub mod model;
 pub mod optimizer;
+pub mod pipeline;
 pub mod plan;
 pub mod prometheus;
 pub mod recipe;
+pub mod replica;
 pub mod rng;
 pub mod run;
 pub mod state;

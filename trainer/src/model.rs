@@ -18,4 +18,4 @@ pub mod llama;
 
 pub use config::Config;
 pub use layers::{After, Hook};
-pub use llama::{Leaf, Llama, Values};
+pub use llama::{Leaf, Llama, Piece, Values};

@@ -6,10 +6,12 @@
 //! - [`part`]: which part of the model a rank has on a mesh.
 //! - [`memory`]: what it takes there; [`activations`]: what of it is kept for the backward pass.
 //! - [`traffic`]: bytes on every axis.
+//! - [`calibrate`]: what this machine takes for real steps.
 //! - [`time`]: how long a step takes, from given figures.
 //! - [`search`]: the meshes of so many ranks.
 
 pub mod activations;
+pub mod calibrate;
 pub mod memory;
 pub mod part;
 pub mod search;
@@ -19,9 +21,9 @@ pub mod traffic;
 use compression::Codec;
 use parallel::data::rules::{codec_of, may_be_lossy};
 use parallel::mesh::{Axis, Mesh};
-use parallel::pipeline::split::SplitError;
 use parallel::pipeline::{Kind, Pipeline, PipelineError};
 
+use crate::cut::pieces;
 use crate::error::{Error, Result};
 use crate::model::Config;
 use crate::recipe::Recipe;
@@ -60,6 +62,8 @@ pub struct RankPlan {
 pub struct Plan {
     /// Its ranks.
     pub mesh: Mesh,
+    /// Layers of every piece of the pipeline.
+    pub layers: Vec<usize>,
     /// Why this build cannot run it; empty where it can.
     pub not_runnable: Vec<&'static str>,
     /// Parameters of the model.
@@ -102,10 +106,10 @@ impl Plan {
         let most = keys.micro_batches.iter().copied().max().unwrap_or(1);
         let pipeline = Pipeline::new(schedule, mesh.size(Axis::Pipeline), virtual_stages, most);
         let pipeline = pipeline.map_err(|error: PipelineError| usage(&error.to_string()))?;
-        let parts: Vec<Part> = (0..mesh.ranks())
-            .map(|rank| Part::new(config, mesh, pipeline, rank))
-            .collect::<std::result::Result<_, SplitError>>()
-            .map_err(|error| usage(&error.to_string()))?;
+        let given = keys.layers.as_deref().filter(|_| keys.pipeline * keys.virtual_stages == pipeline.pieces());
+        let pieces = pieces(config, recipe.train.seq_len, pipeline.pieces(), given);
+        let pieces = pieces.map_err(|error| usage(&error.to_string()))?;
+        let parts: Vec<Part> = (0..mesh.ranks()).map(|rank| Part::new(config, mesh, pipeline, &pieces, rank)).collect();
         let sequences = keys.micro_batches.iter().sum::<usize>() * recipe.train.micro_batch_size;
         let codec = codec(recipe, mesh);
         let ranks: Vec<RankPlan> = parts
@@ -119,6 +123,7 @@ impl Plan {
         let flops = time::flops(config, recipe.train.seq_len) * tokens as f64;
         let mut plan = Self {
             mesh,
+            layers: pieces.iter().map(ExactSizeIterator::len).collect(),
             not_runnable: not_runnable(shape),
             parameters: config.parameter_count(),
             sequences,
@@ -163,10 +168,7 @@ fn usage(what: &str) -> Error {
 /// What of a shape this build cannot run.
 fn not_runnable(shape: Shape) -> Vec<&'static str> {
     let mut why = Vec::new();
-    if shape.mesh.size(Axis::Pipeline) > 1 {
-        why.push("no run has stages yet");
-    }
-    if shape.mesh.size(Axis::Tensor) > 1 && shape.sharded.is_some_and(Codec::is_lossy) {
+    if shape.mesh.ranks() > shape.mesh.size(Axis::Data) && shape.sharded.is_some_and(Codec::is_lossy) {
         why.push("parts of a model travel as they are, not as int8 differences");
     }
     why

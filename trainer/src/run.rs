@@ -167,8 +167,8 @@ struct Run {
 
 /// The mesh, as `run.json` says it.
 fn mesh(recipe: &Recipe) -> String {
-    let Parallel { data, tensor, .. } = recipe.parallel;
-    format!("{data} x 1 x {tensor}")
+    let Parallel { data, pipeline, tensor, .. } = recipe.parallel;
+    format!("{data} x {pipeline} x {tensor}")
 }
 
 impl Run {
@@ -290,7 +290,7 @@ impl Run {
         let batch = train.seq_len * train.micro_batch_size * self.recipe.parallel.micro_batches.iter().sum::<usize>();
         let over = match ranks {
             1 => String::new(),
-            _ if self.recipe.parallel.tensor > 1 => format!(", {ranks} ranks: {}", self.recipe.parallel.mesh()),
+            _ if ranks > self.recipe.parallel.data => format!(", {ranks} ranks: {}", self.recipe.parallel.mesh()),
             _ => format!(", {ranks} ranks"),
         };
         self.say(&format!(
@@ -341,7 +341,7 @@ impl Run {
             false => stepper.step(state, recipe, &batches, word, spoil)?,
         };
         self.tamper.record(&self.stepper, rank, step, report.skipped)?;
-        self.tamper.after(rank, step, &mut self.state, &self.config)?;
+        self.tamper.after(rank, step, &mut self.state, self.stepper.plan().parts())?;
         self.tokens += report.tokens;
         (self.stopping, self.busy) = (report.stop, report.busy);
         self.learn_codec(&report);
@@ -391,6 +391,7 @@ impl Run {
             encode_s: report.encode_s,
             wait_s: report.wait_s,
             exposed_s: report.wait_s,
+            stage_wait_s: report.stage_wait_s,
             overlap: report.overlap,
             wire_bytes_sent: report.wire.sent - before.sent,
             wire_bytes_received: report.wire.received - before.received,
@@ -435,7 +436,7 @@ impl Run {
             step: self.state.step,
             stop,
             engine: self.stepper.engine(),
-            slice: self.stepper.slice(),
+            replica: self.stepper.replica(),
             progress: self.stepper.progress(),
         };
         let evaluation = evaluate(&place, &self.state.weights, tokens, windows);

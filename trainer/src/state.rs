@@ -24,6 +24,7 @@ use parallel::data::rules::may_be_lossy;
 use parallel::data::{Parameter, Part};
 use serde::{Deserialize, Serialize};
 
+use crate::cut::is_table;
 use crate::error::{Error, Result};
 use crate::model::{Config, init};
 use crate::recipe::raw::{self, Reader};
@@ -182,19 +183,33 @@ impl State {
         hash.expect("nothing fails")
     }
 
-    /// What ranks compare: the parameters' hash; where this rank holds parts of them, half of the hash of these, and half of that of
-    /// the parameters that it holds whole, as all other ranks do.
+    /// The same of what this rank holds, of parts of the model or of all of it.
+    #[must_use]
+    pub fn hash_of_parts(&self, parts: &[Part]) -> blake3::Hash {
+        let mut order: Vec<usize> = (0..parts.len()).collect();
+        order.sort_by(|&a, &b| parts[a].whole.name.cmp(&parts[b].whole.name));
+        let mut hasher = Hasher::default();
+        order.into_iter().for_each(|index| hasher.add(&self.weights[index]));
+        hasher.0.finalize()
+    }
+
+    /// What ranks compare: the parameters' hash; where this rank holds a part of the model, the beginnings of three hashes: of
+    /// what it holds (16 bytes), of those parameters that it holds whole, as all of its stage do (8), and of its part of the embedding
+    /// table, which another stage may hold too (8).
     #[must_use]
     pub fn fingerprint(&self, config: &Config, parts: &[Part]) -> [u8; 32] {
-        let own = *self.parameter_hash(config).as_bytes();
-        if parts.iter().all(Part::is_whole) {
-            return own;
+        if parts.len() == config.parameters().len() && parts.iter().all(Part::is_whole) {
+            return *self.parameter_hash(config).as_bytes();
         }
-        let mut hasher = Hasher::default();
-        self.weights.iter().zip(parts).filter(|(_, part)| part.is_whole()).for_each(|(values, _)| hasher.add(values));
-        let mut both = own;
-        both[16..].copy_from_slice(&hasher.0.finalize().as_bytes()[..16]);
-        both
+        let of = |wanted: &dyn Fn(&Part) -> bool| {
+            let mut hasher = Hasher::default();
+            self.weights.iter().zip(parts).filter(|(_, part)| wanted(part)).for_each(|(values, _)| hasher.add(values));
+            *hasher.0.finalize().as_bytes()
+        };
+        let mut all = of(&|_| true);
+        all[16..24].copy_from_slice(&of(&|part| part.is_whole() && !is_table(&part.whole.name))[..8]);
+        all[24..].copy_from_slice(&of(&|part| is_table(&part.whole.name))[..8]);
+        all
     }
 
     /// Copies everything into a snapshot whose tensors are those of [`specs`], and, where something was owed when this

@@ -1,11 +1,12 @@
 //! One training step, from tokens to new weights.
 //!
+//! - `passes`: forward and backward; `staged`: the same where a rank has a stage of a pipeline.
 //! - `taps`: how gradients leave a backward pass; `replicas`: whether ranks hold the same parameters.
 //! - `report`: what a step did.
 //! - `owned`: what a sharded optimiser does with what a rank owns, once all have voted.
 //! - `update`: what happens to the parameters when all ranks have voted, at the end of the step or in the next one.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use burn::Tensor;
@@ -18,14 +19,17 @@ use parallel::note::Ballot;
 use parallel::progress::{Progress, Stage};
 use parallel::trace::{Label, Trace, Track};
 
+use crate::cut::is_table;
 use crate::error::{Error, Result};
-use crate::model::{Config, Hook, Leaf, Llama, Values};
+use crate::model::{Config, Hook};
 use crate::optimizer::{self, AdamW};
 use crate::recipe::Recipe;
+use crate::replica::Replica;
 use crate::state::State;
-use crate::tensor::Slice;
 
+use self::passes::Passed;
 use self::report::loss;
+use self::staged::Table;
 use self::taps::hooks;
 use self::update::{Behind, Due, Ended, Updater};
 
@@ -63,8 +67,12 @@ pub struct Stepper {
     hooks: Vec<Hook>,
     progress: Arc<Progress>,
     trace: Option<Arc<Trace>>,
-    /// This rank's slice of the model, where several hold it together.
-    slice: Option<Slice>,
+    /// The other ranks that hold this model, where several hold it together.
+    replica: Option<Replica>,
+    /// The gradient of a tied table that another stage has too.
+    table: Option<Arc<Table>>,
+    /// The step and the pass of its stage before which this process dies, if a test wants that.
+    dies_at: OnceLock<(u64, usize)>,
     /// The last step, if it was decided and not [settled](Self::settle).
     due: Mutex<Option<Due>>,
 }
@@ -80,24 +88,39 @@ impl Stepper {
     }
 
     /// The stepper of one rank of several. The engine's plan is [`Plan::new`] of the model's parameters, or
-    /// [`Plan::of_parts`] of those of this rank's slice.
+    /// [`Plan::of_parts`] of what this rank holds of the model.
     #[must_use]
-    pub fn across(config: &Config, device: &Device, engine: Engine, slice: Option<Slice>) -> Self {
-        Self::with(config, device, GradientStream::across(engine), slice)
+    pub fn across(config: &Config, device: &Device, engine: Engine, replica: Option<Replica>) -> Self {
+        Self::with(config, device, GradientStream::across(engine), replica)
     }
 
-    fn with(config: &Config, device: &Device, stream: GradientStream, slice: Option<Slice>) -> Self {
+    fn with(config: &Config, device: &Device, stream: GradientStream, replica: Option<Replica>) -> Self {
         let progress = stream.engine().map(|engine| engine.progress().clone()).unwrap_or_default();
         let (plan, stream) = (stream.plan().clone(), Arc::new(stream));
-        let hooks = hooks(&stream, slice.as_ref());
+        let ties = replica.as_ref().and_then(Replica::stage).is_some_and(crate::pipeline::Stage::ties);
+        let table = plan.parameters().iter().position(|parameter| ties && is_table(&parameter.name));
+        let table = table.map(|index| Arc::new(Table::new(index)));
+        let hooks = hooks(&stream, replica.as_ref().and_then(Replica::slice), table.as_ref());
         let (config, device) = (config.clone(), device.clone().autodiff());
-        Self { config, device, plan, stream, hooks, progress, trace: None, slice, due: Mutex::default() }
+        Self {
+            config,
+            device,
+            plan,
+            stream,
+            hooks,
+            progress,
+            trace: None,
+            replica,
+            table,
+            dies_at: OnceLock::new(),
+            due: Mutex::default(),
+        }
     }
 
-    /// This rank's slice of the model, where several hold it together.
+    /// The other ranks that hold this model, where several hold it together.
     #[must_use]
-    pub const fn slice(&self) -> Option<&Slice> {
-        self.slice.as_ref()
+    pub const fn replica(&self) -> Option<&Replica> {
+        self.replica.as_ref()
     }
 
     /// The same, and it records what it does, if that is wanted.
@@ -132,6 +155,11 @@ impl Stepper {
     /// From the next step on, no gradient leaves before the end of the backward pass.
     pub fn be_late(&self) {
         self.stream.be_late();
+    }
+
+    /// This process is to die in this step, before the pass of this number in the order of its stage's schedule.
+    pub fn die_at(&self, step: u64, pass: usize) {
+        _ = self.dies_at.set((step, pass));
     }
 
     /// From the next step on, gradients travel in this codec where their kind allows it. To be called between steps.
@@ -201,58 +229,30 @@ impl Stepper {
             Some(_) => own / batches.len() * recipe.parallel.micro_batches.iter().sum::<usize>(),
             None => own,
         };
-        let (mut loss, mut forward_s, mut backward_s) = (0.0, 0.0, 0.0);
         self.progress.begin(step);
-
         let behind = self.behind(state, Stage::Forward);
-        let model = self.model(&state.weights, behind.as_ref());
-        let (mut before, mut first_forward_s) = (None, 0.0);
-        for (index, batch) in batches.iter().enumerate() {
-            let forward = Instant::now();
-            let [inputs, targets] = batch.tensors(&self.device);
-            // Divided by the tokens of the whole step, so that the sum of the gradients is the gradient.
-            let part = tamper(index, model.loss(inputs, targets).div_scalar(tokens as f64));
-            let value = part.clone().inner();
-            if index == 0 {
-                // Every parameter was used: the step before is over, and this one's gradients may come.
-                before = self.catch_up(state, behind.as_deref())?;
-                forward_s -= before.as_ref().map_or(0.0, |ended| ended.spent.wait_s + ended.spent.update_s);
-                self.stream.begin(step, batches.len());
-            }
-            self.check(step)?;
-            self.stream.begin_micro_batch(index);
-            forward_s += forward.elapsed().as_secs_f64();
-            // What comes after it hides nothing: the sums of the step before are here.
-            if index == 0 {
-                first_forward_s = forward_s;
-            }
-            self.span(forward, Label { micro_batch: Some(index), ..Label::new("forward", step) });
-            self.progress.enter(Stage::Backward);
-            let backward = Instant::now();
-            part.backward();
-            self.check(step)?;
-            backward_s += backward.elapsed().as_secs_f64();
-            self.span(backward, Label { micro_batch: Some(index), ..Label::new("backward", step) });
-            loss += scalar(value, step)?;
-        }
+        let work = (batches, tokens);
+        let Passed { loss, forward_s, backward_s, first_forward_s, stage_wait_s, before } =
+            match self.replica.as_ref().and_then(Replica::stage) {
+                Some(stage) => self.staged((stage, state), work, behind.as_ref(), tamper)?,
+                None => self.passes(state, work, behind.as_ref(), tamper)?,
+            };
         let backward_end = Instant::now();
         self.progress.enter(Stage::Waiting);
-        // While the others' gradients travel there is time for it.
-        drop(model);
         let Word { stop, busy, parameters, codec } = word;
         let (finite, compute_s) = (loss.is_finite(), forward_s + backward_s);
-        // Ranks that hold one model together have the same loss, and one of them says it.
-        let loss = if self.slice.as_ref().is_none_or(Slice::counts) { loss } else { 0.0 };
+        // Of the ranks that hold one model together several may have the same loss, and one of them says it.
+        let loss = if self.replica.as_ref().is_none_or(Replica::speaks) { loss } else { 0.0 };
         let voted = self.stream.vote(Ballot { finite, stop, busy, loss, compute_s, parameters, codec })?;
         self.span(backward_end, Label::new("wait", step));
 
         let hashes: Vec<_> = voted.ballots.iter().map(|ballot| ballot.parameters).collect();
-        same_parameters(&hashes, self.replica(), state.step)?;
+        same_parameters(&hashes, self.places(), state.step)?;
         let rules = self.decide(state, recipe, &voted);
         self.send_owned(state, voted.verdict, rules.as_deref());
         let mut report = Report::of(&voted, state, recipe);
         report.tokens = tokens as u64;
-        (report.forward_s, report.backward_s) = (forward_s, backward_s);
+        (report.forward_s, report.backward_s, report.stage_wait_s) = (forward_s, backward_s, stage_wait_s);
         report.wire = self.stream.counted();
         *self.due() = Some(Due { rules, step, backward_end, vote_wait_s: voted.wait_s });
         if let Some(ended) = before {
@@ -263,15 +263,15 @@ impl Stepper {
         Ok(report)
     }
 
-    /// How many ranks hold one replica of the model together.
+    /// How ranks that hold one replica of the model together share it.
     #[must_use]
-    pub fn replica(&self) -> usize {
-        self.engine().map_or(1, |engine| engine.members().ranks() / engine.members().members().len())
+    pub fn places(&self) -> Places {
+        self.replica.as_ref().map_or(Places::ONE, Replica::places)
     }
 
     /// What went wrong in a pass, if something did: inside it nothing can be returned.
     fn check(&self, step: u64) -> Result<()> {
-        self.slice.as_ref().map_or(Ok(()), |slice| slice.check(step))
+        self.replica.as_ref().map_or(Ok(()), |replica| replica.check(step))
     }
 
     /// Brings `state` up to its step, whose sums it waits for. Returns what zstd served meanwhile, if it was behind.
@@ -353,28 +353,6 @@ impl Stepper {
             trace.span(Track::Compute, begin, label);
         }
     }
-
-    /// The model of these weights, or of those that are `behind`, with a tap on every parameter.
-    fn model(&self, weights: &[Vec<f32>], behind: Option<&Arc<Behind>>) -> Llama {
-        let mut next = 0;
-        Llama::build(&self.config, &self.device, &mut |name, shape| {
-            let index = next;
-            next += 1;
-            assert_eq!(self.plan.parameters()[index].name, name, "the builder follows the plan");
-            let part = &self.plan.parameters()[index].shape;
-            assert!(part.len() == shape.len(), "{name}: a part of it has its dimensions");
-            let shape = part.clone();
-            let values = match behind.cloned() {
-                None => Values::Now(TensorData::new(weights[index].clone(), shape)),
-                Some(behind) => {
-                    let values = move |shape| TensorData::new(behind.values(index), shape);
-                    Values::WhenUsed(shape.clone(), Box::new(move || values(shape)))
-                }
-            };
-            Leaf { values, hook: self.hooks[index].clone() }
-        })
-        .over(self.slice.as_ref().map(Slice::rows))
-    }
 }
 
 /// What training passes as `tamper`.
@@ -411,14 +389,17 @@ fn clip_factor(norm: f64, limit: Option<f64>) -> f32 {
 }
 
 mod owned;
+mod passes;
 mod replicas;
 mod report;
+mod staged;
 mod taps;
 mod update;
 
-pub use replicas::same_parameters;
+pub use replicas::{Places, same_parameters};
 pub use report::Report;
-pub use taps::{plain_model, sliced_model};
+pub use staged::values;
+pub use taps::{plain_model, plain_pieces};
 
 #[cfg(test)]
 mod ahead_tests;

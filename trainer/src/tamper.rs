@@ -5,11 +5,11 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use burn::Tensor;
+use parallel::data::Part;
 use parallel::frame::HEADER_BYTES;
 use parallel::transport::Transport;
 
 use crate::error::{Error, Result};
-use crate::model::Config;
 use crate::state::State;
 use crate::step::Stepper;
 
@@ -24,6 +24,8 @@ pub struct Tamper {
     drift: Vec<(usize, u64)>,
     /// This (rank, step) dies by its own hand, in the middle of its step.
     die: Vec<(usize, u64)>,
+    /// This (rank, step) dies before its pass of this number, from 0, in the order of its stage's schedule.
+    die_at: Vec<(usize, u64, usize)>,
     /// This (rank, step) ends with an error.
     fail: Vec<(usize, u64)>,
     /// This (rank, step) sends noise to all others.
@@ -53,7 +55,7 @@ pub struct Tamper {
 }
 
 impl Tamper {
-    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,fail:1:4,garbage:1:4,old:1:4,no-feedback,late,
+    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,die-at:1:4:0,fail:1:4,garbage:1:4,old:1:4,no-feedback,late,
     /// scale:1:1.0000001,
     /// backend:1:NAME,forget-owner,fold-twice,link:1e6,step:0.5,record:DIR,hashes:DIR`. What it does not know it refuses.
     ///
@@ -73,6 +75,12 @@ impl Tamper {
                 ("pulse", Some(place)) => tamper.pulse.push(place),
                 ("drift", Some(place)) => tamper.drift.push(place),
                 ("die", Some(place)) => tamper.die.push(place),
+                ("die-at", _) => {
+                    let wrong = || format!("expected RANK:STEP:PASS: {item}");
+                    let numbers: Vec<usize> = rest.split(':').filter_map(|number| number.parse().ok()).collect();
+                    let [rank, step, pass] = numbers.try_into().map_err(|_| wrong())?;
+                    tamper.die_at.push((rank, step as u64, pass));
+                }
                 ("fail", Some(place)) => tamper.fail.push(place),
                 ("garbage", Some(place)) => tamper.garbage.push(place),
                 ("old", Some(place)) => tamper.old.push(place),
@@ -109,8 +117,11 @@ impl Tamper {
         told.map_or(backend, |(_, name)| name).to_owned()
     }
 
-    /// Makes a rank keep what is to be recorded, and be late.
-    pub fn prepare(&self, stepper: &Stepper) {
+    /// Makes a rank keep what is to be recorded, and be late, and die.
+    pub fn prepare(&self, rank: usize, stepper: &Stepper) {
+        if let Some((_, step, pass)) = self.die_at.iter().find(|(of, ..)| *of == rank) {
+            stepper.die_at(*step, *pass);
+        }
         if self.late {
             stepper.be_late();
         }
@@ -187,13 +198,13 @@ impl Tamper {
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn after(&self, rank: usize, step: u64, state: &mut State, config: &Config) -> Result<()> {
+    pub fn after(&self, rank: usize, step: u64, state: &mut State, parts: &[Part]) -> Result<()> {
         if self.drift.contains(&(rank, step)) {
             state.weights[0][0] += 1e-3;
         }
         let Some(folder) = &self.hashes else { return Ok(()) };
         let path = folder.join(format!("rank-{rank}"));
-        let line = format!("{step} {}\n", state.parameter_hash(config));
+        let line = format!("{step} {}\n", state.hash_of_parts(parts));
         let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
         file.and_then(|mut file| file.write_all(line.as_bytes())).map_err(Error::io("write", path))
     }

@@ -22,17 +22,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use burn::Tensor;
-use parallel::collective::{Collectives, Reduction, SubGroup};
-use parallel::data::Part;
+use parallel::collective::{Collectives, Reduction};
 use parallel::mesh::{Axis, Mesh, cut, replicas};
 use parallel::tensor::{TensorError, TensorGroup};
 
 use crate::error::{Error, Result};
 use crate::kernels::cross_entropy_rows::{Reduce, SomeRows};
 use crate::model::{After, Config};
-
-/// Elements that a member sends the others at once.
-const PIECE: usize = 4 << 20;
 
 /// What is left out or wrong: the controls of the test that all meshes give the same losses, and of no other use.
 #[cfg(test)]
@@ -52,7 +48,6 @@ pub enum Wrong {
 #[derive(Clone, Debug)]
 pub struct Slice {
     group: TensorGroup,
-    members: SubGroup,
     /// The ranks that hold the same key and value heads, if there are several.
     replicas: Option<TensorGroup>,
     config: Config,
@@ -78,9 +73,9 @@ impl Slice {
         }
         let all = mesh.group(Axis::Tensor, rank);
         let members = collectives.sub_group(&all)?;
-        let group = TensorGroup::new(members.clone());
+        let group = TensorGroup::new(members);
         let several = replicas(config.num_key_value_heads, ranks);
-        let first = members.index() / several * several;
+        let first = group.index() / several * several;
         let replicas = match several {
             1 => None,
             _ => Some(group.of_some(collectives.sub_group(&all[first..first + several])?)),
@@ -88,7 +83,6 @@ impl Slice {
         let config = config.clone();
         Ok(Some(Self {
             group,
-            members,
             replicas,
             config,
             sequence,
@@ -97,24 +91,16 @@ impl Slice {
         }))
     }
 
-    /// Whether what this rank has of a number that all ranks of the group have alike is the one to count.
-    #[must_use]
-    pub const fn counts(&self) -> bool {
-        self.group.index() == 0
-    }
-
     /// The same, where every rank has all tokens of a sequence, whatever its length: for held-out text.
     #[must_use]
     pub fn with_all_tokens(&self) -> Self {
         Self { sequence: false, ..self.clone() }
     }
 
-    /// What this rank holds of each parameter.
-    ///
-    /// # Errors
-    /// As [`parts::parts`].
-    pub fn parts(&self) -> Result<Vec<Part>> {
-        parts::parts(&self.config, self.group.index(), self.group.ranks())
+    /// Into how many parts tokens are cut where nothing is computed from all of them.
+    #[must_use]
+    pub fn token_parts(&self) -> usize {
+        if self.sequence { self.group.ranks() } else { 1 }
     }
 
     /// What went wrong in a pass, if something did.
@@ -193,45 +179,6 @@ impl Slice {
     fn vocabulary(&self) -> Range<usize> {
         cut(self.config.vocab_size, self.group.index(), self.group.ranks())
     }
-
-    /// Whether any rank of the group says so. All of them ask at the same place.
-    ///
-    /// # Errors
-    /// A rank is lost.
-    pub fn any(&self, site: &str, says: bool) -> Result<bool> {
-        let mut said = [u8::from(says)];
-        self.members.all_reduce(site, Reduction::Max, &mut said)?;
-        Ok(said == [1])
-    }
-
-    /// All of a parameter, of which every rank of the group gives what it holds. All of them call it in the same order.
-    /// Memory: the parameter, and the largest part of it.
-    ///
-    /// # Errors
-    /// A rank is lost.
-    pub fn whole(&self, index: usize, own: &[f32]) -> Result<Vec<f32>> {
-        let ranks = self.group.ranks();
-        let part_of = |rank: usize| parts::part(&self.config, index, rank, ranks);
-        let mine = part_of(self.group.index())?;
-        if mine.is_whole() {
-            return Ok(own.to_vec());
-        }
-        let mut whole = vec![0.0; mine.whole.elements()];
-        let site = format!("merge/{}", mine.whole.name);
-        for (place, &member) in self.members.members().iter().enumerate() {
-            let part = part_of(place)?;
-            if !part.counts {
-                continue;
-            }
-            let mut values = vec![0.0; part.region.len()];
-            if place == self.group.index() {
-                values.copy_from_slice(own);
-            }
-            values.chunks_mut(PIECE).try_for_each(|piece| self.members.broadcast(&site, member, piece))?;
-            part.put(&values, &mut whole);
-        }
-        Ok(whole)
-    }
 }
 
 /// What a layer is to the ranks that share it.
@@ -273,6 +220,3 @@ impl Role {
 fn layer(name: &str) -> &str {
     name.strip_suffix(".weight").unwrap_or(name)
 }
-
-#[cfg(test)]
-mod tests;

@@ -233,6 +233,16 @@ impl GradientStream {
         state.micro_batch = micro_batch;
     }
 
+    /// Reads a gradient of parameter `index` that is not to be added yet. A fault is kept like those of [`add`](Self::add).
+    pub fn read<const D: usize>(&self, index: usize, gradient: Tensor<D>, with: impl FnOnce(&[f32])) {
+        let elements = gradient.shape().num_elements();
+        let mut state = self.lock();
+        let name = &self.plan.parameters()[index].name;
+        if let Err(fault) = read(gradient.reshape([elements]), with).map_err(|why| state.unreadable(name, why)) {
+            state.fault.get_or_insert(fault);
+        }
+    }
+
     /// Adds one micro-batch's gradient of parameter `index`. A fault is kept and returned by [`vote`](Self::vote).
     pub fn add(&self, index: usize, gradient: Gradient<'_>) {
         let mut state = self.lock();
@@ -406,6 +416,10 @@ impl State {
         }
     }
 
+    fn unreadable(&self, parameter: &str, why: String) -> StreamError {
+        StreamError::Read { step: self.step, parameter: parameter.to_owned(), why }
+    }
+
     fn take(&mut self, plan: &Plan, bucket: usize) -> Vec<f32> {
         self.fill(plan, bucket);
         let values = std::mem::take(&mut self.buffers[bucket]);
@@ -426,10 +440,9 @@ impl State {
         let found = match gradient {
             Gradient::Host(values) => add_to(sum, values, is_first),
             Gradient::Device(tensor) => {
-                let read = |why: String| StreamError::Read { step: self.step, parameter: name(), why };
-                let data = tensor.try_into_data().map_err(|e| read(format!("{e:?}")))?;
-                let data = if data.dtype() == DType::F32 { data } else { data.convert::<f32>() };
-                add_to(sum, data.as_slice::<f32>().map_err(|e| read(format!("{e:?}")))?, is_first)
+                let step = self.step;
+                let unreadable = |why| StreamError::Read { step, parameter: name(), why };
+                read(*tensor, |values| add_to(sum, values, is_first)).map_err(unreadable)?
             }
         };
         if let Err(found) = found {
@@ -444,6 +457,13 @@ impl State {
         }
         Ok(())
     }
+}
+
+/// The elements of a tensor on any device, as f32.
+fn read<R>(tensor: Tensor<1>, with: impl FnOnce(&[f32]) -> R) -> Result<R, String> {
+    let data = tensor.try_into_data().map_err(|error| format!("{error:?}"))?;
+    let data = if data.dtype() == DType::F32 { data } else { data.convert::<f32>() };
+    data.as_slice::<f32>().map(with).map_err(|error| format!("{error:?}"))
 }
 
 /// `sum += values`, from zero on when they are the first; or the number of values when it is not the number expected.

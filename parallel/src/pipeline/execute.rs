@@ -5,11 +5,21 @@
 //! which they are used. Each says of which action it is the input, so that ranks which are not at the same find that out.
 //!
 //! What computes is a closure, which sees activations and gradients as elements: nothing here knows a tensor or a model.
+//!
+//! Elements travel as f32, or in a codec with fewer bits, without error feedback: what is left out of one micro-batch's activations
+//! says nothing of the next one's.
 
+use std::time::{Duration, Instant};
+
+use compression::Codec;
+use compression::codec::{Found, Payload, PayloadError};
 use thiserror::Error;
 
 use super::{Action, Pass, Pipeline};
 use crate::collective::{CollectiveError, KEPT_BYTES_MAX, SubGroup};
+
+/// In place of a payload: the elements cannot be sent, and count as NaN.
+const NOT_FINITE: u8 = 1;
 
 /// How stages talk with each other.
 #[derive(Clone, Copy, Debug)]
@@ -20,6 +30,8 @@ pub struct Way<'a> {
     pub site: &'a str,
     /// Elements of the activations between two pieces, the same for all micro-batches, and of their gradients.
     pub elements: usize,
+    /// What both travel in.
+    pub codec: Codec,
 }
 
 /// Why a step was not done.
@@ -36,6 +48,14 @@ pub enum ExecuteError<E> {
     /// Another rank is lost, or at something else.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
+    /// What came is no payload of the codec.
+    #[error("{action:?}: {error}")]
+    Payload {
+        /// Whose input it was.
+        action: Action,
+        /// What is wrong with it.
+        error: PayloadError,
+    },
     /// The group is not the pipeline's.
     #[error("a pipeline of {stages} stages over {members} ranks")]
     Group {
@@ -60,7 +80,7 @@ pub enum ExecuteError<E> {
 }
 
 /// Does this rank's part of a step. `compute` gets an action with its input, which is `None` for the tokens and for the
-/// loss, and gives the output, `None` where nobody takes it.
+/// loss, and gives the output, `None` where nobody takes it. Returns how long it waited for inputs.
 ///
 /// # Errors
 /// See [`ExecuteError`].
@@ -71,18 +91,19 @@ pub fn execute<E>(
     pipeline: Pipeline,
     way: Way<'_>,
     mut compute: impl FnMut(Action, Option<Vec<f32>>) -> Result<Option<Vec<f32>>, E>,
-) -> Result<(), ExecuteError<E>> {
+) -> Result<Duration, ExecuteError<E>> {
     let (stages, members) = (pipeline.stages(), way.group.members().len());
     if stages != members {
         return Err(ExecuteError::Group { stages, members });
     }
-    let stage = way.group.index();
+    let (stage, mut waited) = (way.group.index(), Duration::ZERO);
     has_room(pipeline, way)?;
     for action in pipeline.schedule(stage) {
         let input = match pipeline.before(stage, action) {
             Some((from, _)) => {
-                let mut values = vec![0.0; way.elements];
-                way.group.receive(&site(way.site, action), way.group.members()[from], &mut values)?;
+                let start = Instant::now();
+                let values = way.receive(action, way.group.members()[from])?;
+                waited += start.elapsed();
                 Some(values)
             }
             None => None,
@@ -92,15 +113,67 @@ pub fn execute<E>(
         assert_eq!(output.is_some(), takes.is_some(), "{action:?}: an output where somebody takes it");
         if let (Some(output), Some((to, of))) = (output, takes) {
             assert_eq!(output.len(), way.elements, "{action:?}: as many elements as was said");
-            way.group.send(&site(way.site, of), way.group.members()[to], &output)?;
+            way.send(of, way.group.members()[to], output)?;
         }
     }
-    Ok(())
+    Ok(waited)
+}
+
+impl Way<'_> {
+    /// Sends another rank the input of its action. Nobody waits.
+    ///
+    /// # Errors
+    /// A rank is lost.
+    pub fn send(&self, action: Action, to: usize, mut values: Vec<f32>) -> Result<(), CollectiveError> {
+        let site = site(self.site, action);
+        if self.codec == Codec::Fp32 {
+            return self.group.send(&site, to, &values);
+        }
+        let mut message = vec![0; self.message_bytes()];
+        // What is not finite stays so: all ranks are to skip the step.
+        let nothing = vec![0.0; values.len()];
+        if self.codec.encode(&mut values, &nothing, &mut message[1..]) == Found::NonFinite {
+            message.fill(0);
+            message[0] = NOT_FINITE;
+        }
+        self.group.send(&site, to, &message)
+    }
+
+    /// Waits for the input of an action.
+    ///
+    /// # Errors
+    /// A rank is lost, or what came makes no sense.
+    pub fn receive<E>(&self, action: Action, from: usize) -> Result<Vec<f32>, ExecuteError<E>> {
+        let site = site(self.site, action);
+        let mut values = vec![0.0; self.elements];
+        if self.codec == Codec::Fp32 {
+            self.group.receive(&site, from, &mut values)?;
+            return Ok(values);
+        }
+        let mut message = vec![0; self.message_bytes()];
+        self.group.receive(&site, from, &mut message)?;
+        if message[0] == NOT_FINITE {
+            values.fill(f32::NAN);
+            return Ok(values);
+        }
+        let payload = Payload::new(self.codec, self.elements, &message[1..]);
+        payload.map_err(|error| ExecuteError::Payload { action, error })?.decode(&mut values);
+        Ok(values)
+    }
+
+    /// Bytes of a message: where it is not f32, a byte that says whether there is a payload, and the payload.
+    #[must_use]
+    pub const fn message_bytes(&self) -> usize {
+        match self.codec {
+            Codec::Fp32 => self.elements.saturating_mul(size_of::<f32>()),
+            codec => 1 + codec.payload_bytes(self.elements),
+        }
+    }
 }
 
 /// What may wait here, however slow this rank is: from each other rank no more messages than both have passes in flight.
 fn has_room<E>(pipeline: Pipeline, way: Way<'_>) -> Result<(), ExecuteError<E>> {
-    let (stage, bytes) = (way.group.index(), way.elements.saturating_mul(size_of::<f32>()));
+    let (stage, bytes) = (way.group.index(), way.message_bytes());
     let others = (0..pipeline.stages()).filter(|&other| other != stage);
     let most = others.map(|other| pipeline.in_flight_max(other)).max();
     let messages = most.map_or(0, |most| most + pipeline.in_flight_max(stage));

@@ -201,8 +201,8 @@ fn mesh_of(checkpoint: &Checkpoint) -> Option<String> {
     let count = |axis: &str| checkpoint.state().pointer(&format!("/mesh/{axis}")).and_then(Value::as_u64);
     let data = count("data").or_else(|| Some(recipe()? as u64))?;
     // Versions that wrote none had none.
-    let tensor = count("tensor").unwrap_or(1);
-    Some(format!("{data} x 1 x {tensor}"))
+    let [pipeline, tensor] = ["pipeline", "tensor"].map(|axis| count(axis).unwrap_or(1));
+    Some(format!("{data} x {pipeline} x {tensor}"))
 }
 
 pub(super) fn verify(args: &Verify, settings: &Settings) -> Result<ExitCode> {

@@ -6,12 +6,12 @@ mod text;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Instant;
 
 use clap::ValueEnum;
 use compression::Codec;
 use parallel::mesh::{Axis, Mesh};
 use parallel::pipeline::Kind;
+use parallel::pipeline::split::split;
 use serde_json::{Value, json};
 
 use super::print;
@@ -19,13 +19,11 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::Config;
 use crate::plan::search::{Found, search};
-use crate::plan::time::{self, Figures};
-use crate::plan::{Plan, Shape};
+use crate::plan::time::Figures;
+use crate::plan::{Plan, Shape, calibrate};
 use crate::recipe::resolved::TokenizerSource;
 use crate::recipe::{self, Recipe};
 use crate::run::start::shape;
-use crate::state::State;
-use crate::step::{Batch, Stepper, Word, untouched};
 use crate::weights::Weights;
 use crate::{device, log};
 
@@ -45,15 +43,15 @@ pub(super) struct Args {
     /// Cut every layer for so many ranks, in place of the recipe's parallel.tensor
     #[arg(long, value_name = "RANKS")]
     tensor: Option<usize>,
-    /// Also cut the model into so many stages, which no run can do yet
-    #[arg(long, value_name = "RANKS", default_value_t = 1)]
-    pipeline: usize,
-    /// In which order stages work
-    #[arg(long, value_enum, default_value_t = Schedule::OneForwardOneBackward)]
-    schedule: Schedule,
-    /// Pieces of each stage, for the interleaved schedule
-    #[arg(long, value_name = "PIECES", default_value_t = 1)]
-    virtual_stages: usize,
+    /// Cut the model into so many stages, in place of the recipe's parallel.pipeline
+    #[arg(long, value_name = "RANKS")]
+    pipeline: Option<usize>,
+    /// In which order stages work, in place of the recipe's parallel.schedule
+    #[arg(long, value_enum)]
+    schedule: Option<Schedule>,
+    /// Pieces of each stage, for the interleaved schedule, in place of the recipe's parallel.virtual_stages
+    #[arg(long, value_name = "PIECES")]
+    virtual_stages: Option<usize>,
     /// Share out the optimiser's state among replicas, as the recipe's optimizer.sharded does
     #[arg(long)]
     sharded: bool,
@@ -86,15 +84,23 @@ pub(super) fn plan(args: &Args) -> Result<ExitCode> {
         .map_err(|error| Error::Usage(format!("{path}: expected a recipe, a TOML file in UTF-8: {error}")))?;
     let (_, recipe) = recipe::read(&path, &text, &args.sets)?;
     let config = config(&recipe)?;
-    let mesh = Mesh::new(recipe.parallel.data, args.pipeline, args.tensor.unwrap_or(recipe.parallel.tensor))
+    let keys = &recipe.parallel;
+    let (stages, tensor) = (args.pipeline.unwrap_or(keys.pipeline), args.tensor.unwrap_or(keys.tensor));
+    let mesh = Mesh::new(keys.data, stages, tensor)
         .map_err(|faults| Error::Usage(format!("plan: {}", faults.to_string().replace('\n', "\nplan: "))))?;
-    let kind = match args.schedule {
+    let kind = args.schedule.map_or(keys.schedule, |schedule| match schedule {
         Schedule::GPipe => Kind::GPipe,
         Schedule::OneForwardOneBackward => Kind::OneForwardOneBackward,
         Schedule::Interleaved => Kind::Interleaved,
+    });
+    // Pieces of stages that the recipe has, and no other ones.
+    let virtual_stages = match (args.virtual_stages, kind) {
+        (Some(pieces), _) => pieces,
+        (None, Kind::Interleaved) => keys.virtual_stages,
+        (None, _) => 1,
     };
     let flops_per_s = match args.calibrate {
-        Some(steps) => Some(measured(&recipe, &config, steps)?),
+        Some(steps) => Some(calibrate::flops_per_s(&recipe, &config, steps)?),
         None => args.flops,
     };
     if flops_per_s.is_none() && args.link.is_some() {
@@ -110,12 +116,26 @@ pub(super) fn plan(args: &Args) -> Result<ExitCode> {
     }
     // The flag adds to a recipe that does not say so.
     let sharded = recipe.optimizer.sharded.or(args.sharded.then_some(Codec::Fp32));
-    let shape = Shape { mesh, schedule: kind, virtual_stages: args.virtual_stages, sharded };
+    let shape = Shape { mesh, schedule: kind, virtual_stages, sharded };
     let plan = Plan::new(&recipe, &config, shape, figures.as_ref())?;
+    let split = match args.calibrate {
+        Some(passes) if plan.layers.len() > 1 => {
+            let costs = calibrate::layer_costs(&recipe, &config, passes)?;
+            let split = split(&costs, plan.layers.len()).map_err(|error| Error::Usage(format!("plan: {error}")))?;
+            Some((costs, split.iter().map(ExactSizeIterator::len).collect::<Vec<_>>()))
+        }
+        _ => None,
+    };
     print(&if args.json {
-        format!("{}\n", object(&plan, true))
+        let mut object = object(&plan, true);
+        if let Some((costs, layers)) = &split {
+            let [layer_s, before_s, after_s] = [costs.layers[0], costs.before, costs.after].map(|ns| ns as f64 / 1e9);
+            object["measured"] =
+                json!({ "layer_s": layer_s, "embedding_s": before_s, "head_s": after_s, "layers": layers });
+        }
+        format!("{object}\n")
     } else {
-        text::plan(&plan, &recipe, figures.as_ref())
+        text::plan(&plan, &recipe, figures.as_ref()) + &split.map_or_else(String::new, |split| text::split(&split))
     })?;
     match memory.and_then(|memory| plan.too_large(memory)) {
         Some(why) => {
@@ -143,29 +163,6 @@ fn config(recipe: &Recipe) -> Result<Config> {
         (TokenizerSource::From, None) => return Err(Error::Usage("[model]: expected `model.from`".into())),
     };
     shape(recipe, vocabulary, from.as_ref())
-}
-
-/// Operations a second of real steps of one rank, on tokens without a meaning; the median step counts, the first does not.
-fn measured(recipe: &Recipe, config: &Config, steps: u32) -> Result<f64> {
-    device::set_threads(recipe.device.threads);
-    let stepper = Stepper::new(config, &device::open(&recipe.device)?, recipe.parallel.bucket_bytes_max)?;
-    let mut state = State::initial(config, 1);
-    let (rows, vocabulary) = (recipe.train.micro_batch_size, config.vocab_size);
-    let tokens = rows * recipe.train.seq_len;
-    let ids = |shift: usize| (0..tokens).map(|i| ((i + shift) * 2_654_435_761 % vocabulary) as i32).collect();
-    let batch = [Batch { inputs: ids(0), targets: ids(1), rows }];
-    let mut alone = recipe.clone();
-    alone.parallel.micro_batches = vec![1];
-    let mut seconds = Vec::new();
-    for step in 0..=steps {
-        let start = Instant::now();
-        stepper.step(&mut state, &alone, &batch, Word::default(), untouched)?;
-        if step > 0 {
-            seconds.push(start.elapsed().as_secs_f64());
-        }
-    }
-    seconds.sort_by(f64::total_cmp);
-    Ok(time::flops(config, recipe.train.seq_len) * tokens as f64 / seconds[seconds.len() / 2])
 }
 
 fn tell_found(args: &Args, ranks: usize, found: &Found) -> Result<ExitCode> {
@@ -204,6 +201,7 @@ fn object(plan: &Plan, with_ranks: bool) -> Value {
         "sent_bytes": most(|rank| rank.sent.bytes()),
         "checkpoint_bytes": plan.checkpoint_bytes,
         "bubble": plan.bubble,
+        "layers": plan.layers,
         "step_flops": plan.flops,
         "time": plan.time.map(|time| json!({
             "compute_s": time.compute_s, "bubble_s": time.bubble_s, "tensor_s": time.tensor_s,

@@ -1,6 +1,7 @@
 //! The decoder. Shapes: B batch, T tokens, D width, V vocabulary.
 
 use std::fmt;
+use std::ops::Range;
 
 use burn::Tensor;
 use burn::module::{Module, Param, ParamId};
@@ -13,15 +14,18 @@ use crate::kernels::cross_entropy::cross_entropy;
 use crate::kernels::cross_entropy_rows::{SomeRows, cross_entropy_of_some};
 use crate::kernels::swiglu::swiglu;
 
-/// A decoder with its head, as Hugging Face's `LlamaForCausalLM`.
+/// A decoder with its head, as Hugging Face's `LlamaForCausalLM`; or a [piece](Piece) of one, which takes activations where it
+/// does not begin with the embedding, and gives them where it does not end with the head.
 #[derive(Module, Debug)]
 pub struct Llama {
     /// Everything but the head.
     pub model: Decoder,
-    /// `[V, D]`; `None` when the embedding table serves as the head.
+    /// `[V, D]`; `None` when the embedding table serves as the head, and in a piece without one.
     pub lm_head: Option<Linear>,
     #[module(skip)]
     config: Config,
+    #[module(skip)]
+    piece: Piece,
     #[module(skip)]
     rows: Option<SomeRows>,
 }
@@ -29,12 +33,48 @@ pub struct Llama {
 /// The decoder without its head.
 #[derive(Module, Debug)]
 pub struct Decoder {
-    /// `[V, D]`
-    pub embed_tokens: Embedding,
+    /// `[V, D]`; in the first piece of a model, and in the last one too where it serves as the head.
+    pub embed_tokens: Option<Embedding>,
     /// The layers, first to last.
     pub layers: Vec<Block>,
-    /// Before the head.
-    pub norm: RmsNorm,
+    /// Before the head; in the last piece.
+    pub norm: Option<RmsNorm>,
+}
+
+/// Some layers of a model that follow each other, and what stands before the first of all layers and behind the last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The layers.
+    pub layers: Range<usize>,
+    /// Whether it begins with the embedding.
+    pub first: bool,
+    /// Whether it ends with the head.
+    pub last: bool,
+}
+
+impl Piece {
+    /// All of a model.
+    #[must_use]
+    pub const fn whole(config: &Config) -> Self {
+        Self { layers: 0..config.num_hidden_layers, first: true, last: true }
+    }
+
+    /// Whether it has the embedding table: as such, or as the head.
+    #[must_use]
+    pub const fn has_table(&self, config: &Config) -> bool {
+        self.first || (self.last && config.tie_word_embeddings)
+    }
+
+    /// Whether it has the parameter of this logical name.
+    #[must_use]
+    pub fn has(&self, config: &Config, name: &str) -> bool {
+        let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split('.').next()?.parse().ok());
+        match layer {
+            Some(layer) => self.layers.contains(&layer),
+            None if name.starts_with("model.embed_tokens.") => self.has_table(config),
+            None => self.last,
+        }
+    }
 }
 
 /// One layer.
@@ -92,18 +132,28 @@ impl Llama {
     /// Builds a model on `device`, asking `source` for every parameter by logical name and shape. On a device with
     /// autodiff the parameters are tracked.
     pub fn build(config: &Config, device: &Device, source: &mut dyn FnMut(&str, &[usize]) -> Leaf) -> Self {
+        Self::build_piece(config, Piece::whole(config), device, source)
+    }
+
+    /// The same, of a piece of it.
+    pub fn build_piece(
+        config: &Config,
+        piece: Piece,
+        device: &Device,
+        source: &mut dyn FnMut(&str, &[usize]) -> Leaf,
+    ) -> Self {
         let mut builder = Builder { config, device, source };
         let model = Decoder {
-            embed_tokens: {
+            embed_tokens: piece.has_table(config).then(|| {
                 let (weight, hook) = builder.leaf("model.embed_tokens", [config.vocab_size, config.hidden_size]);
                 Embedding::new(weight, hook)
-            },
-            layers: (0..config.num_hidden_layers).map(|layer| builder.block(layer)).collect(),
-            norm: builder.norm("model.norm"),
+            }),
+            layers: piece.layers.clone().map(|layer| builder.block(layer)).collect(),
+            norm: piece.last.then(|| builder.norm("model.norm")),
         };
-        let lm_head =
-            (!config.tie_word_embeddings).then(|| builder.linear("lm_head", [config.vocab_size, config.hidden_size]));
-        Self { model, lm_head, config: config.clone(), rows: None }
+        let has_head = piece.last && !config.tie_word_embeddings;
+        let lm_head = has_head.then(|| builder.linear("lm_head", [config.vocab_size, config.hidden_size]));
+        Self { model, lm_head, config: config.clone(), piece, rows: None }
     }
 
     /// The same, of a table and a head that have some rows of the vocabulary.
@@ -118,30 +168,87 @@ impl Llama {
         &self.config
     }
 
+    /// Where its parameters are.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        self.model.layers[0].input_layernorm.weight.val().device()
+    }
+
+    /// Which piece of a model it is.
+    #[must_use]
+    pub const fn piece(&self) -> &Piece {
+        &self.piece
+    }
+
     /// Logits `[B, T, V]`, or of some rows of the vocabulary, of tokens `[B, T]`. With caches (one a layer) the tokens follow those that the caches hold.
+    ///
+    /// # Panics
+    /// It is a piece of a model.
     pub fn forward(&self, tokens_bt: Tensor<2, Int>, caches: Option<&mut [KvCache]>) -> Tensor<3> {
         let [_, t] = tokens_bt.dims();
+        // A tied head shares the table as this pass uses it.
+        let table_vd = self.table();
+        let x_btd = self.look_up(table_vd.clone(), tokens_bt);
+        let x_btd = self.decode(x_btd, t, caches);
+        self.logits(x_btd, || table_vd)
+    }
+
+    /// What the layers see of tokens `[B, T]`: `[B, T, D]`, or the part of it that a rank has.
+    ///
+    /// # Panics
+    /// It is not the first piece.
+    pub fn embed(&self, tokens_bt: Tensor<2, Int>) -> Tensor<3> {
+        self.look_up(self.table(), tokens_bt)
+    }
+
+    /// Through the layers of this piece, of sequences of `t` tokens. With caches (one a layer) they follow those that the caches
+    /// hold.
+    pub fn decode(&self, x_btd: Tensor<3>, t: usize, caches: Option<&mut [KvCache]>) -> Tensor<3> {
         let start = caches.as_ref().and_then(|caches| caches.first()).map_or(0, KvCache::len);
         let positions = Positions::new(&self.config, start, t);
-        let table_vd = self.model.embed_tokens.table();
-        let rows = self.rows.as_ref().map(|some| &some.rows);
-        let mut x_btd = self.model.embed_tokens.look_up(table_vd.clone(), tokens_bt, rows);
         let mut caches = caches.map(<[KvCache]>::iter_mut);
-        for block in &self.model.layers {
-            x_btd = block.forward(x_btd, &positions, caches.as_mut().and_then(Iterator::next));
-        }
-        let x_btd = self.model.norm.forward(x_btd);
-        match &self.lm_head {
-            Some(head) => head.forward(x_btd),
-            None => project(x_btd, table_vd),
-        }
+        self.model
+            .layers
+            .iter()
+            .fold(x_btd, |x_btd, block| block.forward(x_btd, &positions, caches.as_mut().and_then(Iterator::next)))
     }
 
     /// The sum over all tokens of the cross entropy between the logits and `targets_bt`, in nats: `[1]`.
+    ///
+    /// # Panics
+    /// It is a piece of a model.
     pub fn loss(&self, tokens_bt: Tensor<2, Int>, targets_bt: Tensor<2, Int>) -> Tensor<1> {
-        let [b, t] = tokens_bt.dims();
-        let logits_btv = self.forward(tokens_bt, None);
-        let [_, _, v] = logits_btv.dims();
+        self.loss_of(self.forward(tokens_bt, None), targets_bt)
+    }
+
+    /// The same, of what came out of the last layer.
+    ///
+    /// # Panics
+    /// It is not the last piece.
+    pub fn loss_behind(&self, x_btd: Tensor<3>, targets_bt: Tensor<2, Int>) -> Tensor<1> {
+        self.loss_of(self.logits(x_btd, || self.table()), targets_bt)
+    }
+
+    fn table(&self) -> Tensor<2> {
+        self.model.embed_tokens.as_ref().expect("this piece has the table").table()
+    }
+
+    fn look_up(&self, table_vd: Tensor<2>, tokens_bt: Tensor<2, Int>) -> Tensor<3> {
+        let rows = self.rows.as_ref().map(|some| &some.rows);
+        self.model.embed_tokens.as_ref().expect("this piece has the table").look_up(table_vd, tokens_bt, rows)
+    }
+
+    fn logits(&self, x_btd: Tensor<3>, table: impl FnOnce() -> Tensor<2>) -> Tensor<3> {
+        let x_btd = self.model.norm.as_ref().expect("this is the last piece").forward(x_btd);
+        match &self.lm_head {
+            Some(head) => head.forward(x_btd),
+            None => project(x_btd, table()),
+        }
+    }
+
+    fn loss_of(&self, logits_btv: Tensor<3>, targets_bt: Tensor<2, Int>) -> Tensor<1> {
+        let ([b, t, v], [rows, columns]) = (logits_btv.dims(), targets_bt.dims());
+        assert_eq!((b, t), (rows, columns), "a target for every token");
         let (logits_nv, targets_n) = (logits_btv.reshape([b * t, v]), targets_bt.reshape([b * t]));
         match &self.rows {
             None => cross_entropy(logits_nv, targets_n),

@@ -1,11 +1,11 @@
 //! Which part of a model a rank has.
 
+use std::ops::Range;
+
 use parallel::data::Parameter;
 use parallel::mesh::{Axis, Coordinates, Mesh, cut, key_value_heads};
 use parallel::pipeline::Pipeline;
-use parallel::pipeline::split::{LayerCosts, SplitError, split};
 
-use super::time;
 use crate::model::Config;
 
 /// One rank's part.
@@ -20,7 +20,7 @@ pub struct Part {
     /// Where this rank is.
     pub at: Coordinates,
     /// Layers of each of its pieces.
-    pub layers: Vec<std::ops::Range<usize>>,
+    pub layers: Vec<Range<usize>>,
     /// Query heads of a layer.
     pub heads: usize,
     /// Key and value heads of a layer.
@@ -32,22 +32,14 @@ pub struct Part {
 }
 
 impl Part {
-    /// The part of `rank`, where layers are shared out by their operations.
-    ///
-    /// # Errors
-    /// Too few layers.
-    pub fn new(config: &Config, mesh: Mesh, pipeline: Pipeline, rank: usize) -> Result<Self, SplitError> {
+    /// The part of `rank`; `pieces` are the layers of every piece.
+    #[must_use]
+    pub fn new(config: &Config, mesh: Mesh, pipeline: Pipeline, pieces: &[Range<usize>], rank: usize) -> Self {
         let at = mesh.coordinates(rank);
-        let costs = LayerCosts {
-            layers: vec![time::layer_flops(config, config.max_position_embeddings) as u64; config.num_hidden_layers],
-            before: 0,
-            after: time::head_flops(config) as u64,
-        };
-        let pieces = split(&costs, pipeline.pieces())?;
         let own =
             (0..pipeline.virtual_stages()).map(|piece| pieces[pipeline.place(at.on(Axis::Pipeline), piece)].clone());
         let (tensor, of) = (at.on(Axis::Tensor), mesh.size(Axis::Tensor));
-        Ok(Self {
+        Self {
             layers: own.collect(),
             heads: cut(config.num_attention_heads, tensor, of).len(),
             key_value_heads: key_value_heads(config.num_key_value_heads, tensor, of).len(),
@@ -57,7 +49,7 @@ impl Part {
             mesh,
             pipeline,
             at,
-        })
+        }
     }
 
     /// Whether it has the first layer, and with it the embedding.

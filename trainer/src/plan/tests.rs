@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::search::search;
 use super::*;
+use crate::cut::Cut;
 
 fn recipe(more: &str) -> Recipe {
     let text = format!(
@@ -37,8 +38,14 @@ proptest! {
         let mesh = Mesh::new(1, stages, tensor).expect("a mesh");
         let pipeline = Pipeline::new(Kind::OneForwardOneBackward, stages, 1, 8).expect("a pipeline");
         let mut held = BTreeMap::new();
+        let pieces = pieces(&config, 32, stages, None).expect("enough layers");
+        let cut = Cut::of(mesh, Kind::OneForwardOneBackward, pieces.clone());
         for rank in 0..mesh.ranks() {
-            for parameter in Part::new(&config, mesh, pipeline, rank).expect("a part").parameters() {
+            let parameters = Part::new(&config, mesh, pipeline, &pieces, rank).parameters();
+            // What is planned is what a run has.
+            let run: Vec<_> = cut.parts(&config, rank).expect("small").iter().map(|part| part.parameter()).collect();
+            prop_assert_eq!(&parameters, &run);
+            for parameter in parameters {
                 *held.entry(parameter.name.clone()).or_insert(0) += parameter.elements();
             }
         }
@@ -61,9 +68,9 @@ fn one_rank_sends_nothing_and_a_mesh_that_no_run_has_is_said_to_be_none() {
     assert_eq!((one.ranks.len(), one.ranks[0].sent, one.codec), (1, Sent::default(), None));
     assert!(one.not_runnable.is_empty());
     let all = plan(Shape { sharded: Some(Codec::Int8), ..shape(2, 2, 2) });
-    let why = ["no run has stages yet", "parts of a model travel as they are, not as int8 differences"];
-    assert_eq!(all.not_runnable, why);
-    for can in [shape(2, 1, 1), shape(1, 1, 2), Shape { sharded: Some(Codec::Fp32), ..shape(2, 1, 2) }] {
+    assert_eq!(all.not_runnable, ["parts of a model travel as they are, not as int8 differences"]);
+    for can in [shape(2, 1, 1), shape(1, 1, 2), shape(2, 2, 2), Shape { sharded: Some(Codec::Fp32), ..shape(2, 1, 2) }]
+    {
         assert!(plan(can).not_runnable.is_empty(), "{can:?}");
     }
 }
@@ -126,11 +133,12 @@ fn a_search_keeps_the_step_and_says_what_can_be_run() {
     assert!(found.plans.iter().all(|plan| plan.sequences == 16 && plan.mesh.ranks() == 8));
     let step_s = |plan: &Plan| plan.time.expect("a time").step_s;
     assert!(found.plans.windows(2).all(|pair| step_s(&pair[0]) <= step_s(&pair[1])));
-    let runnable: Vec<String> =
-        found.plans.iter().filter(|plan| plan.not_runnable.is_empty()).map(|plan| plan.mesh.to_string()).collect();
-    let runs = |data, tensor| format!("data {data} x pipeline 1 x tensor {tensor}");
-    assert!(runnable.contains(&runs(8, 1)) && runnable.contains(&runs(4, 2)), "{runnable:?}");
-    assert!(runnable.iter().all(|mesh| mesh.contains("pipeline 1 ")), "{runnable:?}");
+    assert!(found.plans.iter().all(|plan| plan.not_runnable.is_empty()), "a run can have all of them");
+    // The control: what it cannot have is told, and stays in the list.
+    let sharded = self::recipe("[optimizer]\nsharded = true\n[compression]\nparameter_codec = \"int8\"\n");
+    let sharded = search(&sharded, &config, 8, None, None).expect("meshes");
+    let runnable = |plan: &&Plan| plan.not_runnable.is_empty();
+    assert_eq!((sharded.plans.len(), sharded.plans.iter().filter(runnable).count()), (10, 1));
     // With too little memory there is none, and with five ranks none keeps the step.
     let none = search(&recipe, &config, 8, None, Some(1)).expect("meshes");
     assert_eq!((none.plans.len(), none.too_large), (0, 10));

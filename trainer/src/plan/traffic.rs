@@ -85,14 +85,17 @@ fn tokens(recipe: &Recipe) -> (usize, usize) {
     (recipe.train.micro_batch_size * recipe.train.seq_len, most)
 }
 
-/// For every piece the activations to the next one and their gradients to the one before; f32.
+/// For every piece the activations to the next one and their gradients to the one before, and a tied table's gradient as f32.
 fn pipeline(recipe: &Recipe, part: &Part) -> usize {
     let (stages, stage) = (part.mesh.size(Axis::Pipeline), part.at.on(Axis::Pipeline));
     if stages == 1 {
         return 0;
     }
     let (tokens, micro_batches) = tokens(recipe);
-    let activation = size_of::<f32>() * tokens * part.config.hidden_size;
+    let activation = match recipe.parallel.activation_codec {
+        Codec::Fp32 => size_of::<f32>() * tokens * part.config.hidden_size,
+        codec => 1 + codec.payload_bytes(tokens * part.config.hidden_size),
+    };
     let of_piece = |piece| {
         let place = part.pipeline.place(stage, piece);
         usize::from(place > 0) + usize::from(place + 1 < part.pipeline.pieces())

@@ -2,10 +2,13 @@
 
 use checkpoint::store::Place;
 use compression::BLOCK;
-use parallel::mesh::{Mesh, MeshFaults, Shape};
+use parallel::mesh::{Mesh, MeshFault, MeshFaults, Shape};
+use parallel::pipeline::split::given;
+use parallel::pipeline::{Pipeline, PipelineError};
 
 use super::fault::{Fault, Origin};
 use super::raw::{Raw, Reader};
+use super::resolved::schedule;
 
 /// Adds every fault between keys. Keys that are at fault themselves have no value, and are left out.
 pub fn all(raw: &Raw, faults: &mut Vec<Fault>) {
@@ -13,6 +16,7 @@ pub fn all(raw: &Raw, faults: &mut Vec<Fault>) {
     data_faults(raw, faults);
     schedule_faults(raw, faults);
     mesh_faults(raw, faults);
+    pipeline_faults(raw, faults);
     share_faults(raw, faults);
     sharding_faults(raw, faults);
     retention_faults(raw, faults);
@@ -122,8 +126,9 @@ fn sharding_faults(raw: &Raw, faults: &mut Vec<Fault>) {
         let what = "expected \"fp32\": without optimizer.sharded no parameters travel, sums of gradients do";
         faults
             .push(Fault::new(raw.origin(name), name, what).help("write `optimizer.sharded = true` to send parameters"));
-    } else if is_lossy && keys.count("parallel.tensor").is_some_and(|ranks| ranks > 1) {
-        let what = "expected \"fp32\" with parallel.tensor above 1: parts of a model travel as they are";
+    } else if is_lossy && ["tensor", "pipeline"].iter().any(|axis| keys.count(&format!("parallel.{axis}")) > Some(1)) {
+        let what =
+            "expected \"fp32\" with parallel.tensor or parallel.pipeline above 1: parts of a model travel as they are";
         faults.push(Fault::new(raw.origin(name), name, what));
     }
 }
@@ -153,29 +158,71 @@ fn schedule_faults(raw: &Raw, faults: &mut Vec<Fault>) {
 /// What the mesh asks of the model, as far as the recipe says it. What comes with `model.from`, and how many tokens the
 /// vocabulary really has, is known later, and checked again.
 fn mesh_faults(raw: &Raw, faults: &mut Vec<Fault>) {
-    let (name, keys) = ("parallel.tensor", Reader(raw));
-    let (Some(data), Some(tensor)) = (keys.count("parallel.data"), keys.count(name)) else { return };
-    let mut add = |found: &MeshFaults| {
-        let all = found.all().iter().map(|fault| Fault::new(raw.origin(name), name, fault.to_string()));
-        faults.extend(all);
+    let keys = Reader(raw);
+    let sizes = ["parallel.data", "parallel.pipeline", "parallel.tensor", "parallel.virtual_stages"];
+    let [Some(data), Some(stages), Some(tensor), Some(virtual_stages)] = sizes.map(|name| keys.count(name)) else {
+        return;
     };
-    let mesh = match Mesh::new(data, 1, tensor) {
+    let mut add = |found: &MeshFaults| {
+        let fault = |fault: &MeshFault| {
+            let name = match fault {
+                MeshFault::VirtualStages { .. } => "parallel.virtual_stages",
+                MeshFault::Layers { .. } => "parallel.pipeline",
+                _ if tensor == 1 && stages > 1 => "parallel.pipeline",
+                _ => "parallel.tensor",
+            };
+            Fault::new(raw.origin(name), name, fault.to_string())
+        };
+        faults.extend(found.all().iter().map(fault));
+    };
+    let mesh = match Mesh::new(data, stages, tensor) {
         Ok(mesh) => mesh,
         Err(found) => return add(&found),
     };
-    let known = |key: &str| keys.count(key).unwrap_or(tensor);
-    let heads = known("model.num_attention_heads");
+    let known = |key: &str, unless: usize| keys.count(key).unwrap_or(unless);
+    let heads = known("model.num_attention_heads", tensor);
     let sequence = keys.flag("parallel.sequence").filter(|&on| on).and_then(|_| keys.count("train.seq_len"));
     let shape = Shape {
         heads,
         key_value_heads: keys.count("model.num_key_value_heads").unwrap_or(heads),
-        layers: known("model.num_hidden_layers"),
-        vocabulary: known("tokenizer.vocab_size"),
-        feed_forward: known("model.intermediate_size"),
+        layers: known("model.num_hidden_layers", stages * virtual_stages),
+        vocabulary: known("tokenizer.vocab_size", tensor),
+        feed_forward: known("model.intermediate_size", tensor),
         sequence,
     };
-    if let Err(found) = mesh.check(mesh.ranks(), &shape, 1) {
+    if let Err(found) = mesh.check(mesh.ranks(), &shape, virtual_stages) {
         add(&found);
+    }
+}
+
+/// What stages ask of layers and micro-batches.
+fn pipeline_faults(raw: &Raw, faults: &mut Vec<Fault>) {
+    let keys = Reader(raw);
+    let (Some(stages), Some(pieces)) = (keys.count("parallel.pipeline"), keys.count("parallel.virtual_stages")) else {
+        return;
+    };
+    let Some(kind) = keys.text("parallel.schedule").and_then(|name| schedule(&name)) else { return };
+    let shares = keys.counts("parallel.micro_batches").or_else(|| Some(vec![keys.count("train.micro_batches")?]));
+    let shares = shares.unwrap_or_else(|| vec![stages]);
+    if let Some(error) = shares.iter().find_map(|&passes| Pipeline::new(kind, stages, pieces, passes).err()) {
+        let name = match error {
+            PipelineError::Groups { .. } if keys.counts("parallel.micro_batches").is_some() => "parallel.micro_batches",
+            PipelineError::Groups { .. } => "train.micro_batches",
+            PipelineError::VirtualStages { .. } => "parallel.virtual_stages",
+            PipelineError::Interleaves { .. } | PipelineError::Empty { .. } => "parallel.schedule",
+        };
+        faults.push(Fault::new(raw.origin(name), name, error.to_string()));
+    }
+    let name = "parallel.layers";
+    if let (Some(layers), Some(counts)) = (keys.count("model.num_hidden_layers"), keys.counts(name))
+        && let Err(error) = given(layers, stages * pieces, &counts)
+    {
+        faults.push(Fault::new(raw.origin(name), name, error.to_string()));
+    }
+    let name = "parallel.activation_codec";
+    if stages == 1 && keys.text(name).is_some_and(|codec| codec != "fp32") {
+        let what = "expected \"fp32\" where parallel.pipeline is 1: nothing travels between stages";
+        faults.push(Fault::new(raw.origin(name), name, what));
     }
 }
 

@@ -6,6 +6,7 @@ use checkpoint::export::Dtype;
 use checkpoint::store::Place;
 use compression::Codec;
 use parallel::mesh::Mesh;
+use parallel::pipeline::Kind;
 
 use super::checks;
 use super::fault::Fault;
@@ -180,7 +181,17 @@ pub struct Schedule {
 pub struct Parallel {
     /// Data-parallel ranks.
     pub data: usize,
-    /// Ranks that hold one model together.
+    /// Stages of a pipeline.
+    pub pipeline: usize,
+    /// In which order they work.
+    pub schedule: Kind,
+    /// Pieces of each stage.
+    pub virtual_stages: usize,
+    /// Layers of every piece, if somebody says.
+    pub layers: Option<Vec<usize>>,
+    /// What travels between stages travels in.
+    pub activation_codec: Codec,
+    /// Ranks that share every layer.
     pub tensor: usize,
     /// Whether they cut sequences too.
     pub sequence: bool,
@@ -211,7 +222,7 @@ impl Parallel {
     /// When the recipe was not checked.
     #[must_use]
     pub fn mesh(&self) -> Mesh {
-        Mesh::new(self.data, 1, self.tensor).expect("a recipe with more ranks than there may be is refused")
+        Mesh::new(self.data, self.pipeline, self.tensor).expect("a recipe with more ranks than there may be is refused")
     }
 }
 
@@ -409,6 +420,11 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
         },
         parallel: Parallel {
             data: keys.count("parallel.data")?,
+            pipeline: keys.count("parallel.pipeline")?,
+            schedule: schedule(&keys.text("parallel.schedule")?)?,
+            virtual_stages: keys.count("parallel.virtual_stages")?,
+            layers: keys.counts("parallel.layers"),
+            activation_codec: Codec::from_name(&keys.text("parallel.activation_codec")?)?,
             tensor: keys.count("parallel.tensor")?,
             sequence: keys.flag("parallel.sequence")?,
             micro_batches: match keys.counts("parallel.micro_batches") {
@@ -460,6 +476,16 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
             temperature: keys.real("export.temperature")?,
         },
     })
+}
+
+/// The schedule of this name.
+pub(super) fn schedule(name: &str) -> Option<Kind> {
+    match name {
+        "gpipe" => Some(Kind::GPipe),
+        "1f1b" => Some(Kind::OneForwardOneBackward),
+        "interleaved" => Some(Kind::Interleaved),
+        _ => None,
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The loss on held-out text.
 
-use burn::tensor::Device;
+use burn::Tensor;
+use burn::tensor::{Device, TensorData};
 use parallel::data::StreamError;
 use parallel::data::engine::Engine;
 use parallel::note::VALUES_MAX;
@@ -9,9 +10,10 @@ use parallel::progress::{Progress, Stage};
 use super::signals::Stop;
 use crate::data::tokens::Tokens;
 use crate::error::Result;
-use crate::model::Config;
-use crate::step::{Batch, plain_model, scalar, sliced_model};
-use crate::tensor::Slice;
+use crate::model::{Config, Llama};
+use crate::pipeline::{self, AHEAD_MAX};
+use crate::replica::Replica;
+use crate::step::{Batch, plain_model, plain_pieces, scalar, values};
 
 /// The sum of the cross entropy over a number of tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,11 +39,7 @@ impl Evaluation {
 /// # Errors
 /// The device fails, or another rank.
 pub fn evaluate(at: &Place<'_>, weights: &[Vec<f32>], tokens: &Tokens, windows: usize) -> Result<Option<Evaluation>> {
-    let model = match at.slice {
-        // The last window may have a number of tokens that cannot be cut.
-        Some(slice) => sliced_model(&slice.with_all_tokens(), at.config, at.device, weights)?,
-        None => plain_model(at.config, at.device, weights),
-    };
+    let computes = Computes::new(at, weights)?;
     let (whole, seq) = (usize::try_from(tokens.windows(at.seq_len)).unwrap_or(usize::MAX), at.seq_len);
     let count = if windows == 0 { whole } else { windows.min(whole) };
     let starts: Vec<usize> = (0..count).map(|i| i * whole / count * seq).collect();
@@ -50,22 +48,21 @@ pub fn evaluate(at: &Place<'_>, weights: &[Vec<f32>], tokens: &Tokens, windows: 
     if windows == 0 && rest > 0 {
         batches.push((vec![whole * seq], rest));
     }
-    // Ranks that hold one model together take the same batches, and have the same sums.
+    // Ranks that hold one model together take the same batches, and one of them says the sums.
     let (rank, ranks) = at.engine.map_or((0, 1), |engine| (engine.group().rank, engine.group().ranks));
-    let replica = at.engine.map_or(1, |engine| engine.members().ranks() / ranks);
+    let (replica, speaker) = at.replica.map_or((1, 0), |replica| (replica.ranks(), replica.speaker()));
     let mut sum = Evaluation { nats: 0.0, tokens: 0 };
     for round in batches.chunks(VALUES_MAX * ranks) {
         let mut own = Vec::new();
-        for (starts, length) in round.iter().skip(rank).step_by(ranks) {
+        let mine: Vec<&(Vec<usize>, usize)> = round.iter().skip(rank).step_by(ranks).collect();
+        for some in mine.chunks(computes.at_once()) {
             at.progress.enter(Stage::Evaluating);
             if at.stops()? {
                 own.clear();
                 break;
             }
-            let [inputs, targets] = batch(tokens, starts, *length).tensors(at.device);
-            let loss = model.loss(inputs, targets);
-            at.slice.map_or(Ok(()), |slice| slice.check(at.step))?;
-            own.push(scalar(loss, at.step)?);
+            let some: Vec<Batch> = some.iter().map(|(starts, length)| batch(tokens, starts, *length)).collect();
+            own.extend(computes.losses(at, &some)?);
         }
         at.progress.enter(Stage::Waiting);
         let all = match at.engine {
@@ -73,7 +70,7 @@ pub fn evaluate(at: &Place<'_>, weights: &[Vec<f32>], tokens: &Tokens, windows: 
             None => vec![own],
         };
         // A rank that was asked to stop has sent fewer than its share.
-        let all: Vec<&Vec<f64>> = all.iter().step_by(replica).collect();
+        let all: Vec<&Vec<f64>> = all.iter().skip(speaker).step_by(replica).collect();
         let whole = (0..ranks).all(|rank| all[rank].len() == round.iter().skip(rank).step_by(ranks).count());
         if !whole {
             return Ok(None);
@@ -103,8 +100,8 @@ pub struct Place<'a> {
     pub stop: &'a Stop,
     /// The way to the other ranks, if there are any.
     pub engine: Option<&'a Engine>,
-    /// This rank's slice of the model, where several hold it together.
-    pub slice: Option<&'a Slice>,
+    /// The other ranks that hold this model, where several hold it together.
+    pub replica: Option<&'a Replica>,
     /// How far this rank is.
     pub progress: &'a Progress,
 }
@@ -112,10 +109,74 @@ pub struct Place<'a> {
 impl Place<'_> {
     /// Whether this rank was asked to stop, or another one that holds the same model: they stop at the same batch.
     fn stops(&self) -> Result<bool> {
-        match self.slice {
-            Some(slice) => slice.any("evaluate/stop", self.stop.asked()),
+        match self.replica {
+            Some(replica) => replica.any("evaluate/stop", self.stop.asked()),
             None => Ok(self.stop.asked()),
         }
+    }
+}
+
+/// What computes losses: the model, or what this rank has of it.
+struct Computes {
+    pieces: Vec<Llama>,
+    replica: Option<Replica>,
+}
+
+impl Computes {
+    fn new(at: &Place<'_>, weights: &[Vec<f32>]) -> Result<Self> {
+        // The last window may have a number of tokens that cannot be cut.
+        let replica = at.replica.map(Replica::with_all_tokens);
+        let pieces = match &replica {
+            Some(replica) => plain_pieces(replica, at.config, at.device, weights)?,
+            None => vec![plain_model(at.config, at.device, weights)],
+        };
+        Ok(Self { pieces, replica })
+    }
+
+    /// Batches between two places at which somebody may ask to stop.
+    fn at_once(&self) -> usize {
+        if self.stage().is_some() { AHEAD_MAX } else { 1 }
+    }
+
+    fn stage(&self) -> Option<&pipeline::Stage> {
+        self.replica.as_ref().and_then(Replica::stage)
+    }
+
+    /// The loss of each batch, in nats; nothing where another rank of the replica says it.
+    fn losses(&self, at: &Place<'_>, batches: &[Batch]) -> Result<Vec<f64>> {
+        let mut losses = Vec::new();
+        let check = || self.replica.as_ref().map_or(Ok(()), |replica| replica.check(at.step));
+        let Some(stage) = self.stage() else {
+            for batch in batches {
+                let [inputs, targets] = batch.tensors(at.device);
+                let loss = self.pieces[0].loss(inputs, targets);
+                check()?;
+                losses.push(scalar(loss, at.step)?);
+            }
+            return Ok(losses);
+        };
+        let length = |batch: &Batch| batch.targets.len() / batch.rows;
+        let elements = |number: usize| batches[number].targets.len() * at.config.hidden_size;
+        stage.forward(batches.len(), elements, |action, input| {
+            let (batch, model) = (&batches[action.micro_batch], &self.pieces[action.piece]);
+            let [inputs, targets] = batch.tensors(at.device);
+            let shape = [batch.rows, length(batch), at.config.hidden_size];
+            let x = match input {
+                Some(values) => Tensor::from_data(TensorData::new(values, shape), at.device),
+                None => model.embed(inputs),
+            };
+            let y = model.decode(x, length(batch), None);
+            let out = match model.piece().last {
+                true => {
+                    losses.push(scalar(model.loss_behind(y, targets), at.step)?);
+                    None
+                }
+                false => Some(values(y, at.step)?),
+            };
+            check()?;
+            Ok(out)
+        })?;
+        Ok(losses)
     }
 }
 

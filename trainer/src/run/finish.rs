@@ -30,7 +30,9 @@ pub(super) fn finish(run: &Run, folder: Option<&Folder>) -> Result<bool> {
     run.stepper.progress().enter(Stage::Ending);
     // What is exported is what owners have; all others compute with replicas of it.
     let masters = match &run.group {
-        Some(group) if run.recipe.export.at_end => sharding::gather(&group.sums, &run.config.parameters(), &run.state)?,
+        Some(group) if run.recipe.export.at_end => {
+            sharding::gather(&group.sums, run.stepper.plan().parameters(), &run.state)?
+        }
         _ => None,
     };
     if let Some(group) = &run.group {

@@ -219,7 +219,7 @@ impl Run {
             bytes.try_into().ok()
         };
         let hashes: Vec<_> = all.iter().map(hash).collect();
-        same_parameters(&hashes, self.stepper.replica(), self.state.step)
+        same_parameters(&hashes, self.stepper.places(), self.state.step)
     }
 
     /// Waits until no checkpoint is under way. Everybody's heartbeat bounds it.

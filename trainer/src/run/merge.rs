@@ -22,12 +22,18 @@ impl Run {
     /// # Errors
     /// A rank is lost.
     pub(super) fn merge(&mut self, keeps: bool) -> Result<()> {
-        let Some(slice) = self.stepper.slice() else { return Ok(()) };
+        let Some(replica) = self.stepper.replica() else { return Ok(()) };
         assert!(self.stepper.is_settled(), "the parameters are of the step before");
         self.stepper.progress().enter(Stage::Ending);
-        let mut weights = vec![Vec::new(); self.state.weights.len()];
+        let parameters = self.config.parameters();
+        let mut weights = vec![Vec::new(); parameters.len()];
+        let own = |name: &str| -> &[f32] {
+            let place = self.stepper.plan().parameters().iter().position(|own| own.name == name);
+            place.map_or(&[], |place| &self.state.weights[place])
+        };
         let hash = hash_of(&self.config, |index, hasher| {
-            let whole = slice.whole(index, &self.state.weights[index])?;
+            let name = &parameters[index].name;
+            let whole = replica.whole(name, own(name))?;
             hasher.add(&whole);
             if keeps {
                 weights[index] = whole;
@@ -40,7 +46,7 @@ impl Run {
 
     /// BLAKE3 of all parameters; `None` where ranks hold parts of them, and have not put them together.
     pub(super) fn parameter_hash(&self) -> Option<String> {
-        let hash = match (&self.merged, self.stepper.slice()) {
+        let hash = match (&self.merged, self.stepper.replica()) {
             (Some(merged), _) => merged.hash,
             (None, Some(_)) => return None,
             (None, None) => self.state.parameter_hash(&self.config),

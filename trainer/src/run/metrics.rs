@@ -49,6 +49,9 @@ pub struct Line {
     pub wait_s: f64,
     /// What no computing hid: the same as `wait_s`.
     pub exposed_s: f64,
+    /// Waiting for activations and gradients of other stages; null where there are none.
+    #[serde(default)]
+    pub stage_wait_s: Option<f64>,
     /// Part of the gradients' way in which nobody waited; null where none ended in this step.
     pub overlap: Option<f64>,
     /// Bytes sent to peers since the line before this one; 0 with one rank.
@@ -238,6 +241,7 @@ mod tests {
             encode_s: 0.0,
             wait_s: 0.0,
             exposed_s: 0.0,
+            stage_wait_s: None,
             overlap: None,
             wire_bytes_sent: 0,
             wire_bytes_received: 0,

@@ -36,6 +36,7 @@ use super::save::same_text;
 use super::signals::{Manner, Stop};
 use super::trace::Tracing;
 use super::{Left, Request, Run, upload};
+use crate::cut::Cut;
 use crate::data::{self, Data};
 use crate::device;
 use crate::error::{Error, Result};
@@ -49,7 +50,6 @@ use crate::state::mesh::Mesh;
 use crate::state::sharding::Sharding;
 use crate::state::{self, State};
 use crate::step::Stepper;
-use crate::tensor::parts::parts;
 use crate::weights::Weights;
 
 use books::Books;
@@ -85,19 +85,19 @@ pub fn train(request: Request) -> Result<Left> {
         None => Newest::default(),
     };
     let ready = prepare(&request, newest.as_ref())?;
-    let whole = parts(&ready.config, 0, 1)?;
+    let whole = Cut::new(&request.recipe, &ready.config)?.parts(&ready.config, 0)?;
     let begun = ready.begin(&request, (newest.as_ref(), loaded), (&whole, Sharding::NONE))?;
     let resumed = existing.is_some();
     let (folder, changed) = match existing {
         Some(existing) => existing,
         None => (Folder::create(&runs, &request.name)?, Vec::new()),
     };
-    let mesh = Mesh { data: 1, tensor: 1, group: 1, hosts: vec![host()] };
+    let mesh = Mesh { data: 1, pipeline: 1, tensor: 1, group: 1, hosts: vec![host()] };
     let open = || {
         folder.keep_recipe(&request.raw)?;
         request.log.open(&folder.file("logs/rank-0.log"))?;
         let stepper = Stepper::new(&ready.config, &ready.device, request.recipe.parallel.bucket_bytes_max)?;
-        request.tamper.prepare(&stepper);
+        request.tamper.prepare(0, &stepper);
         let restart = Restart { request: &request, mesh: &mesh, rank: 0, others: None };
         let (owed, regained) = restart.owed(newest.as_ref(), stepper.plan())?;
         let owes = owed.has_place();
@@ -417,7 +417,12 @@ pub fn shape(recipe: &Recipe, vocab_size: usize, from: Option<&Weights>) -> Resu
         feed_forward: config.intermediate_size,
         sequence: recipe.parallel.sequence.then_some(recipe.train.seq_len),
     };
-    let fits = mesh.check(mesh.ranks(), &shape, 1);
-    fits.map_err(|faults| Error::Usage(format!("parallel.tensor = {}: {faults}", recipe.parallel.tensor)))?;
+    let fits = mesh.check(mesh.ranks(), &shape, recipe.parallel.virtual_stages);
+    fits.map_err(|faults| {
+        let (stages, tensor) = (recipe.parallel.pipeline, recipe.parallel.tensor);
+        Error::Usage(format!("parallel.pipeline = {stages}, parallel.tensor = {tensor}: {faults}"))
+    })?;
+    // Layers that were given are those of another model.
+    Cut::new(recipe, &config)?;
     Ok(config)
 }

@@ -18,7 +18,10 @@ const RANKS_MAX: usize = parallel::mesh::RANKS_MAX;
 pub struct Mesh {
     /// Data-parallel ranks.
     pub data: usize,
-    /// Ranks that hold one model together.
+    /// Stages of a pipeline.
+    #[serde(default = "one")]
+    pub pipeline: usize,
+    /// Ranks that share every layer.
     #[serde(default = "one")]
     pub tensor: usize,
     /// Ranks of a machine, which add their gradients before these are compressed.
@@ -36,9 +39,10 @@ const fn one() -> usize {
 
 impl fmt::Display for Mesh {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.tensor > 1 {
-            let (data, tensor) = (self.data, self.tensor);
-            return write!(f, "{} ranks, {data} x 1 x {tensor} (data x pipeline x tensor)", data * tensor);
+        if self.replica() > 1 {
+            let Self { data, pipeline, tensor, .. } = self;
+            let ranks = data * self.replica();
+            return write!(f, "{ranks} ranks, {data} x {pipeline} x {tensor} (data x pipeline x tensor)");
         }
         match (self.data, self.group) {
             (1, _) => write!(f, "1 rank"),
@@ -56,20 +60,29 @@ impl Mesh {
     pub fn of(checkpoint: &Checkpoint, meta: &Meta) -> Result<Self> {
         if let Some(mesh) = &meta.mesh {
             let count = |ranks: usize| (1..=RANKS_MAX).contains(&ranks);
-            let sound = count(mesh.data) && count(mesh.tensor) && (1..=mesh.data).contains(&mesh.group);
-            let sound = sound && count(mesh.data * mesh.tensor);
+            let sizes = [mesh.data, mesh.pipeline, mesh.tensor];
+            let sound = sizes.into_iter().all(count) && (1..=mesh.data).contains(&mesh.group);
+            // Each is at most a thousand: the product is no overflow.
+            let sound = sound && count(mesh.data * mesh.replica());
             let what = || format!("expected 1 to {RANKS_MAX} ranks and a group of them, found {mesh}");
             let path = checkpoint.path().join("manifest.json").display().to_string();
             return if sound { Ok(mesh.clone()) } else { Err(Error::Text { path, what: what() }) };
         }
         let recipe = checkpoint.attachment("recipe.toml")?;
         let (raw, _) = raw::read(&String::from_utf8_lossy(&recipe), &[]);
-        let count = |key| Reader(&raw).count(key).unwrap_or(1);
-        let (data, tensor) = (count("parallel.data"), count("parallel.tensor"));
-        Ok(Self { data, tensor, group: count("parallel.group"), hosts: Vec::new() })
+        let count = |key: &str| Reader(&raw).count(key).unwrap_or(1);
+        let [data, pipeline, tensor] = ["data", "pipeline", "tensor"].map(|axis| count(&format!("parallel.{axis}")));
+        Ok(Self { data, pipeline, tensor, group: count("parallel.group"), hosts: Vec::new() })
     }
 
-    /// Whether both leave the same out of the same places, so that nothing has to be cut anew.
+    /// How many ranks hold one model together.
+    #[must_use]
+    pub const fn replica(&self) -> usize {
+        self.pipeline * self.tensor
+    }
+
+    /// Whether both leave the same out of the same places, so that nothing has to be cut anew. Which stage a layer is on
+    /// changes nothing of that.
     #[must_use]
     pub fn cuts_like(&self, other: &Self) -> bool {
         (self.data, self.tensor, self.group) == (other.data, other.tensor, other.group)
@@ -78,7 +91,7 @@ impl Mesh {
     /// The host of a data-parallel rank, of the first of those that hold its model together, for people.
     #[must_use]
     pub fn host_of(&self, data: usize) -> &str {
-        self.hosts.get(data * self.tensor).map_or("a machine that the checkpoint does not name", String::as_str)
+        self.hosts.get(data * self.replica()).map_or("a machine that the checkpoint does not name", String::as_str)
     }
 }
 
@@ -97,7 +110,7 @@ impl Recut {
     /// The fields of its event.
     #[must_use]
     pub fn fields(&self) -> Value {
-        let of = |mesh: &Mesh| json!({ "data": mesh.data, "group": mesh.group, "tensor": mesh.tensor });
+        let of = |mesh: &Mesh| json!({ "data": mesh.data, "group": mesh.group, "pipeline": mesh.pipeline, "tensor": mesh.tensor });
         let residuals = if self.folded { "folded" } else { "none" };
         json!({ "before": of(&self.before), "after": of(&self.after), "residuals": residuals })
     }
@@ -106,7 +119,7 @@ impl Recut {
 impl fmt::Display for Recut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { before, after, folded } = self;
-        let left = match (folded, after.data * after.tensor) {
+        let left = match (folded, after.data * after.replica()) {
             (false, _) => "nothing was left out of its gradients",
             (true, 1) => "what had been left out of gradients is added to the next one that counts",
             (true, _) => "what had been left out of gradients was added up, and each rank goes on with its share",

@@ -42,6 +42,8 @@ pub struct Report {
     /// Seconds that this rank did nothing but wait: after its last backward pass for the votes, and for sums that it
     /// needed, of this step or of the one before.
     pub wait_s: f64,
+    /// Seconds that this rank waited for activations and gradients of other stages; `None` where there are none.
+    pub stage_wait_s: Option<f64>,
     /// The part of the way of the gradients in which the model computed, of those whose way ended in this step; `None` where
     /// none did.
     pub overlap: Option<f64>,
@@ -80,6 +82,7 @@ impl Report {
             slowest_compute_s: ballots[slowest].compute_s,
             encode_s: 0.0,
             wait_s: voted.wait_s,
+            stage_wait_s: None,
             overlap: None,
             wire: Counted::default(),
             window_s: None,

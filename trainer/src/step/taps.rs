@@ -8,14 +8,17 @@ use parallel::data::{Gradient, GradientStream};
 use parallel::tap::Emit;
 use parallel::tensor::TensorGroup;
 
+use super::staged::Table;
 use crate::error::Result;
-use crate::model::{Config, Hook, Leaf, Llama, Values};
+use crate::model::{Config, Hook, Leaf, Llama, Piece, Values};
+use crate::replica::Replica;
 use crate::tensor::Slice;
 
-/// A hook for every parameter of the plan.
-pub(super) fn hooks(stream: &Arc<GradientStream>, slice: Option<&Slice>) -> Vec<Hook> {
+/// A hook for every parameter of the plan. `table` is a tied one, whose gradient another stage has too.
+pub(super) fn hooks(stream: &Arc<GradientStream>, slice: Option<&Slice>, table: Option<&Arc<Table>>) -> Vec<Hook> {
     let hook = |(index, parameter): (usize, &parallel::data::Parameter)| {
-        let take = Take { stream: stream.clone(), index, sums: summed(slice, &parameter.name) };
+        let table = table.filter(|table| table.index == index).cloned();
+        let take = Take { stream: stream.clone(), index, sums: summed(slice, &parameter.name), table };
         let emit = match parameter.shape.len() {
             1 => Emit::new::<1>(move |gradient| take.gradient(gradient)),
             _ => Emit::new::<2>(move |gradient| take.gradient(gradient)),
@@ -31,6 +34,8 @@ struct Take {
     index: usize,
     /// The ranks that have the rest of this gradient, and where in the program they meet.
     sums: Option<(TensorGroup, String)>,
+    /// Where it waits for the end of the step, if another stage has the rest of it.
+    table: Option<Arc<Table>>,
 }
 
 impl Take {
@@ -39,7 +44,13 @@ impl Take {
             Some((group, site)) => group.sum(gradient, site),
             None => gradient,
         };
-        take(&self.stream, self.index, gradient)
+        match &self.table {
+            Some(table) => {
+                self.stream.read(self.index, gradient, |values| table.add(values));
+                None
+            }
+            None => take(&self.stream, self.index, gradient),
+        }
     }
 }
 
@@ -63,17 +74,23 @@ pub fn plain_model(config: &Config, device: &Device, weights: &[Vec<f32>]) -> Ll
     })
 }
 
-/// The same of a slice, whose ranks run it together.
+/// The same of what a rank of a replica holds, piece by piece, whose ranks run it together.
 ///
 /// # Errors
 /// A model whose parameters do not fit the address space.
-pub fn sliced_model(slice: &Slice, config: &Config, device: &Device, weights: &[Vec<f32>]) -> Result<Llama> {
-    let parts = slice.parts()?;
-    let mut weights = weights.iter().zip(&parts);
-    let model = Llama::build(config, device, &mut |name, _| {
-        let (values, part) = weights.next().expect("one vector for each parameter of the list");
-        let values = Values::Now(TensorData::new(values.clone(), part.parameter().shape));
-        Leaf { values, hook: Hook::default().then(slice.after(name)) }
-    });
-    Ok(model.over(Some(slice.rows())))
+pub fn plain_pieces(replica: &Replica, config: &Config, device: &Device, weights: &[Vec<f32>]) -> Result<Vec<Llama>> {
+    let (parts, slice) = (replica.parts()?, replica.slice());
+    let build = |piece: &Piece| {
+        let model = Llama::build_piece(config, piece.clone(), device, &mut |name, _| {
+            let found = weights.iter().zip(&parts).find(|(_, part)| part.whole.name == name);
+            let (values, part) = found.expect("one vector for each parameter of this rank's pieces");
+            let values = Values::Now(TensorData::new(values.clone(), part.parameter().shape));
+            Leaf { values, hook: Hook::default().then(slice.and_then(|slice| slice.after(name))) }
+        });
+        model.over(slice.map(Slice::rows))
+    };
+    Ok(match replica.stage() {
+        Some(stage) => stage.pieces().iter().map(build).collect(),
+        None => vec![build(&Piece::whole(config))],
+    })
 }

@@ -13,7 +13,7 @@ use super::{State, owned};
 use crate::optimizer::{self, AdamW};
 
 /// A wait that is shorter is none, for the trace.
-const WAIT_S_MIN: f64 = 1e-4;
+pub(super) const WAIT_S_MIN: f64 = 1e-4;
 /// Elements that are updated at a time.
 pub(super) const PIECE: usize = 1 << 18;
 
@@ -54,6 +54,13 @@ pub(super) struct Ended {
     pub(super) complete: Complete,
     pub(super) spent: Spent,
     pub(super) due: Due,
+}
+
+impl Ended {
+    /// Seconds of waiting for sums and of the optimiser.
+    pub(super) fn spent_s(&self) -> f64 {
+        self.spent.wait_s + self.spent.update_s
+    }
 }
 
 /// One parameter and its moments.

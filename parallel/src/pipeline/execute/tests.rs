@@ -112,7 +112,7 @@ fn nobody() -> Sink {
     Arc::new(|_| {})
 }
 
-type Ended = Result<(), ExecuteError<&'static str>>;
+type Ended = Result<Duration, ExecuteError<&'static str>>;
 
 /// One stage's step, as `does` has it computed.
 fn step(
@@ -122,7 +122,7 @@ fn step(
 ) -> Ended {
     let all: Vec<usize> = (0..pipeline.stages()).collect();
     let group = collectives.sub_group(&all).expect("all of them");
-    execute(pipeline, Way { group: &group, site: "step", elements: ELEMENTS }, does)
+    execute(pipeline, Way { group: &group, site: "step", elements: ELEMENTS, codec: Codec::Fp32 }, does)
 }
 
 /// Ranks as threads on a channel. Rank `victim` fails at its action of this number, and the others are told.
@@ -262,7 +262,9 @@ fn a_group_of_other_ranks_and_activations_without_room_are_refused() {
     let nothing = |_: Action, _: Option<Vec<f32>>| -> Result<Option<Vec<f32>>, &str> { panic!("nothing is computed") };
     let try_with = |members: &[usize], elements| {
         let group = collectives.sub_group(members).expect("some");
-        execute(pipeline, Way { group: &group, site: "step", elements }, nothing).expect_err("refused").to_string()
+        execute(pipeline, Way { group: &group, site: "step", elements, codec: Codec::Fp32 }, nothing)
+            .expect_err("refused")
+            .to_string()
     };
     assert_eq!(try_with(&[0], 1), "a pipeline of 2 stages over 1 ranks");
     let said = try_with(&[0, 1], 1 << 25);

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use indicatif::{DecimalBytes, HumanBytes};
 use parallel::mesh::Axis;
+use parallel::pipeline::split::LayerCosts;
 
 use crate::device;
 use crate::plan::search::Found;
@@ -42,6 +43,9 @@ pub(super) fn plan(plan: &Plan, recipe: &Recipe, figures: Option<&Figures>) -> S
         }
     }
     let _ = writeln!(text, "\na checkpoint: {}", DecimalBytes(plan.checkpoint_bytes as u64));
+    if plan.layers.len() > 1 {
+        let _ = writeln!(text, "layers of the pipeline's pieces: {:?}", plan.layers);
+    }
     if plan.bubble > 0.0 {
         let _ = writeln!(text, "pipeline bubble: {:.1} % of the time in which a stage computes", 100.0 * plan.bubble);
     }
@@ -63,6 +67,17 @@ pub(super) fn plan(plan: &Plan, recipe: &Recipe, figures: Option<&Figures>) -> S
         }
     }
     text
+}
+
+/// What was measured of layers, and which split that makes.
+pub(super) fn split((costs, layers): &(LayerCosts, Vec<usize>)) -> String {
+    let ms = |ns: u64| ns as f64 / 1e6;
+    format!(
+        "measured of a micro-batch: a layer {:.2} ms, the embedding {:.2} ms, the head {:.2} ms; by that parallel.layers = {layers:?}\n",
+        ms(costs.layers[0]),
+        ms(costs.before),
+        ms(costs.after)
+    )
 }
 
 /// Ranks whose plans are the same to a hundredth, by the first of them.

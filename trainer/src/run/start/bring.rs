@@ -102,7 +102,8 @@ fn copies(remote: &Remote, there: &[At], step: u64) -> Result<Copies> {
     }
     // What an older version wrote has one axis.
     let on = |axis: &str| first.as_ref().and_then(|first| first.state.pointer("/mesh")?.get(axis)?.as_u64());
-    let ranks = on("data").map_or(0, |data| data.saturating_mul(on("tensor").unwrap_or(1)));
+    let ranks = on("data")
+        .map_or(0, |data| data.saturating_mul(on("pipeline").unwrap_or(1)).saturating_mul(on("tensor").unwrap_or(1)));
     let is_there =
         |&rank: &usize| [layout::shard(rank), layout::packed_shard(rank)].iter().any(|name| files.contains(name));
     // No run has more, whatever stands there.

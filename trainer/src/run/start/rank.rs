@@ -25,10 +25,12 @@ use super::newest::{self, Loaded, SetAside};
 use super::restart::{self, Restart};
 use super::share::{f32_bytes, sharding, share};
 use super::{Begun, Books, Parts, Ready, begin_trace, bring, make_runs, peek, prepare, retention, work};
+use crate::cut::Cut;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::log::say;
 use crate::recipe::resolved::CodecChoice;
+use crate::replica::Replica;
 use crate::run::codec::Codecs;
 use crate::run::folder::Folder;
 use crate::run::group::Group;
@@ -39,8 +41,6 @@ use crate::run::{Ended, Left, Request, Run, upload};
 use crate::state::mesh::Mesh;
 use crate::state::{self, Share};
 use crate::step::Stepper;
-use crate::tensor::Slice;
-use crate::tensor::parts::parts;
 
 /// Trains as one rank of several.
 ///
@@ -163,7 +163,8 @@ fn hold(
         // A lead's writer puts the folder in order: what was set aside counts under its own name from then on.
         let member = Member { rank: 0, lead: true };
         drop(Writer::member(Arc::new(RealDisk), folder.checkpoints(), Vec::new(), member, retention(&request.recipe))?);
-        let keeps_all = request.recipe.parallel.tensor == 1 && request.recipe.optimizer.sharded.is_none();
+        let keys = &request.recipe.parallel;
+        let keeps_all = keys.mesh().ranks() == keys.data && request.recipe.optimizer.sharded.is_none();
         let newest = newest::newest(&folder, request.resume_from_earlier, keeps_all)?;
         (set_aside, loaded) = (newest.set_aside, newest.loaded);
         let verified = newest.checkpoint.map(|newest| newest.step());
@@ -304,15 +305,15 @@ fn connect(
     let open = |_| Checkpoint::open(&checkpoints.join(checkpoint::layout::committed(from)));
     let explain = |error| newest::explain(&request.name, from, error);
     let newest = met.start.from.as_ref().map(open).transpose().map_err(|error| explain(error.into()))?;
-    let axes = recipe.parallel.mesh();
-    let at = |axis| (axes.coordinates(rank).on(axis), axes.size(axis));
-    let ((data, replicas), (slice, slices)) = (at(Axis::Data), at(Axis::Tensor));
-    let (parts, sharding) = (parts(&ready.config, slice, slices)?, sharding(recipe, data, replicas));
+    let cut = Cut::new(recipe, &ready.config)?;
+    let axes = cut.mesh();
+    let (data, replicas) = (axes.coordinates(rank).on(Axis::Data), axes.size(Axis::Data));
+    let (parts, sharding) = (cut.parts(&ready.config, rank)?, sharding(recipe, data, replicas));
     let begun = ready.begin(request, (newest.as_ref(), loaded), (&parts, sharding)).map_err(explain)?;
     let held = newest.as_ref().map(state::held).transpose()?.unwrap_or_default();
     let one_machine = recipe.parallel.group == replicas;
     let codec = if one_machine { CodecChoice::Fixed(Codec::Fp32) } else { recipe.compression.codec };
-    let share = share((met, &ready.config), (axes, rank, sharding), codec, (recipe.checkpoint.residuals, held))?;
+    let share = share((met, &ready.config), (&cut, rank, sharding), codec, (recipe.checkpoint.residuals, held))?;
     let mesh = restart::mesh(recipe, &met.start);
     // What was measured with other ranks says nothing of these.
     let others = newest.as_ref().map(|newest| restart::is_of_others(newest, &mesh)).transpose()?.unwrap_or(false);
@@ -323,8 +324,8 @@ fn connect(
     let codec = codecs.as_ref().map_or(Codec::Fp32, |codecs| codecs.codec(begun.state.step + 1));
     let plan = Plan::of_parts(parts, recipe.parallel.bucket_bytes_max);
     let plan = Arc::new(plan.map_err(|error| Error::Usage(error.to_string()))?);
-    // Between slices other things travel too.
-    let f32_bytes = (replicas > 1 && slices == 1).then(|| f32_bytes(&plan, data, replicas));
+    // Between parts of a model other things travel too.
+    let f32_bytes = (replicas > 1 && replicas == axes.ranks()).then(|| f32_bytes(&plan, data, replicas));
     let mut exchange = exchange(request, plan.clone(), group(recipe, (axes, rank), met), codec)?;
     // The lead's writer puts the folder in order before any other rank can write: all wait for each other below.
     let member = Member { rank, lead: met.lead_of[rank] == rank };
@@ -351,9 +352,10 @@ fn connect(
     let members = Members::new(rank, share.ranks, &axes.group(Axis::Data, rank));
     let engine = Engine::start_among((exchange, members), transport.clone(), inbox, joined.progress.clone())
         .map_err(Error::io("start a thread in", "this process"))?;
-    let slice = Slice::new(&collectives, (axes, rank), &ready.config, recipe.parallel.sequence)?;
-    let stepper = Stepper::across(&ready.config, &ready.device, engine, slice).traced(trace);
-    request.tamper.prepare(&stepper);
+    let keys = (recipe.parallel.sequence, recipe.parallel.activation_codec);
+    let replica = Replica::new(&collectives, (cut, rank), &ready.config, keys)?;
+    let stepper = Stepper::across(&ready.config, &ready.device, engine, replica).traced(trace);
+    request.tamper.prepare(rank, &stepper);
     let mut books = match folder {
         Some(folder) if rank == 0 => Some(Books::of_ranks(
             request,

@@ -74,9 +74,9 @@ impl Restart<'_> {
     ) -> Result<Regained> {
         let before = Mesh::of(newest, &state::meta(newest)?)?;
         let mut lost = Vec::new();
-        if has_some && self.mesh.tensor > 1 {
+        if has_some && self.mesh.replica() > 1 {
             let (checkpoint, after, twice) = (newest, self.mesh, self.request.tamper.fold_twice);
-            Slices { checkpoint, before: &before, folded, after, data: self.rank / after.tensor, twice }
+            Slices { checkpoint, before: &before, folded, after, data: self.rank / after.replica(), twice }
                 .restore(plan, take)?;
         } else if has_some {
             let way = Way {
@@ -138,8 +138,8 @@ impl Books {
 /// All ranks, as checkpoints name them.
 pub fn mesh(recipe: &Recipe, start: &Start) -> Mesh {
     let hosts = start.peers.iter().map(|peer| peer.host.clone()).collect();
-    let Parallel { data, tensor, group, .. } = recipe.parallel;
-    Mesh { data, tensor, group, hosts }
+    let Parallel { data, pipeline, tensor, group, .. } = recipe.parallel;
+    Mesh { data, pipeline, tensor, group, hosts }
 }
 
 /// Whether a checkpoint is of other ranks than these.

@@ -4,8 +4,9 @@ use compression::Codec;
 use parallel::data::Part;
 use parallel::data::plan::{Parameter, Plan};
 use parallel::data::shard::{payload_bytes_sent, shard};
-use parallel::mesh::{Axis, Mesh};
+use parallel::mesh::Axis;
 
+use crate::cut::Cut;
 use crate::error::Result;
 use crate::model::Config;
 use crate::recipe::Recipe;
@@ -15,7 +16,6 @@ use crate::state::residuals::Kept;
 use crate::state::sharding::Sharding;
 use crate::state::share::Own;
 use crate::state::{Held, Share};
-use crate::tensor::parts::parts;
 
 /// Which part of a checkpoint this rank writes. `held` is what the checkpoint that it goes on from has.
 ///
@@ -23,22 +23,26 @@ use crate::tensor::parts::parts;
 /// A model whose parameters do not fit the address space.
 pub fn share(
     (met, config): (&Met, &Config),
-    (axes, rank, sharding): (Mesh, usize, Sharding),
+    (cut, rank, sharding): (&Cut, usize, Sharding),
     codec: CodecChoice,
     (residuals, held): (Residuals, Held),
 ) -> Result<Share> {
-    let (ranks, replicas, slices) = (axes.ranks(), axes.size(Axis::Data), axes.size(Axis::Tensor));
-    let at = |rank: usize, axis| axes.coordinates(rank).on(axis);
+    let axes = cut.mesh();
+    let (ranks, replicas) = (axes.ranks(), axes.size(Axis::Data));
     let mates: Vec<usize> = (0..ranks).filter(|&other| met.lead_of[other] == met.lead_of[rank]).collect();
-    let all: Vec<Vec<Part>> = (0..slices).map(|slice| parts(config, slice, slices)).collect::<Result<_>>()?;
-    let of = |rank: usize| &all[at(rank, Axis::Tensor)];
-    let own = |(index, part): (usize, &Part)| {
-        let holds = |&mate: &usize| of(mate)[index].region == part.region;
+    // All replicas are cut alike.
+    let replica = axes.replica(0);
+    let all: Vec<Vec<Part>> = replica.clone().map(|rank| cut.parts(config, rank)).collect::<Result<_>>()?;
+    let of = |rank: usize| &all[rank % replica.len()];
+    let own = |part: &Part| {
+        let holds = |&mate: &usize| {
+            of(mate).iter().any(|other| other.whole.name == part.whole.name && other.region == part.region)
+        };
         let holders: Vec<usize> = mates.iter().copied().filter(holds).collect();
         let place = holders.iter().position(|&holder| holder == rank).unwrap_or(0);
         Own { part: part.clone(), range: shard(part.region.len(), place, holders.len()) }
     };
-    let own = of(rank).iter().enumerate().map(own).collect();
+    let own = of(rank).iter().map(own).collect();
     // What a checkpoint kept is sent with the first step that counts; until then it has to be kept on.
     let kept = match held.has_unsent() || (replicas > 1 && codec != CodecChoice::Fixed(Codec::Fp32)) {
         false => Kept::Nothing,
@@ -46,7 +50,7 @@ pub fn share(
         true if residuals == Residuals::Folded && replicas > 1 => Kept::Folded,
         true => Kept::Exact,
     };
-    Ok(Share { rank, ranks, data: at(rank, Axis::Data), replicas, own, kept, sharding })
+    Ok(Share { rank, ranks, data: axes.coordinates(rank).on(Axis::Data), replicas, own, kept, sharding })
 }
 
 /// What this rank, one of so many that sum gradients, keeps of the optimiser's state.
