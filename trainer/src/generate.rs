@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::Llama;
 use crate::model::attention::KvCache;
 use crate::rng;
+use crate::tensor::Slice;
 
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -49,12 +50,12 @@ pub fn prompt_tokens(tokenizer: &Tokenizer, from: &str, prompt: &str, longest: u
 }
 
 /// Continues `ids` (of [`prompt_tokens`]) by at most `count` tokens and hands each piece of text to `out` as soon as it
-/// is whole.
+/// is whole. Ranks that hold slices of a model call it together, and all have the same text.
 ///
 /// # Errors
-/// A device that fails, an output that is closed.
+/// A device that fails, an output that is closed; with slices, a rank that is lost.
 pub fn generate(
-    model: &Llama,
+    (model, slice): (&Llama, Option<&Slice>),
     tokenizer: &Tokenizer,
     ids: Vec<u32>,
     count: usize,
@@ -80,6 +81,10 @@ pub fn generate(
             break;
         }
         let logits = last_logits(model, &new, &mut caches, &device)?;
+        let logits = match slice {
+            Some(slice) => slice.check(0).and_then(|()| slice.all_logits(&logits))?,
+            None => logits,
+        };
         let next = choose(&logits, sampling, turn as u64);
         if next == tokenizer.end_of_text() {
             ending = Ending::EndOfText;

@@ -193,7 +193,7 @@ impl State {
         let mut hasher = Hasher::default();
         self.weights.iter().zip(parts).filter(|(_, part)| part.is_whole()).for_each(|(values, _)| hasher.add(values));
         let mut both = own;
-        both[16..].copy_from_slice(&hasher.0.finalize().as_bytes()[..16]);
+        both[16..].copy_from_slice(&hasher.finish().as_bytes()[..16]);
         both
     }
 
@@ -266,6 +266,12 @@ impl Hasher {
         #[cfg(target_endian = "big")]
         values.iter().for_each(|value| _ = self.0.update(&value.to_le_bytes()));
     }
+
+    /// Of all that was added.
+    #[must_use]
+    pub fn finish(&self) -> blake3::Hash {
+        self.0.finalize()
+    }
 }
 
 /// BLAKE3 of all parameters, of which `add` adds one after the other, in the order of their names.
@@ -278,7 +284,7 @@ pub fn hash_of(config: &Config, mut add: impl FnMut(usize, &mut Hasher) -> Resul
     order.sort_by(|&a, &b| parameters[a].name.cmp(&parameters[b].name));
     let mut hasher = Hasher::default();
     order.into_iter().try_for_each(|index| add(index, &mut hasher))?;
-    Ok(hasher.0.finalize())
+    Ok(hasher.finish())
 }
 
 /// What was left out, or zeros for nothing.
