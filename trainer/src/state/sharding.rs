@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use checkpoint::reader::{Checkpoint, Want};
+use checkpoint::reader::Want;
 use checkpoint::writer::{PieceSpec, Snapshot};
 use compression::Codec;
 use parallel::collective::SubGroup;
@@ -103,11 +103,11 @@ impl State {
 }
 
 /// The tensors that a rank reads of each parameter: its replica, which may be the master, the master, and both moments.
-pub(super) fn names(checkpoint: &Checkpoint, parts: &[Part], sharding: Sharding) -> Vec<[String; 4]> {
+pub(super) fn names(has: impl Fn(&str) -> bool, parts: &[Part], sharding: Sharding) -> Vec<[String; 4]> {
     let names = |part: &Part| {
         let name = &part.whole.name;
         let replica = replica_name(name);
-        let differs = sharding.has_master(&part.whole) && checkpoint.has(&replica);
+        let differs = sharding.has_master(&part.whole) && has(&replica);
         [if differs { replica } else { name.clone() }, name.clone(), format!("{name}.m"), format!("{name}.v")]
     };
     parts.iter().map(names).collect()

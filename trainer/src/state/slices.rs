@@ -1,20 +1,21 @@
 //! What ranks left out of gradients, onto ranks that hold parts of a model. Each reads what lies in its part, whoever wrote it: on
 //! the same mesh its own two sides, and on another one the sum of all sides of its shard.
 
-use checkpoint::reader::{Checkpoint, Want};
+use checkpoint::reader::Want;
 use compression::{Region, Side};
 use parallel::data::rules::may_be_lossy;
 use parallel::data::shard::shard;
 use parallel::data::{Part, Plan};
 
+use super::folders::Folders;
 use super::mesh::Mesh;
 use super::residuals::{added_up, folded_name, inside, owner_name, sender_name, sides};
 use crate::error::Result;
 
 /// From a checkpoint onto one rank of a mesh.
 pub struct Slices<'a> {
-    /// What there is in this rank's folder.
-    pub checkpoint: &'a Checkpoint,
+    /// Where it lies.
+    pub folders: &'a Folders<'a>,
     /// The ranks that wrote it.
     pub before: &'a Mesh,
     /// Whether it keeps the sum alone.
@@ -32,7 +33,7 @@ impl Slices<'_> {
     /// part, and its side as the owner of its shard of that.
     ///
     /// # Errors
-    /// Some of it is not in this rank's folder, or damaged.
+    /// Some of it is in no folder, or damaged; a rank is lost.
     pub fn restore(&self, plan: &Plan, mut take: impl FnMut(usize, Vec<f32>, Vec<f32>)) -> Result<()> {
         let same = self.before.cuts_like(self.after) && !self.folded;
         for (index, part) in plan.parts().iter().enumerate().filter(|(_, part)| may_be_lossy(&part.whole)) {
@@ -76,7 +77,7 @@ impl Slices<'_> {
 
     fn read(&self, part: &Part, tensor: &str, region: Region) -> Result<Vec<f32>> {
         let mut out = vec![0.0; region.len()];
-        self.checkpoint.load(&mut [Want { tensor, shape: &part.whole.shape, region, out: &mut out }])?;
+        self.folders.load(&mut [Want { tensor, shape: &part.whole.shape, region, out: &mut out }])?;
         Ok(out)
     }
 }
