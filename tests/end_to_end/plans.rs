@@ -24,7 +24,7 @@ struct Case {
     compression: &'static str,
 }
 
-const CASES: [Case; 7] = [
+const CASES: [Case; 8] = [
     Case {
         name: "the quickstart's shape, two ranks",
         model: "hidden_size = 256\nintermediate_size = 688\nnum_hidden_layers = 4\nnum_attention_heads = 4\n\
@@ -75,6 +75,15 @@ const CASES: [Case; 7] = [
         train: "seq_len = 256\nmicro_batch_size = 2",
         parallel: "tensor = 2",
         compression: "",
+    },
+    Case {
+        name: "two replicas of two ranks each, whose parts of what travels compressed are small",
+        model: "hidden_size = 256\nintermediate_size = 400\nnum_hidden_layers = 3\nnum_attention_heads = 4",
+        vocabulary: 2048,
+        train: "seq_len = 128\nmicro_batch_size = 2",
+        parallel: "data = 2\ntensor = 2",
+        compression: "codec = \"int8\"\nparameter_codec = \"int8\"\n[optimizer]\nsharded = true\n\
+                      [export]\nat_end = false",
     },
     Case {
         name: "two ranks that share out the optimiser, and send parameters as int8 differences",
@@ -160,9 +169,9 @@ fn memory_is_within_a_tenth_and_bytes_within_a_hundredth_of_what_runs_take() {
         let measured = measured(&place);
         assert_eq!(measured.len(), ranks.len(), "{name}");
         let planned = known["peak_bytes"].as_f64().expect("bytes");
-        // What tensor ranks exchange is in no term yet: they take an eighth more than planned, as docs/plan.md says.
         let cut = known["mesh"]["tensor"] != 1;
-        for measured in measured.into_iter().filter(|_| !cut) {
+        for measured in measured {
+            println!("{name}: {planned} planned, {measured} measured, {:.3}", planned / measured as f64);
             assert!(is_near(planned, measured as f64, 0.1), "{name}: planned {planned}, measured {measured}");
             // The control: without activations it is not.
             let without = planned - ranks[0]["activations_bytes"].as_f64().expect("bytes");
@@ -179,10 +188,10 @@ fn memory_is_within_a_tenth_and_bytes_within_a_hundredth_of_what_runs_take() {
             let once = if cut { part / place.lines("a") as f64 } else { 0.0 };
             let (planned, sent) = (of(&known), sent(&place) - once);
             assert!(is_near(planned, sent, 0.01), "{name}: {planned} bytes planned, {sent} sent");
+            // The control: another codec's are not; what tensor ranks send of activations has none.
             if cut {
                 continue;
             }
-            // The control: another codec's are not.
             let other = plan(&place, &["--set", "compression.codec=bf16"]);
             let other = other["ranks"][0]["sent_data_bytes"].as_f64().expect("bytes");
             assert!(!is_near(other, sent, 0.01), "{name}: bf16's {other} bytes would do as well");

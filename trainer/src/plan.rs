@@ -166,9 +166,6 @@ fn not_runnable(shape: Shape) -> Vec<&'static str> {
     if shape.mesh.size(Axis::Pipeline) > 1 {
         why.push("no run has stages yet");
     }
-    if shape.mesh.size(Axis::Tensor) > 1 && shape.sharded.is_some_and(Codec::is_lossy) {
-        why.push("parts of a model travel as they are, not as int8 differences");
-    }
     why
 }
 
