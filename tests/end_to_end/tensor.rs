@@ -105,7 +105,7 @@ fn exported(place: &Place, run: &str) -> BTreeMap<String, Vec<f32>> {
 
 /// The largest difference of two exports' numbers, beside the largest number of each tensor.
 #[track_caller]
-fn apart(place: &Place, a: &str, b: &str) -> f32 {
+pub fn apart(place: &Place, a: &str, b: &str) -> f32 {
     let (a, b) = (exported(place, a), exported(place, b));
     assert!(a.keys().eq(b.keys()));
     let of = |(name, a): (&String, &Vec<f32>)| {

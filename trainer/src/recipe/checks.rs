@@ -122,9 +122,6 @@ fn sharding_faults(raw: &Raw, faults: &mut Vec<Fault>) {
         let what = "expected \"fp32\": without optimizer.sharded no parameters travel, sums of gradients do";
         faults
             .push(Fault::new(raw.origin(name), name, what).help("write `optimizer.sharded = true` to send parameters"));
-    } else if is_lossy && keys.count("parallel.tensor").is_some_and(|ranks| ranks > 1) {
-        let what = "expected \"fp32\" with parallel.tensor above 1: parts of a model travel as they are";
-        faults.push(Fault::new(raw.origin(name), name, what));
     }
 }
 
