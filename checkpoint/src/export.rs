@@ -2,13 +2,14 @@
 //!
 //! An export is put together in `DIR.partial` beside `DIR`, synced, and renamed. It never replaces a folder that exists.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use crate::disk::{self, Disk, RealDisk};
 use crate::error::CheckpointError;
 use crate::layout;
-use crate::safetensors_file::{self, Entry};
+use crate::safetensors_file::{self, Outline};
 
 mod folder;
 
@@ -20,50 +21,57 @@ pub const MODEL: &str = "model.safetensors";
 
 /// A tensor to be exported.
 #[derive(Clone, Debug)]
-pub struct Tensor<'a> {
+pub struct Tensor {
     /// Its name, in Hugging Face's spelling.
     pub name: String,
     /// Sizes of its dimensions.
     pub shape: Vec<usize>,
-    /// Its elements, row-major.
-    pub values: &'a [f32],
 }
 
-/// Writes the folder `dir` of these small files (`config.json` and the like) and of [`MODEL`] with these tensors, stored
-/// as `dtype`. Returns the bytes of all files. Folders above `dir` are made if they do not exist; a `DIR.partial` that an
-/// earlier export left is replaced.
+/// What is exported.
+#[derive(Clone, Copy, Debug)]
+pub struct Content<'a> {
+    /// Small files, `config.json` and the like, by name.
+    pub files: &'a [(&'a str, Vec<u8>)],
+    /// The tensors of [`MODEL`].
+    pub tensors: &'a [Tensor],
+    /// What they are stored as.
+    pub dtype: Dtype,
+}
+
+/// Writes the folder `dir` of this content. Returns the bytes of all files. `give` has the elements of a tensor, row-major,
+/// by its index: it is asked for each once, in the order of their names, so that no more than one need be in memory.
+/// Folders above `dir` are made if they do not exist; a `DIR.partial` that an earlier export left is replaced.
 ///
 /// # Errors
-/// A `dir` that exists, names or values that cannot be written, or what the file system says.
-pub fn write_folder(
+/// A `dir` that exists, names or values that cannot be written, what the file system says, or what `give` does.
+pub fn write_folder<'v, E: From<CheckpointError>>(
     dir: &Path,
-    files: &[(&str, Vec<u8>)],
-    tensors: &[Tensor<'_>],
-    dtype: Dtype,
-) -> Result<u64, CheckpointError> {
-    write_folder_on(&RealDisk, dir, files, tensors, dtype)
+    content: Content<'_>,
+    give: impl FnMut(usize) -> Result<Cow<'v, [f32]>, E>,
+) -> Result<u64, E> {
+    write_folder_on(&RealDisk, dir, content, give)
 }
 
 /// [`write_folder`] on any disk.
 ///
 /// # Errors
 /// Those of [`write_folder`].
-pub fn write_folder_on(
+pub fn write_folder_on<'v, E: From<CheckpointError>>(
     disk: &dyn Disk,
     dir: &Path,
-    files: &[(&str, Vec<u8>)],
-    tensors: &[Tensor<'_>],
-    dtype: Dtype,
-) -> Result<u64, CheckpointError> {
+    content: Content<'_>,
+    give: impl FnMut(usize) -> Result<Cow<'v, [f32]>, E>,
+) -> Result<u64, E> {
     let partial = beside(dir)?;
-    let names = check_names(dir, files)?;
+    let names = check_names(dir, content.files)?;
     if disk.exists(dir).map_err(CheckpointError::io("look for", dir))? {
-        return Err(CheckpointError::ExportExists { path: dir.to_path_buf() });
+        return Err(CheckpointError::ExportExists { path: dir.to_path_buf() }.into());
     }
     disk::ensure_folder(disk, disk::parent(dir))?;
     clear(disk, &partial, &names)?;
     disk.create_dir(&partial).map_err(CheckpointError::io("make the folder", &partial))?;
-    let written = write_files(disk, &partial, files, tensors, dtype).and_then(|bytes| {
+    let written = write_files(disk, &partial, content, give).and_then(|bytes| {
         disk::rename(disk, &partial, dir)?;
         disk::sync_dir(disk, disk::parent(dir))?;
         Ok(bytes)
@@ -75,20 +83,17 @@ pub fn write_folder_on(
     written
 }
 
-fn write_files(
+fn write_files<'v, E: From<CheckpointError>>(
     disk: &dyn Disk,
     partial: &Path,
-    files: &[(&str, Vec<u8>)],
-    tensors: &[Tensor<'_>],
-    dtype: Dtype,
-) -> Result<u64, CheckpointError> {
-    let entries: Vec<Entry<'_>> = tensors
-        .iter()
-        .map(|tensor| Entry { name: &tensor.name, shape: &tensor.shape, values: tensor.values })
-        .collect();
+    Content { files, tensors, dtype }: Content<'_>,
+    give: impl FnMut(usize) -> Result<Cow<'v, [f32]>, E>,
+) -> Result<u64, E> {
+    let outlines: Vec<Outline<'_>> = tensors.iter().map(|tensor| (&*tensor.name, &*tensor.shape)).collect();
     // Hugging Face's loaders refuse files that do not name their framework.
     let metadata = [("format", "pt")];
-    let mut bytes = safetensors_file::write(disk, &partial.join(MODEL), &entries, dtype, &metadata)?.bytes;
+    let model = partial.join(MODEL);
+    let mut bytes = safetensors_file::write_as_given(disk, &model, &outlines, (dtype, &metadata), give)?.bytes;
     for (name, content) in files {
         bytes += safetensors_file::write_bytes(disk, &partial.join(name), content)?.bytes;
     }

@@ -16,7 +16,7 @@ use zstd::zstd_safe::{CParameter, compress_bound};
 
 use crate::disk::Disk;
 use crate::error::CheckpointError;
-use crate::safetensors_file::{Dtype, Entry, HashedFile, Written, header, sorted};
+use crate::safetensors_file::{Entry, HashedFile, Written, sorted};
 
 /// Bytes of the safetensors file in a frame, at the most.
 pub(crate) const PIECE: usize = 1 << 20;
@@ -47,8 +47,7 @@ pub(crate) const TABLE_FOOT: usize = 9;
 /// A name that cannot be used, values that do not fit their shape, no memory, or what the disk says.
 pub(crate) fn write(disk: &dyn Disk, path: &Path, entries: &[Entry<'_>]) -> Result<(Written, u64), CheckpointError> {
     const ELEMENTS: usize = PIECE / PLANES;
-    let sorted = sorted(entries)?;
-    let header = header(path, &sorted, Dtype::F32, &[])?;
+    let (sorted, header) = sorted(path, entries)?;
     let head = [&(header.len() as u64).to_le_bytes()[..], &header].concat();
     let mut frames = Frames::create(disk, path)?;
     head.chunks(PIECE).try_for_each(|piece| frames.push(piece))?;

@@ -2,12 +2,13 @@
 //! reads them. It holds no more than one chunk in memory beyond the caller's values, and hashes what it writes, so that
 //! the hash in the manifest is of the bytes meant, not of the bytes that came back from a disk.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display};
 use std::path::Path;
 use std::str::FromStr;
 
-use compression::region::elements;
+use compression::region::{RegionError, elements};
 use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
@@ -96,6 +97,9 @@ pub struct Entry<'a> {
     pub values: &'a [f32],
 }
 
+/// Its key and its sizes alone.
+pub type Outline<'a> = (&'a str, &'a [usize]);
+
 /// What was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Written {
@@ -118,24 +122,39 @@ pub fn write(
     dtype: Dtype,
     metadata: &[(&str, &str)],
 ) -> Result<Written, CheckpointError> {
-    let sorted = sorted(entries)?;
+    let outlines = outlines(path, entries)?;
+    write_as_given(disk, path, &outlines, (dtype, metadata), |index| Ok(Cow::Borrowed(entries[index].values)))
+}
+
+/// As [`write`], of tensors whose elements `give` has, by their index in `outlines`, when their turn comes: it is asked for
+/// each once, in name order, which is the file's. So no more than one of them need be in memory.
+///
+/// # Errors
+/// Those of [`write`], and those of `give`. What was written before then stays.
+pub fn write_as_given<'v, E: From<CheckpointError>>(
+    disk: &dyn Disk,
+    path: &Path,
+    outlines: &[Outline<'_>],
+    (dtype, metadata): (Dtype, &[(&str, &str)]),
+    mut give: impl FnMut(usize) -> Result<Cow<'v, [f32]>, E>,
+) -> Result<Written, E> {
+    let order = order(outlines)?;
+    let sorted: Vec<Outline<'_>> = order.iter().map(|&index| outlines[index]).collect();
     let header = header(path, &sorted, dtype, metadata)?;
     let mut file = HashedFile::create(disk, path)?;
     file.write(&(header.len() as u64).to_le_bytes())?;
     file.write(&header)?;
     let mut scratch = Vec::new();
-    for entry in sorted {
-        for chunk in entry.values.chunks(CHUNK) {
-            let out_of_range = |value| CheckpointError::Range {
-                path: path.to_path_buf(),
-                tensor: entry.name.to_owned(),
-                value,
-                dtype,
-            };
+    for (index, (name, shape)) in order.into_iter().zip(sorted) {
+        let values = give(index)?;
+        Entry { name, shape, values: &values }.check(path)?;
+        for chunk in values.chunks(CHUNK) {
+            let out_of_range =
+                |value| CheckpointError::Range { path: path.to_path_buf(), tensor: name.to_owned(), value, dtype };
             file.write(encode(chunk, dtype, &mut scratch).map_err(out_of_range)?)?;
         }
     }
-    file.finish()
+    Ok(file.finish()?)
 }
 
 /// Writes and syncs a small file.
@@ -170,18 +189,51 @@ enum HeaderEntry<'a> {
     Tensor { dtype: &'static str, shape: &'a [usize], data_offsets: [usize; 2] },
 }
 
-/// The entries in name order, if a file can hold them.
-pub(crate) fn sorted<'a>(entries: &'a [Entry<'a>]) -> Result<Vec<&'a Entry<'a>>, CheckpointError> {
-    check_names(entries.iter().map(|entry| entry.name))?;
-    let mut sorted: Vec<&Entry<'_>> = entries.iter().collect();
-    sorted.sort_unstable_by_key(|entry| entry.name);
-    Ok(sorted)
+impl<'a> Entry<'a> {
+    const fn outline(&self) -> Outline<'a> {
+        (self.name, self.shape)
+    }
+
+    /// Whether it has as many elements as its shape says.
+    fn check(&self, path: &Path) -> Result<(), CheckpointError> {
+        let tensor = || self.name.to_owned();
+        let region = |source| CheckpointError::Region { path: path.to_path_buf(), tensor: tensor(), source };
+        let (expected, found) = (elements(self.shape).map_err(region)?, self.values.len());
+        match expected == found {
+            true => Ok(()),
+            false => Err(CheckpointError::Elements { tensor: tensor(), shape: self.shape.to_vec(), expected, found }),
+        }
+    }
+}
+
+/// The entries in name order, and their header, if a file can hold them.
+pub(crate) fn sorted<'a>(
+    path: &Path,
+    entries: &'a [Entry<'a>],
+) -> Result<(Vec<&'a Entry<'a>>, Vec<u8>), CheckpointError> {
+    let outlines = outlines(path, entries)?;
+    let order = order(&outlines)?;
+    let in_order: Vec<Outline<'_>> = order.iter().map(|&index| outlines[index]).collect();
+    let header = header(path, &in_order, Dtype::F32, &[])?;
+    Ok((order.into_iter().map(|index| &entries[index]).collect(), header))
+}
+
+fn outlines<'a>(path: &Path, entries: &[Entry<'a>]) -> Result<Vec<Outline<'a>>, CheckpointError> {
+    entries.iter().map(|entry| entry.check(path).map(|()| entry.outline())).collect()
+}
+
+/// In which order a file has them: by name. None of them has a name that a file cannot hold.
+fn order(outlines: &[Outline<'_>]) -> Result<Vec<usize>, CheckpointError> {
+    check_names(outlines.iter().map(|(name, _)| *name))?;
+    let mut order: Vec<usize> = (0..outlines.len()).collect();
+    order.sort_unstable_by_key(|&index| outlines[index].0);
+    Ok(order)
 }
 
 /// The JSON header, with spaces to a multiple of 8 so that the tensors behind it are aligned.
-pub(crate) fn header(
+fn header(
     path: &Path,
-    sorted: &[&Entry<'_>],
+    sorted: &[Outline<'_>],
     dtype: Dtype,
     metadata: &[(&str, &str)],
 ) -> Result<Vec<u8>, CheckpointError> {
@@ -189,19 +241,14 @@ pub(crate) fn header(
     if !metadata.is_empty() {
         header.insert(METADATA, HeaderEntry::Metadata(metadata.iter().copied().collect()));
     }
-    let mut end = 0;
-    for entry in sorted {
-        let tensor = || entry.name.to_owned();
-        let region = |source| CheckpointError::Region { path: path.to_path_buf(), tensor: tensor(), source };
-        let (expected, found) = (elements(entry.shape).map_err(region)?, entry.values.len());
-        if expected != found {
-            return Err(CheckpointError::Elements { tensor: tensor(), shape: entry.shape.to_vec(), expected, found });
-        }
+    let mut end = 0usize;
+    for (name, shape) in sorted {
+        let region = |source| CheckpointError::Region { path: path.to_path_buf(), tensor: (*name).to_owned(), source };
         let start = end;
-        // The values lie in memory as f32, so that their bytes can be counted.
-        end += found * dtype.bytes();
-        let place = HeaderEntry::Tensor { dtype: dtype.tag(), shape: entry.shape, data_offsets: [start, end] };
-        header.insert(entry.name, place);
+        let bytes = elements(shape).map_err(region)?.checked_mul(dtype.bytes());
+        let too_large = || region(RegionError::Overflow { shape: shape.to_vec() });
+        end = bytes.and_then(|bytes| end.checked_add(bytes)).ok_or_else(too_large)?;
+        header.insert(name, HeaderEntry::Tensor { dtype: dtype.tag(), shape, data_offsets: [start, end] });
     }
     let json = |source| CheckpointError::Json { path: path.to_path_buf(), source };
     let mut header = serde_json::to_vec(&header).map_err(json)?;

@@ -86,6 +86,12 @@ impl TensorGroup {
         self.group.index()
     }
 
+    /// The members, for what is no part of a pass.
+    #[must_use]
+    pub const fn members(&self) -> &SubGroup {
+        &self.group
+    }
+
     /// How many members there are.
     #[must_use]
     pub fn ranks(&self) -> usize {

@@ -1,9 +1,11 @@
 //! Ranks that are started one by one, as on several machines. Linux.
 //!
 //! - `apart`: machines with folders of their own, where ranks change or a checkpoint is damaged.
+//! - `meshes`: the same machines, on another mesh.
 //! - `strangers`: whoever should not join.
 
 mod apart;
+mod meshes;
 mod strangers;
 
 use std::net::TcpListener;

@@ -7,6 +7,7 @@ mod checkpoints;
 mod codecs;
 mod documents;
 mod dying;
+mod equality;
 mod export;
 mod fuzzing;
 mod joining;

@@ -221,8 +221,6 @@ fn a_pipeline_that_cannot_be_is_refused_with_all_that_is_wrong_and_no_folder_is_
         &["expected 2 pieces of at least a layer, 2 together, found"],
     );
     refused(&["parallel.activation_codec=int8"], &["nothing travels between stages"]);
-    let sharded = ["parallel.pipeline=2", "optimizer.sharded=true", "compression.parameter_codec=int8"];
-    refused(&sharded, &["parts of a model travel as they are"]);
     assert!(!place.path("runs/a").exists());
 }
 

@@ -24,7 +24,7 @@ struct Case {
     compression: &'static str,
 }
 
-const CASES: [Case; 7] = [
+const CASES: [Case; 8] = [
     Case {
         name: "the quickstart's shape, two ranks",
         model: "hidden_size = 256\nintermediate_size = 688\nnum_hidden_layers = 4\nnum_attention_heads = 4\n\
@@ -75,6 +75,15 @@ const CASES: [Case; 7] = [
         train: "seq_len = 256\nmicro_batch_size = 2",
         parallel: "tensor = 2",
         compression: "",
+    },
+    Case {
+        name: "two replicas of two ranks each, whose parts of what travels compressed are small",
+        model: "hidden_size = 256\nintermediate_size = 400\nnum_hidden_layers = 3\nnum_attention_heads = 4",
+        vocabulary: 2048,
+        train: "seq_len = 128\nmicro_batch_size = 2",
+        parallel: "data = 2\ntensor = 2",
+        compression: "codec = \"int8\"\nparameter_codec = \"int8\"\n[optimizer]\nsharded = true\n\
+                      [export]\nat_end = false",
     },
     Case {
         name: "two ranks that share out the optimiser, and send parameters as int8 differences",
@@ -155,14 +164,13 @@ fn memory_is_within_a_tenth_and_bytes_within_a_hundredth_of_what_runs_take() {
         // The text is made ready first: tokenising it takes memory of its own, which is not planned.
         place.train("ready", &["--set", "train.stop_at_step=1"]).ok();
         let known = plan(&place, &[]);
-        assert_eq!(known["runnable"], true);
         let ranks = known["ranks"].as_array().expect("ranks");
         let measured = measured(&place);
         assert_eq!(measured.len(), ranks.len(), "{name}");
         let planned = known["peak_bytes"].as_f64().expect("bytes");
-        // What tensor ranks exchange is in no term yet: they take an eighth more than planned, as docs/plan.md says.
         let cut = known["mesh"]["tensor"] != 1;
-        for measured in measured.into_iter().filter(|_| !cut) {
+        for measured in measured {
+            println!("{name}: {planned} planned, {measured} measured, {:.3}", planned / measured as f64);
             assert!(is_near(planned, measured as f64, 0.1), "{name}: planned {planned}, measured {measured}");
             // The control: without activations it is not.
             let without = planned - ranks[0]["activations_bytes"].as_f64().expect("bytes");
@@ -179,10 +187,10 @@ fn memory_is_within_a_tenth_and_bytes_within_a_hundredth_of_what_runs_take() {
             let once = if cut { part / place.lines("a") as f64 } else { 0.0 };
             let (planned, sent) = (of(&known), sent(&place) - once);
             assert!(is_near(planned, sent, 0.01), "{name}: {planned} bytes planned, {sent} sent");
+            // The control: another codec's are not; what tensor ranks send of activations has none.
             if cut {
                 continue;
             }
-            // The control: another codec's are not.
             let other = plan(&place, &["--set", "compression.codec=bf16"]);
             let other = other["ranks"][0]["sent_data_bytes"].as_f64().expect("bytes");
             assert!(!is_near(other, sent, 0.01), "{name}: bf16's {other} bytes would do as well");
@@ -191,7 +199,7 @@ fn memory_is_within_a_tenth_and_bytes_within_a_hundredth_of_what_runs_take() {
 }
 
 #[test]
-fn a_plan_touches_nothing_says_what_cannot_be_run_and_refuses_what_does_not_fit() {
+fn a_plan_touches_nothing_and_refuses_what_does_not_fit() {
     let place = Place::new();
     let ran = place.run(&["plan", "small.toml", "--set", "parallel.data=2"]).ok();
     for said in
@@ -199,7 +207,6 @@ fn a_plan_touches_nothing_says_what_cannot_be_run_and_refuses_what_does_not_fit(
     {
         assert!(ran.stdout.contains(said), "expected {said:?} in:\n{}", ran.stdout);
     }
-    assert!(!ran.stdout.contains("cannot run"), "{}", ran.stdout);
     let whole = plan(&place, &[]);
     let peak = whole["peak_bytes"].as_u64().expect("bytes");
     place.run(&["plan", "small.toml", "--memory", &peak.to_string()]).ok();
@@ -208,16 +215,13 @@ fn a_plan_touches_nothing_says_what_cannot_be_run_and_refuses_what_does_not_fit(
         .failed(1, &["it does not fit: rank 0 would take", "bytes at the peak, expected at most"]);
 
     let cut = plan(&place, &["--tensor", "2", "--pipeline", "2", "--sharded"]);
-    assert_eq!((&cut["runnable"], cut["not_runnable"].as_array().map(Vec::len)), (&true.into(), Some(0)));
     assert_eq!(cut["bubble"].as_f64(), Some(0.5));
     for axis in ["tensor", "pipeline"] {
         let [flag, set] = [format!("--{axis}"), format!("parallel.{axis}=2")];
         let (flag, key) = (plan(&place, &[&flag, "2"]), plan(&place, &["--set", &set]));
-        assert!(flag["runnable"] == true && flag == key, "{flag}");
+        assert_eq!(flag, key);
+        assert_ne!(flag, whole);
     }
-    let int8 = ["--tensor", "2", "--set", "optimizer.sharded=true", "--set", "compression.parameter_codec=int8"];
-    let said = place.run(&[&["plan", "small.toml"], &int8[..]].concat()).ok().stdout;
-    assert!(said.contains("this build cannot run it: parts of a model travel as they are"), "{said}");
     place.run(&["plan", "small.toml", "--tensor", "3", "--pipeline", "3"]).failed(
         2,
         &["divide the 4 query heads, found 3; 1, 2, 4 would", "divide the 2 key-value heads", "for each of 3 stages"],
@@ -232,7 +236,7 @@ fn a_search_lists_meshes_and_a_step_is_predicted_from_figures_or_from_real_steps
     let lines: Vec<&str> = said.lines().filter(|line| line.contains(" a rank, sends ")).collect();
     assert_eq!(lines.len(), 3, "{said}");
     for line in lines {
-        assert!(line.ends_with(": can be run") && line.contains(" s a step"), "{line}");
+        assert!(line.ends_with(" s a step"), "{line}");
     }
     place.run(&["plan", "small.toml", "--search", "2", "--memory", "1kB"]).failed(1, &["no mesh of 2 ranks serves"]);
     let step_s = |more: &[&str]| plan(&place, more)["time"]["step_s"].as_f64();

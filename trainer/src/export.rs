@@ -1,8 +1,10 @@
 //! Export in Hugging Face's format: a folder that `transformers` loads as `LlamaForCausalLM`.
 
+use std::borrow::Cow;
 use std::path::Path;
 
-use checkpoint::export::{Dtype, Folder, Tensor, write_folder};
+use checkpoint::export::{Content, Dtype, Folder, Tensor, write_folder};
+use parallel::data::Parameter;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -60,13 +62,11 @@ impl HfConfig {
     }
 }
 
-/// What an export is made of.
+/// What an export is made of, but for its parameters.
 #[derive(Debug)]
 pub struct Export<'a> {
     /// The model's shape.
     pub config: &'a Config,
-    /// Parameters in its order.
-    pub weights: &'a [Vec<f32>],
     /// `tokenizer.json`.
     pub tokenizer: &'a [u8],
     /// The token between documents.
@@ -78,11 +78,12 @@ pub struct Export<'a> {
 }
 
 impl Export<'_> {
-    /// Writes the folder, which must not exist; it appears whole or not at all. Returns its bytes.
+    /// Writes the folder, which must not exist; it appears whole or not at all. `give` has all of a parameter by its index in
+    /// the model's order, and is asked for each once, in the order of their names. Returns the folder's bytes.
     ///
     /// # Errors
-    /// The folder exists or cannot be written.
-    pub fn write(&self, out: &Path) -> Result<u64> {
+    /// The folder exists or cannot be written; those of `give`.
+    pub fn write<'v>(&self, out: &Path, give: impl FnMut(usize) -> Result<Cow<'v, [f32]>>) -> Result<u64> {
         let dtype = match self.dtype {
             Dtype::F32 => "float32",
             Dtype::Bf16 => "bfloat16",
@@ -119,13 +120,9 @@ impl Export<'_> {
             ("tokenizer_config.json", pretty(&tokenizer_config)?),
             ("tokenizer.json", self.tokenizer.to_vec()),
         ];
-        let parameters = self.config.parameters();
-        let tensors: Vec<Tensor<'_>> = parameters
-            .into_iter()
-            .zip(self.weights)
-            .map(|(parameter, values)| Tensor { name: parameter.name, shape: parameter.shape, values })
-            .collect();
-        Ok(write_folder(out, &files, &tensors, self.dtype)?)
+        let tensor = |Parameter { name, shape }| Tensor { name, shape };
+        let tensors: Vec<Tensor> = self.config.parameters().into_iter().map(tensor).collect();
+        write_folder(out, Content { files: &files, tensors: &tensors, dtype: self.dtype }, give)
     }
 }
 

@@ -7,6 +7,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::Llama;
 use crate::model::attention::KvCache;
+use crate::replica::Replica;
 use crate::rng;
 
 /// How the next token is chosen.
@@ -18,6 +19,15 @@ pub struct Sampling {
     pub top_p: f64,
     /// Names the stream of random numbers.
     pub seed: u64,
+}
+
+/// What says what may come next.
+#[derive(Clone, Copy, Debug)]
+pub enum Source<'a> {
+    /// A model.
+    Model(&'a Llama),
+    /// Ranks that hold one together, and what this one has of it, piece by piece.
+    Replica(&'a Replica, &'a [Llama]),
 }
 
 /// Why the text ended.
@@ -49,21 +59,24 @@ pub fn prompt_tokens(tokenizer: &Tokenizer, from: &str, prompt: &str, longest: u
 }
 
 /// Continues `ids` (of [`prompt_tokens`]) by at most `count` tokens and hands each piece of text to `out` as soon as it
-/// is whole.
+/// is whole. Ranks that hold a model together call it together, and all have the same text.
 ///
 /// # Errors
-/// A device that fails, an output that is closed.
+/// A device that fails, an output that is closed; of several ranks, one that is lost.
 pub fn generate(
-    model: &Llama,
+    source: Source<'_>,
     tokenizer: &Tokenizer,
     ids: Vec<u32>,
     count: usize,
     sampling: Sampling,
     mut out: impl FnMut(&str) -> std::io::Result<()>,
 ) -> Result<Ending> {
-    let device = model.device();
-    let longest = model.config().max_position_embeddings;
-    let mut caches = vec![KvCache::default(); model.config().num_hidden_layers];
+    let pieces = match source {
+        Source::Model(model) => std::slice::from_ref(model),
+        Source::Replica(_, pieces) => pieces,
+    };
+    let longest = pieces[0].config().max_position_embeddings;
+    let mut caches: Vec<_> = pieces.iter().map(|piece| vec![KvCache::default(); piece.piece().layers.len()]).collect();
     let start = ids.len();
     let mut new = ids;
     let (mut said, mut shown) = (Vec::new(), 0);
@@ -79,7 +92,10 @@ pub fn generate(
             ending = Ending::Context;
             break;
         }
-        let logits = last_logits(model, &new, &mut caches, &device)?;
+        let logits = match source {
+            Source::Model(model) => last_logits(model, &new, &mut caches[0])?,
+            Source::Replica(replica, pieces) => replica.last_logits(pieces, &new, &mut caches)?,
+        };
         let next = choose(&logits, sampling, turn as u64);
         if next == tokenizer.end_of_text() {
             ending = Ending::EndOfText;
@@ -99,13 +115,22 @@ pub fn generate(
     Ok(ending)
 }
 
-fn last_logits(model: &Llama, ids: &[u32], caches: &mut [KvCache], device: &Device) -> Result<Vec<f32>> {
+fn last_logits(model: &Llama, ids: &[u32], caches: &mut [KvCache]) -> Result<Vec<f32>> {
+    last(model.forward(tokens(ids, &model.device()), Some(caches)))
+}
+
+/// One row of tokens.
+pub(crate) fn tokens(ids: &[u32], device: &Device) -> Tensor<2, Int> {
     let ids: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
     let count = ids.len();
-    let tokens: Tensor<2, Int> = Tensor::from_data(TensorData::new(ids, [1, count]), device);
-    let logits = model.forward(tokens, Some(caches)).narrow(1, count - 1, 1);
+    Tensor::from_data(TensorData::new(ids, [1, count]), device)
+}
+
+/// The numbers of the last token.
+pub(crate) fn last(logits_btv: Tensor<3>) -> Result<Vec<f32>> {
+    let [_, count, _] = logits_btv.dims();
     let failed = |what: String| Error::Device { step: 0, what };
-    let data = logits.try_into_data().map_err(|error| failed(format!("{error:?}")))?;
+    let data = logits_btv.narrow(1, count - 1, 1).try_into_data().map_err(|error| failed(format!("{error:?}")))?;
     Ok(data.iter::<f32>().collect())
 }
 

@@ -64,8 +64,6 @@ pub struct Plan {
     pub mesh: Mesh,
     /// Layers of every piece of the pipeline.
     pub layers: Vec<usize>,
-    /// Why this build cannot run it; empty where it can.
-    pub not_runnable: Vec<&'static str>,
     /// Parameters of the model.
     pub parameters: usize,
     /// Sequences and tokens of a step, of all ranks.
@@ -124,7 +122,6 @@ impl Plan {
         let mut plan = Self {
             mesh,
             layers: pieces.iter().map(ExactSizeIterator::len).collect(),
-            not_runnable: not_runnable(shape),
             parameters: config.parameter_count(),
             sequences,
             tokens,
@@ -163,15 +160,6 @@ impl Plan {
 
 fn usage(what: &str) -> Error {
     Error::Usage(format!("plan: {}", what.replace('\n', "\nplan: ")))
-}
-
-/// What of a shape this build cannot run.
-fn not_runnable(shape: Shape) -> Vec<&'static str> {
-    let mut why = Vec::new();
-    if shape.mesh.ranks() > shape.mesh.size(Axis::Data) && shape.sharded.is_some_and(Codec::is_lossy) {
-        why.push("parts of a model travel as they are, not as int8 differences");
-    }
-    why
 }
 
 /// What most gradients travel in after a warm-up. `auto` begins with `int8`.

@@ -1,6 +1,8 @@
 //! The ranks that hold one replica of the model together, as one of them sees it: its slice of every layer, its stage of the
 //! pipeline, and the way to the others.
 
+use burn::Tensor;
+use burn::tensor::TensorData;
 use compression::Codec;
 use parallel::collective::{Collectives, Reduction, SubGroup};
 use parallel::data::Part;
@@ -8,9 +10,11 @@ use parallel::mesh::Axis;
 
 use crate::cut::Cut;
 use crate::error::Result;
-use crate::model::Config;
+use crate::generate::{last, tokens};
+use crate::model::attention::KvCache;
+use crate::model::{Config, Llama};
 use crate::pipeline::Stage;
-use crate::step::Places;
+use crate::step::{Places, values};
 use crate::tensor::Slice;
 
 /// Elements that a member sends the others at once.
@@ -119,6 +123,52 @@ impl Replica {
         let mut said = [u8::from(says)];
         self.members.all_reduce(site, Reduction::Max, &mut said)?;
         Ok(said == [1])
+    }
+
+    /// What all tokens of the vocabulary have for what follows `ids`, which follow what the caches hold, one list for each of this
+    /// rank's pieces, as [`plain_pieces`](crate::step::plain_pieces) makes them. All ranks of the replica call it together, and all have the same.
+    ///
+    /// # Errors
+    /// The device fails, or a rank is lost.
+    pub fn last_logits(&self, pieces: &[Llama], ids: &[u32], caches: &mut [Vec<KvCache>]) -> Result<Vec<f32>> {
+        let device = pieces[0].device();
+        let tokens = || tokens(ids, &device);
+        let mut own = Vec::new();
+        match &self.stage {
+            None => own = last(pieces[0].forward(tokens(), Some(&mut caches[0])))?,
+            Some(stage) => {
+                let shape = [1, ids.len(), self.config.hidden_size];
+                stage.forward(
+                    1,
+                    |_| shape.iter().product(),
+                    |action, input| {
+                        let piece = &pieces[action.piece];
+                        let x = match input {
+                            Some(values) => Tensor::from_data(TensorData::new(values, shape), &device),
+                            None => piece.embed(tokens()),
+                        };
+                        let y = piece.decode(x, ids.len(), Some(&mut caches[action.piece]));
+                        if !piece.piece().last {
+                            return values(y, 0).map(Some);
+                        }
+                        own = last(piece.logits_behind(y))?;
+                        Ok(None)
+                    },
+                )?;
+            }
+        }
+        self.check(0)?;
+        let speaks = !own.is_empty();
+        let mut all = match &self.slice {
+            Some(slice) if speaks => slice.all_logits(&own)?,
+            _ if speaks => own,
+            _ => vec![0.0; self.config.vocab_size],
+        };
+        if self.stage.is_some() {
+            let speaker = self.members.members()[self.speaker()];
+            self.members.broadcast("generate/logits of all", speaker, &mut all)?;
+        }
+        Ok(all)
     }
 
     /// All of the parameter of this logical name, of which every rank of the replica gives what it holds, `own`, or nothing. All of

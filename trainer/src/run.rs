@@ -59,7 +59,6 @@ use codec::Codecs;
 use evaluate::{Place, evaluate};
 use folder::{Folder, Status};
 use group::Group;
-use merge::Merged;
 use metrics::{Line, Metrics};
 use progress::Progress;
 use signals::Stop;
@@ -161,8 +160,8 @@ struct Run {
     first: bool,
     /// The step that was evaluated last, and its loss on held-out text.
     evaluated: Option<(u64, f64)>,
-    /// The whole model at the end, where ranks hold parts of it.
-    merged: Option<Merged>,
+    /// The hash of all parameters at the end, where ranks hold parts of them.
+    merged: Option<blake3::Hash>,
 }
 
 /// The mesh, as `run.json` says it.
@@ -222,7 +221,6 @@ impl Run {
         self.note_zstd(packed.as_ref());
         self.compare()?;
         self.last_checkpoint()?;
-        self.merge(folder.is_some() && self.state.step >= self.recipe.train.steps)?;
         if let Some(tracing) = &mut self.tracing {
             tracing.end()?;
         }
@@ -238,9 +236,8 @@ impl Run {
             self.finish_uploads();
             return Ok(Ended::Done);
         }
-        if let Some(group) = &self.group {
-            group.say_goodbye();
-        }
+        self.merge()?;
+        self.say_goodbye();
         self.keep_summary(folder, Status::Interrupted)?;
         self.say(&match self.state.step {
             0 => "stopped before the first step: go on with --resume".to_owned(),

@@ -2,9 +2,11 @@
 //!
 //! - [`sharding`]: what a rank keeps of the optimiser's state.
 //! - [`mesh`]: the ranks that wrote a checkpoint; [`share`]: which part of it is a rank's to write.
+//! - [`folders`]: a checkpoint in the folders of several machines.
 //! - [`residuals`]: what they left out of gradients, onto the same ranks or others; [`slices`]: the same where ranks hold
 //!   parts of a model; [`folding`]: what all have left out, added up for a checkpoint.
 
+pub mod folders;
 pub mod folding;
 pub mod mesh;
 pub mod residuals;
@@ -14,7 +16,6 @@ pub mod slices;
 
 use std::sync::Arc;
 
-use checkpoint::CheckpointError;
 use checkpoint::reader::{Checkpoint, Want};
 use checkpoint::writer::{Snapshot, TensorSpec};
 use compression::Codec;
@@ -204,7 +205,7 @@ impl State {
         let of = |wanted: &dyn Fn(&Part) -> bool| {
             let mut hasher = Hasher::default();
             self.weights.iter().zip(parts).filter(|(_, part)| wanted(part)).for_each(|(values, _)| hasher.add(values));
-            *hasher.0.finalize().as_bytes()
+            *hasher.finish().as_bytes()
         };
         let mut all = of(&|_| true);
         all[16..24].copy_from_slice(&of(&|part| part.is_whole() && !is_table(&part.whole.name))[..8]);
@@ -227,22 +228,23 @@ impl State {
         }
     }
 
-    /// What a rank keeps of its parts that a checkpoint holds, which says `meta` of itself. `load` is [`Checkpoint::load`], or
-    /// [`Checkpoint::load_and_verify`] where nobody has verified it yet.
+    /// What a rank keeps of its parts that a checkpoint holds, which says `meta` of itself. `has` says whether it has a tensor, and
+    /// `load` reads what is wanted: as [`Checkpoint::load`], [`Checkpoint::load_and_verify`] where nobody has verified it
+    /// yet, or [`Folders::load`](folders::Folders::load) where it is in several folders.
     ///
     /// # Errors
     /// A tensor that is missing, damaged, or of another shape.
-    pub fn load(
-        checkpoint: &Checkpoint,
+    pub fn load<E>(
         (meta, parts, sharding): (&Meta, &[Part], Sharding),
-        load: impl FnOnce(&Checkpoint, &mut [Want<'_>]) -> std::result::Result<u64, CheckpointError>,
-    ) -> std::result::Result<Self, CheckpointError> {
+        has: impl Fn(&str) -> bool,
+        load: impl FnOnce(&mut [Want<'_>]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Self, E> {
         let state = Self::fresh(parts.iter().map(|part| vec![0.0; part.region.len()]).collect());
         let mut state = state.sharded(parts.iter().map(|part| &part.whole), sharding);
         (state.step, state.updates, state.skips, state.good_step) =
             (meta.step, meta.updates, meta.skips, meta.good_step);
-        let names = sharding::names(checkpoint, parts, sharding);
-        load(checkpoint, &mut sharding::wants(parts, &names, &mut state))?;
+        let names = sharding::names(has, parts, sharding);
+        load(&mut sharding::wants(parts, &names, &mut state))?;
         Ok(state)
     }
 
@@ -281,6 +283,12 @@ impl Hasher {
         #[cfg(target_endian = "big")]
         values.iter().for_each(|value| _ = self.0.update(&value.to_le_bytes()));
     }
+
+    /// Of all that was added.
+    #[must_use]
+    pub fn finish(&self) -> blake3::Hash {
+        self.0.finalize()
+    }
 }
 
 /// BLAKE3 of all parameters, of which `add` adds one after the other, in the order of their names.
@@ -293,7 +301,7 @@ pub fn hash_of(config: &Config, mut add: impl FnMut(usize, &mut Hasher) -> Resul
     order.sort_by(|&a, &b| parameters[a].name.cmp(&parameters[b].name));
     let mut hasher = Hasher::default();
     order.into_iter().try_for_each(|index| add(index, &mut hasher))?;
-    Ok(hasher.0.finalize())
+    Ok(hasher.finish())
 }
 
 /// What was left out, or zeros for nothing.

@@ -176,6 +176,23 @@ impl Slice {
         }
     }
 
+    /// The logits of all tokens of the vocabulary, of which every rank of the group gives those that it has. All of them ask at
+    /// the same place.
+    ///
+    /// # Errors
+    /// A rank is lost.
+    pub fn all_logits(&self, own: &[f32]) -> Result<Vec<f32>> {
+        let mut all = vec![0.0; self.config.vocab_size];
+        for (place, &member) in self.group.members().members().iter().enumerate() {
+            let rows = &mut all[cut(self.config.vocab_size, place, self.group.ranks())];
+            if place == self.group.index() {
+                rows.copy_from_slice(own);
+            }
+            self.group.members().broadcast("generate/logits", member, rows)?;
+        }
+        Ok(all)
+    }
+
     fn vocabulary(&self) -> Range<usize> {
         cut(self.config.vocab_size, self.group.index(), self.group.ranks())
     }

@@ -1,5 +1,6 @@
 //! The commands on models that are there: `export` and `generate`.
 
+use std::borrow::Cow;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,7 +11,7 @@ use clap::{Args, ValueEnum};
 use super::print;
 use crate::error::{Error, Result};
 use crate::export::Export;
-use crate::generate::{Ending, Sampling, generate, prompt_tokens};
+use crate::generate::{Ending, Sampling, Source, generate, prompt_tokens};
 use crate::recipe::resolved::DeviceKeys;
 use crate::step::plain_model;
 use crate::weights::Weights;
@@ -71,13 +72,13 @@ pub(super) fn export(args: &ExportArgs) -> Result<ExitCode> {
     let tokenizer = weights.tokenizer()?;
     let export = Export {
         config: &weights.config,
-        weights: &weights.read(&weights.config)?,
         tokenizer: &weights.tokenizer_json,
         end_of_text: &weights.end_of_text,
         end_of_text_id: tokenizer.end_of_text(),
         dtype: args.dtype.parse::<Dtype>()?,
     };
-    let bytes = export.write(&args.out)?;
+    let parameters = weights.read(&weights.config)?;
+    let bytes = export.write(&args.out, |index| Ok(Cow::Borrowed(&parameters[index])))?;
     print(&format!("{} exported to {} ({:.1} MB)\n", weights.path.display(), args.out.display(), bytes as f64 / 1e6))
 }
 
@@ -96,7 +97,7 @@ pub(super) fn say(args: &Generate) -> Result<ExitCode> {
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
     let longest = weights.config.max_position_embeddings;
     let ids = prompt_tokens(&tokenizer, "--prompt", &args.prompt, longest)?;
-    let ending = generate(&model, &tokenizer, ids, args.max_tokens, sampling, |text| {
+    let ending = generate(Source::Model(&model), &tokenizer, ids, args.max_tokens, sampling, |text| {
         let mut out = std::io::stdout().lock();
         out.write_all(text.as_bytes()).and_then(|()| out.flush())
     })?;

@@ -191,8 +191,6 @@ fn object(plan: &Plan, with_ranks: bool) -> Value {
     let most = |of: fn(&crate::plan::RankPlan) -> usize| plan.ranks.iter().map(of).max();
     let mut object = json!({
         "mesh": { "data": size(Axis::Data), "pipeline": size(Axis::Pipeline), "tensor": size(Axis::Tensor) },
-        "runnable": plan.not_runnable.is_empty(),
-        "not_runnable": plan.not_runnable,
         "parameters": plan.parameters,
         "sequences": plan.sequences,
         "tokens": plan.tokens,

@@ -226,7 +226,15 @@ impl Llama {
     /// # Panics
     /// It is not the last piece.
     pub fn loss_behind(&self, x_btd: Tensor<3>, targets_bt: Tensor<2, Int>) -> Tensor<1> {
-        self.loss_of(self.logits(x_btd, || self.table()), targets_bt)
+        self.loss_of(self.logits_behind(x_btd), targets_bt)
+    }
+
+    /// Logits of what came out of the last layer.
+    ///
+    /// # Panics
+    /// It is not the last piece.
+    pub fn logits_behind(&self, x_btd: Tensor<3>) -> Tensor<3> {
+        self.logits(x_btd, || self.table())
     }
 
     fn table(&self) -> Tensor<2> {

@@ -1,13 +1,12 @@
 //! What a rank takes while it trains.
 
 use compression::{BLOCK, Codec};
-use parallel::data::Parameter;
 use parallel::data::plan::Plan as Buckets;
 use parallel::data::rules::{codec_of, may_be_lossy};
 use parallel::data::shard::shard;
 use parallel::mesh::Axis;
 
-use super::part::Part;
+use super::part::{Held, Part};
 use super::{activations, is_lossy, kept};
 use crate::recipe::Recipe;
 use crate::state::residuals::Kept;
@@ -40,7 +39,7 @@ impl Memory {
     /// Of this part. `codec` is what gradients travel in.
     #[must_use]
     pub fn of(recipe: &Recipe, part: &Part, codec: Option<Codec>, sharded: Option<Codec>) -> Self {
-        let parameters = part.parameters();
+        let parameters = part.held();
         let elements: usize = parameters.iter().map(|p| p.elements()).sum();
         let (data, place) = (part.mesh.size(Axis::Data), part.at.on(Axis::Data));
         let own = |all: usize| shard(all, place, data).len();
@@ -48,28 +47,30 @@ impl Memory {
         let float = size_of::<f32>();
         let (mut senders, mut owners) = (0, 0);
         if let Some(codec) = codec {
-            let buckets = Buckets::new(parameters.clone(), recipe.parallel.bucket_bytes_max).ok();
+            let buckets = Buckets::new(part.parameters(), recipe.parallel.bucket_bytes_max).ok();
             for bucket in buckets.iter().flat_map(Buckets::buckets) {
                 // What a bucket's sender left out lies in a buffer of the bucket's size.
-                let lossy = |&index: &usize| is_lossy(&parameters[index], Some(codec))[0];
+                let lossy = |&index: &usize| is_lossy(&parameters[index].whole, Some(codec))[0];
                 senders += if bucket.parameters.iter().any(lossy) { bucket.elements } else { 0 };
             }
             // Owners that send parameters leave nothing of sums out.
-            let lossy = parameters.iter().filter(|p| sharded.is_none() && is_lossy(p, Some(codec))[1]);
+            let lossy = parameters.iter().filter(|p| sharded.is_none() && is_lossy(&p.whole, Some(codec))[1]);
             owners = lossy.map(|p| own(p.elements())).sum();
         }
         let optimizer = match sharded.filter(|_| data > 1) {
             None => 2 * elements,
             Some(codec) => {
                 // A master beside the replica, where they differ.
-                let differs = |p: &&Parameter| codec_of(p, codec).is_lossy();
+                let differs = |p: &&Held| codec_of(&p.whole, codec).is_lossy();
                 2 * owned + parameters.iter().filter(differs).map(|p| own(p.elements())).sum::<usize>()
             }
         };
+        // Whoever has other ranks sums with them, if only with itself.
+        let sums = part.mesh.ranks() > 1;
         Self {
             parameters_bytes: float * 2 * elements,
             optimizer_bytes: float * optimizer,
-            gradients_bytes: float * if data > 1 { 2 * elements + owned } else { elements },
+            gradients_bytes: float * if sums { 2 * elements + owned } else { elements },
             residuals_bytes: float * (senders + owners),
             activations_bytes: float * activations(recipe, part),
             snapshot_bytes: float * snapshot(recipe, part, owned),
@@ -112,7 +113,7 @@ fn activations(recipe: &Recipe, part: &Part) -> usize {
 /// Elements of the buffer into which a checkpoint's share is copied. All ranks are taken to share a folder.
 fn snapshot(recipe: &Recipe, part: &Part, owned: usize) -> usize {
     let (data, place) = (part.mesh.size(Axis::Data), part.at.on(Axis::Data));
-    let lossy = || part.parameters().into_iter().filter(may_be_lossy).map(|p| p.elements());
+    let lossy = || part.held().into_iter().filter(|p| may_be_lossy(&p.whole)).map(|p| p.elements());
     let own = || lossy().map(|all| shard(all, place, data).len()).sum::<usize>();
     3 * owned
         + match kept(recipe, data) {

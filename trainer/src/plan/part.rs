@@ -8,6 +8,23 @@ use parallel::pipeline::Pipeline;
 
 use crate::model::Config;
 
+/// What a rank has of a parameter.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// As it is exported.
+    pub whole: Parameter,
+    /// What the rank has of it, under the same name.
+    pub own: Parameter,
+}
+
+impl Held {
+    /// Elements that the rank has.
+    #[must_use]
+    pub fn elements(&self) -> usize {
+        self.own.elements()
+    }
+}
+
 /// One rank's part.
 #[derive(Clone, Debug)]
 pub struct Part {
@@ -73,7 +90,14 @@ impl Part {
     /// Its parameters, in the order of the forward pass. A tied table is on the first and on the last stage.
     #[must_use]
     pub fn parameters(&self) -> Vec<Parameter> {
-        self.config.parameters().into_iter().filter_map(|parameter| self.own(parameter)).collect()
+        self.held().into_iter().map(|held| held.own).collect()
+    }
+
+    /// The same, each beside the whole that it is of: what a part travels in follows the whole.
+    #[must_use]
+    pub fn held(&self) -> Vec<Held> {
+        let held = |whole: Parameter| Some(Held { own: self.own(whole.clone())?, whole });
+        self.config.parameters().into_iter().filter_map(held).collect()
     }
 
     /// What it has of a parameter of the whole model.

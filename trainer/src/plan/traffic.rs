@@ -1,14 +1,13 @@
 //! Bytes that a rank sends in a step.
 
 use compression::{BLOCK, Codec};
-use parallel::data::Parameter;
 use parallel::data::nodes::Nodes;
 use parallel::data::rules::codec_of;
 use parallel::data::shard::{Ways, payload_bytes_both_ways, shard};
 use parallel::frame::HEADER_BYTES;
 use parallel::mesh::Axis;
 
-use super::part::Part;
+use super::part::{Held, Part};
 use crate::recipe::Recipe;
 
 /// Around a frame: its header, gRPC's (5 bytes) and HTTP/2's (9 bytes).
@@ -52,12 +51,12 @@ fn data(recipe: &Recipe, part: &Part, (codec, sharded): (Codec, Option<Codec>)) 
     // Groups of machines are of data-parallel runs alone.
     let members = if part.mesh.ranks() == ranks { recipe.parallel.group } else { 1 };
     let nodes = Nodes { rank, ranks, members };
-    let ways = |parameter: &Parameter| {
-        let there = codec_of(parameter, codec);
-        let back = sharded.map_or(there.second_stage(), |sent| codec_of(parameter, sent));
-        Ways { elements: parameter.elements(), there, back }
+    let ways = |held: &Held| {
+        let there = codec_of(&held.whole, codec);
+        let back = sharded.map_or(there.second_stage(), |sent| codec_of(&held.whole, sent));
+        Ways { elements: held.elements(), there, back }
     };
-    let tensors: Vec<Ways> = part.parameters().iter().map(ways).collect();
+    let tensors: Vec<Ways> = part.held().iter().map(ways).collect();
     let payload = payload_bytes_both_ways(&tensors, nodes);
     let frames: usize = tensors.iter().map(|ways| frames(ways.elements, recipe, nodes)).sum();
     payload.inside + payload.across + frames * FRAME_BYTES + (ranks - 1) * BALLOT_BYTES

@@ -126,10 +126,6 @@ fn sharding_faults(raw: &Raw, faults: &mut Vec<Fault>) {
         let what = "expected \"fp32\": without optimizer.sharded no parameters travel, sums of gradients do";
         faults
             .push(Fault::new(raw.origin(name), name, what).help("write `optimizer.sharded = true` to send parameters"));
-    } else if is_lossy && ["tensor", "pipeline"].iter().any(|axis| keys.count(&format!("parallel.{axis}")) > Some(1)) {
-        let what =
-            "expected \"fp32\" with parallel.tensor or parallel.pipeline above 1: parts of a model travel as they are";
-        faults.push(Fault::new(raw.origin(name), name, what));
     }
 }
 

@@ -9,12 +9,12 @@ use super::folder::{Folder, Status, Summary};
 use super::progress::duration;
 use crate::error::{Error, Result};
 use crate::export::Export;
-use crate::generate::{Sampling, generate, prompt_tokens};
-use crate::state::sharding;
-use crate::step::plain_model;
+use crate::generate::{Sampling, Source, generate, prompt_tokens};
+use crate::replica::Replica;
+use crate::step::{plain_model, plain_pieces};
 
 /// Finishes the run; false when somebody asked to stop before it was done, so that `--resume` finishes it.
-pub(super) fn finish(run: &Run, folder: Option<&Folder>) -> Result<bool> {
+pub(super) fn finish(run: &mut Run, folder: Option<&Folder>) -> Result<bool> {
     let held_out = match &run.data.held_out {
         Some(tokens) => {
             run.say("evaluating on all held-out text");
@@ -28,45 +28,49 @@ pub(super) fn finish(run: &Run, folder: Option<&Folder>) -> Result<bool> {
         None => None,
     };
     run.stepper.progress().enter(Stage::Ending);
-    // What is exported is what owners have; all others compute with replicas of it.
-    let masters = match &run.group {
-        Some(group) if run.recipe.export.at_end => {
-            sharding::gather(&group.sums, run.stepper.plan().parameters(), &run.state)?
-        }
-        _ => None,
-    };
-    if let Some(group) = &run.group {
-        group.say_goodbye();
+    let folder = folder.filter(|_| run.metrics.is_some());
+    let together = run.exports_together();
+    if !together {
+        run.say_goodbye();
     }
-    let (Some(folder), Some(_)) = (folder, &run.metrics) else { return Ok(true) };
-    if run.recipe.export.at_end {
-        export(run, folder, masters.as_deref().unwrap_or(run.whole_weights()))?;
+    match run.recipe.export.at_end {
+        true => export(run, folder)?,
+        false => run.merge()?,
     }
+    let sample = sample(run, folder.is_some())?;
+    if together {
+        // Whoever has nothing to do any more stays until all have what they need of it.
+        run.wait_for_all()?;
+        run.say_goodbye();
+    }
+    let Some(folder) = folder else { return Ok(true) };
     let mut summary = run.summary(Status::Done);
     summary.held_out_bits_per_byte = held_out.map(|(bits, _)| bits);
     folder.write_summary(&summary)?;
 
-    report(run, folder, &summary, held_out);
+    report(run, folder, &summary, (held_out, sample));
     Ok(true)
 }
 
-/// Exports beside an export that is there already, and changes places with it only when the new one is whole.
-fn export(run: &Run, folder: &Folder, weights: &[Vec<f32>]) -> Result<()> {
+/// Exports beside an export that is there already, and changes places with it only when the new one is whole. Ranks without a
+/// folder give what they have of it.
+fn export(run: &mut Run, folder: Option<&Folder>) -> Result<()> {
+    let Some(folder) = folder else { return run.merge_into(None) };
     let [place, next, old] = ["export", "export.next", "export.old"].map(|name| folder.file(name));
     for left_over in [&next, &old] {
         if left_over.exists() {
             std::fs::remove_dir_all(left_over).map_err(Error::io("remove", left_over))?;
         }
     }
+    let (config, tokenizer) = (run.config.clone(), run.data.tokenizer.json());
     let export = Export {
-        config: &run.config,
-        weights,
-        tokenizer: &run.data.tokenizer.json(),
-        end_of_text: run.data.tokenizer.end_of_text_name(),
+        config: &config,
+        tokenizer: &tokenizer,
+        end_of_text: &run.data.tokenizer.end_of_text_name().to_owned(),
         end_of_text_id: run.data.tokenizer.end_of_text(),
         dtype: run.recipe.export.dtype,
     };
-    export.write(&next)?;
+    run.merge_into(Some((&export, &next)))?;
     if place.exists() {
         std::fs::rename(&place, &old).map_err(Error::io("rename", &place))?;
     }
@@ -78,7 +82,12 @@ fn export(run: &Run, folder: &Folder, weights: &[Vec<f32>]) -> Result<()> {
 }
 
 /// Says how it ended, on stdout. A closed stdout takes nothing away from the run, which is done.
-fn report(run: &Run, folder: &Folder, summary: &Summary, held_out: Option<(f64, u64)>) {
+fn report(
+    run: &Run,
+    folder: &Folder,
+    summary: &Summary,
+    (held_out, sample): (Option<(f64, u64)>, Option<Result<String>>),
+) {
     let print = |text: String| _ = writeln!(std::io::stdout(), "{text}");
     print(format!(
         "run {} is done: {} steps, {:.2} M tokens, {}; final loss {}",
@@ -97,23 +106,41 @@ fn report(run: &Run, folder: &Folder, summary: &Summary, held_out: Option<(f64, 
         let dir = folder.file("export");
         print(format!("exported to {}; try: tributary generate {0} --prompt \"fn main\"", dir.display()));
     }
-    if let Some(prompt) = &run.recipe.export.prompt {
+    if let (Some(prompt), Some(sample)) = (&run.recipe.export.prompt, sample) {
         print(format!("a sample, after {prompt:?}:\n---"));
-        match sample(run, prompt) {
+        match sample {
             Ok(sample) => print(format!("{prompt}{sample}\n---")),
             Err(error) => run.say(&format!("there is no sample: {error}")),
         }
     }
 }
 
-fn sample(run: &Run, prompt: &str) -> Result<String> {
-    let keys = &run.recipe.export;
-    let model = plain_model(&run.config, &run.device, run.whole_weights());
+/// A sample, where the recipe wants one and this rank has something to do for it: it `tells` it, or holds a part of the model that
+/// does. The run goes on without one, if this rank made it alone.
+fn sample(run: &Run, tells: bool) -> Result<Option<Result<String>>> {
+    let Some(prompt) = &run.recipe.export.prompt else { return Ok(None) };
+    match run.stepper.replica() {
+        // The first replica's.
+        Some(replica) => match run.place().0 < replica.ranks() {
+            true => Ok(Some(Ok(text(run, Some(&replica.with_all_tokens()), prompt)?))),
+            false => Ok(None),
+        },
+        None => Ok(tells.then(|| text(run, None, prompt))),
+    }
+}
+
+fn text(run: &Run, replica: Option<&Replica>, prompt: &str) -> Result<String> {
+    let (keys, weights) = (&run.recipe.export, &run.state.weights);
+    let pieces = match replica {
+        Some(replica) => plain_pieces(replica, &run.config, &run.device, weights)?,
+        None => vec![plain_model(&run.config, &run.device, weights)],
+    };
+    let source = replica.map_or(Source::Model(&pieces[0]), |replica| Source::Replica(replica, &pieces));
     let sampling = Sampling { temperature: keys.temperature, top_p: 0.95, seed: run.recipe.train.seed };
     let longest = run.config.max_position_embeddings;
     let ids = prompt_tokens(&run.data.tokenizer, "export.prompt", prompt, longest)?;
     let mut sample = String::new();
-    generate(&model, &run.data.tokenizer, ids, keys.sample_tokens, sampling, |text| {
+    generate(source, &run.data.tokenizer, ids, keys.sample_tokens, sampling, |text| {
         sample += text;
         Ok(())
     })?;

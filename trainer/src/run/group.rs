@@ -202,6 +202,25 @@ impl Run {
         }
     }
 
+    /// Waits until all ranks are here.
+    ///
+    /// # Errors
+    /// A rank is lost.
+    pub(super) fn wait_for_all(&self) -> Result<()> {
+        let Some(engine) = self.stepper.engine() else { return Ok(()) };
+        self.stepper.progress().enter(Stage::Waiting);
+        engine.gather(Vec::new()).map_err(StreamError::from)?;
+        self.stepper.progress().enter(Stage::Ending);
+        Ok(())
+    }
+
+    /// Ends the connections to the other ranks, if there are any.
+    pub(super) fn say_goodbye(&self) {
+        if let Some(group) = &self.group {
+            group.say_goodbye();
+        }
+    }
+
     /// Compares all ranks' parameters before anything is made of them that stays.
     ///
     /// # Errors

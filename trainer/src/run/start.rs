@@ -20,7 +20,7 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use checkpoint::disk::RealDisk;
-use checkpoint::reader::{self, Checkpoint};
+use checkpoint::reader::{self, Checkpoint, Want};
 use checkpoint::store::{Seat, Uploader};
 use checkpoint::writer::{Retention, Writer};
 use parallel::coordinator::state::RankNumbers;
@@ -46,6 +46,7 @@ use crate::model::Config;
 use crate::prometheus::Port;
 use crate::recipe::Recipe;
 use crate::recipe::resolved::TokenizerSource;
+use crate::state::folders::Folders;
 use crate::state::mesh::Mesh;
 use crate::state::sharding::Sharding;
 use crate::state::{self, State};
@@ -86,7 +87,8 @@ pub fn train(request: Request) -> Result<Left> {
     };
     let ready = prepare(&request, newest.as_ref())?;
     let whole = Cut::new(&request.recipe, &ready.config)?.parts(&ready.config, 0)?;
-    let begun = ready.begin(&request, (newest.as_ref(), loaded), (&whole, Sharding::NONE))?;
+    let folders = newest.as_ref().map(|newest| Folders::one(&request.name, newest));
+    let begun = ready.begin(&request, (folders.as_ref(), loaded), (&whole, Sharding::NONE))?;
     let resumed = existing.is_some();
     let (folder, changed) = match existing {
         Some(existing) => existing,
@@ -99,7 +101,7 @@ pub fn train(request: Request) -> Result<Left> {
         let stepper = Stepper::new(&ready.config, &ready.device, request.recipe.parallel.bucket_bytes_max)?;
         request.tamper.prepare(0, &stepper);
         let restart = Restart { request: &request, mesh: &mesh, rank: 0, others: None };
-        let (owed, regained) = restart.owed(newest.as_ref(), stepper.plan())?;
+        let (owed, regained) = restart.owed(folders.as_ref(), stepper.plan())?;
         let owes = owed.has_place();
         stepper.stream().owe(owed);
         let tracing = begin_trace(&request, folder.path(), 0, stepper.plan(), begun.state.step)?;
@@ -276,24 +278,32 @@ fn peek(request: &Request) -> Result<Option<Checkpoint>> {
 }
 
 impl Ready {
-    /// Where a rank that holds these parts starts. `loaded` is what `newest` holds, where it was read before.
+    /// Where a rank that holds these parts starts. `loaded` is what the newest checkpoint holds, where it was read before. Where
+    /// that is in several folders, all ranks call it at the same place.
     fn begin(
         &self,
         request: &Request,
-        (newest, loaded): (Option<&Checkpoint>, Option<Loaded>),
+        (folders, loaded): (Option<&Folders<'_>>, Option<Loaded>),
         (parts, sharding): (&[Part], Sharding),
     ) -> Result<Begun> {
+        let newest = folders.map(Folders::here);
         not_behind(request, newest)?;
         let fresh = |state: State| state.sharded(parts.iter().map(|part| &part.whole), sharding);
-        let (state, tokens, last_loss) = match (newest, &self.from) {
-            (Some(newest), _) => {
+        let (state, tokens, last_loss) = match (folders, &self.from) {
+            (Some(folders), _) => {
+                let newest = folders.here();
                 same_text(&request.name, newest, &self.data)?;
                 let whole = parts.iter().all(Part::is_whole) && !sharding.is_on();
                 let (state, meta) = match loaded.filter(|loaded| whole && loaded.is_of(newest, &self.config)) {
-                    Some(Loaded { state, meta, .. }) => (state, meta),
+                    Some(Loaded { state, meta, .. }) => {
+                        // Others may want some of it.
+                        folders.load(&mut [])?;
+                        (state, meta)
+                    }
                     None => {
                         let meta = state::meta(newest)?;
-                        (State::load(newest, (&meta, parts, sharding), Checkpoint::load)?, meta)
+                        let load = |wants: &mut [Want<'_>]| folders.load(wants);
+                        (State::load((&meta, parts, sharding), |name| folders.has(name), load)?, meta)
                     }
                 };
                 (state, meta.tokens, meta.loss)

@@ -88,10 +88,22 @@ impl Mesh {
         (self.data, self.tensor, self.group) == (other.data, other.tensor, other.group)
     }
 
+    /// How many they are.
+    #[must_use]
+    pub const fn ranks(&self) -> usize {
+        self.data * self.replica()
+    }
+
+    /// The host of a rank, for people.
+    #[must_use]
+    pub fn host_of_rank(&self, rank: usize) -> &str {
+        self.hosts.get(rank).map_or("a machine that the checkpoint does not name", String::as_str)
+    }
+
     /// The host of a data-parallel rank, of the first of those that hold its model together, for people.
     #[must_use]
     pub fn host_of(&self, data: usize) -> &str {
-        self.hosts.get(data * self.replica()).map_or("a machine that the checkpoint does not name", String::as_str)
+        self.host_of_rank(data * self.replica())
     }
 }
 

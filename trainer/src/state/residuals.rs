@@ -26,7 +26,7 @@ use super::mesh::Mesh;
 use crate::error::{Error, Result};
 
 /// Elements of a message between ranks: well below what a call may bring.
-const PART: usize = 16 << 20;
+pub(super) const PART: usize = 16 << 20;
 
 /// The tensor in which a rank's part as a sender lies.
 #[must_use]

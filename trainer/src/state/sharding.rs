@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use checkpoint::reader::{Checkpoint, Want};
+use checkpoint::reader::Want;
 use checkpoint::writer::{PieceSpec, Snapshot};
 use compression::Codec;
 use parallel::collective::SubGroup;
@@ -103,11 +103,11 @@ impl State {
 }
 
 /// The tensors that a rank reads of each parameter: its replica, which may be the master, the master, and both moments.
-pub(super) fn names(checkpoint: &Checkpoint, parts: &[Part], sharding: Sharding) -> Vec<[String; 4]> {
+pub(super) fn names(has: impl Fn(&str) -> bool, parts: &[Part], sharding: Sharding) -> Vec<[String; 4]> {
     let names = |part: &Part| {
         let name = &part.whole.name;
         let replica = replica_name(name);
-        let differs = sharding.has_master(&part.whole) && checkpoint.has(&replica);
+        let differs = sharding.has_master(&part.whole) && has(&replica);
         [if differs { replica } else { name.clone() }, name.clone(), format!("{name}.m"), format!("{name}.v")]
     };
     parts.iter().map(names).collect()
@@ -186,40 +186,38 @@ pub(super) fn put(state: &State, snapshot: &mut Snapshot<'_>, share: &Share) -> 
     next
 }
 
-/// The parameters as their owners have them, on rank 0, where they are not the replicas; `None` on all other ranks, and where
-/// they are. All ranks call it between the same steps.
+/// What a rank holds of a parameter as its owners have it, on the first of those that sum gradients, where that is not the
+/// replica; `None` on all others, and where it is. All of them call it in the same order between the same steps.
 ///
 /// # Errors
 /// A rank is lost.
-pub fn gather(all: &SubGroup, parameters: &[Parameter], state: &State) -> Result<Option<Vec<Vec<f32>>>> {
+pub fn gather(all: &SubGroup, part: &Part, index: usize, state: &State) -> Result<Option<Vec<f32>>> {
     let sharding = state.sharding;
-    if !parameters.iter().any(|parameter| sharding.has_master(parameter)) {
+    if !sharding.has_master(&part.whole) {
         return Ok(None);
     }
-    let mut whole = (sharding.rank == 0).then(|| state.weights.clone());
-    for (index, parameter) in parameters.iter().enumerate().filter(|(_, parameter)| sharding.has_master(parameter)) {
-        let (site, elements) = (site("masters", &parameter.name), parameter.elements());
-        let of = |owner| shard(elements, owner, sharding.ranks);
-        match &mut whole {
-            None => {
-                let start = of(sharding.rank).start;
-                for part in parts(&of(sharding.rank)) {
-                    all.send(&site, 0, &state.masters[index][part.start - start..part.end - start])?;
-                }
-            }
-            Some(whole) => {
-                whole[index][of(0)].copy_from_slice(&state.masters[index]);
-                for owner in 1..sharding.ranks {
-                    for part in parts(&of(owner)) {
-                        all.receive(&site, owner, &mut whole[index][part])?;
-                    }
-                }
+    let (site, elements) = (site("masters", &part.whole.name), part.region.len());
+    let of = |owner| shard(elements, owner, sharding.ranks);
+    let members = all.members();
+    let mut gathered = None;
+    if sharding.rank > 0 {
+        let start = of(sharding.rank).start;
+        for part in parts(&of(sharding.rank)) {
+            all.send(&site, members[0], &state.masters[index][part.start - start..part.end - start])?;
+        }
+    } else {
+        let mut masters = vec![0.0; elements];
+        masters[of(0)].copy_from_slice(&state.masters[index]);
+        for owner in 1..sharding.ranks {
+            for part in parts(&of(owner)) {
+                all.receive(&site, members[owner], &mut masters[part])?;
             }
         }
-        // Who sends does not wait: without this it would be ahead by the whole model.
-        all.barrier(&site)?;
+        gathered = Some(masters);
     }
-    Ok(whole)
+    // Who sends does not wait: without this it would be ahead by the whole model.
+    all.barrier(&site)?;
+    Ok(gathered)
 }
 
 #[cfg(test)]

@@ -19,9 +19,6 @@ pub(super) fn plan(plan: &Plan, recipe: &Recipe, figures: Option<&Figures>) -> S
     let _ = writeln!(text, "{}: {} parameters{codec}", plan.mesh, plan.parameters);
     let _ =
         writeln!(text, "a step: {} sequences, {} tokens, {:.3e} operations", plan.sequences, plan.tokens, plan.flops);
-    if !plan.not_runnable.is_empty() {
-        let _ = writeln!(text, "this build cannot run it: {}", plan.not_runnable.join("; "));
-    }
     if recipe.device.backend != "flex" {
         let (backend, host) = (&recipe.device.backend, device::is_host(&recipe.device.backend));
         let lies = if host { "" } else { "; parameters' copy and activations lie on the device, the rest on the host" };
@@ -119,8 +116,7 @@ pub(super) fn found(ranks: usize, found: &Found) -> String {
         if let Some(time) = plan.time {
             let _ = write!(text, ", {:.4} s a step", time.step_s);
         }
-        let runnable = if plan.not_runnable.is_empty() { "can be run" } else { "cannot be run by this build" };
-        let _ = writeln!(text, ": {runnable}");
+        text.push('\n');
     }
     let Found { too_large, impossible, .. } = found;
     let _ = writeln!(text, "{too_large} more need too much memory, {impossible} do not fit the model or the batch");

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use checkpoint::CheckpointError;
 use checkpoint::damaged::{self, Survey};
 use checkpoint::disk::RealDisk;
-use checkpoint::reader::Checkpoint;
+use checkpoint::reader::{Checkpoint, Want};
 use serde_json::{Value, json};
 
 use super::Books;
@@ -114,7 +114,8 @@ fn load(checkpoint: &Checkpoint) -> std::result::Result<Option<Loaded>, Checkpoi
     // What is no state of a run, or not all of one, is told as that, and only once it is known to be whole.
     let Ok(meta) = state::meta(checkpoint) else { return verify() };
     let Ok(parts) = parts(&meta.model, 0, 1) else { return verify() };
-    match State::load(checkpoint, (&meta, &parts, Sharding::NONE), Checkpoint::load_and_verify) {
+    let all = |wants: &mut [Want<'_>]| checkpoint.load_and_verify(wants).map(|_| ());
+    match State::load((&meta, &parts, Sharding::NONE), |name| checkpoint.has(name), all) {
         Ok(state) => Ok(Some(Loaded { of: (checkpoint.step(), checkpoint.id().to_owned()), state, meta })),
         Err(
             CheckpointError::NoTensor { .. } | CheckpointError::TensorShape { .. } | CheckpointError::Absent { .. },

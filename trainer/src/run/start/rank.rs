@@ -38,6 +38,7 @@ use crate::run::join::{Joined, Met, addresses, leave_with};
 use crate::run::signals::TRY_AGAIN;
 use crate::run::trace::Tracing;
 use crate::run::{Ended, Left, Request, Run, upload};
+use crate::state::folders::Folders;
 use crate::state::mesh::Mesh;
 use crate::state::{self, Share};
 use crate::step::Stepper;
@@ -309,7 +310,6 @@ fn connect(
     let axes = cut.mesh();
     let (data, replicas) = (axes.coordinates(rank).on(Axis::Data), axes.size(Axis::Data));
     let (parts, sharding) = (cut.parts(&ready.config, rank)?, sharding(recipe, data, replicas));
-    let begun = ready.begin(request, (newest.as_ref(), loaded), (&parts, sharding)).map_err(explain)?;
     let held = newest.as_ref().map(state::held).transpose()?.unwrap_or_default();
     let one_machine = recipe.parallel.group == replicas;
     let codec = if one_machine { CodecChoice::Fixed(Codec::Fp32) } else { recipe.compression.codec };
@@ -321,8 +321,8 @@ fn connect(
     let chosen = held.chosen.filter(|_| !request.choose_codec_anew && !others);
     let codecs = (replicas > 1).then(|| Codecs::new(recipe.compression, chosen));
     let codecs = if one_machine { codecs.map(Codecs::on_one_machine) } else { codecs };
-    let codec = codecs.as_ref().map_or(Codec::Fp32, |codecs| codecs.codec(begun.state.step + 1));
-    let plan = Plan::of_parts(parts, recipe.parallel.bucket_bytes_max);
+    let codec = codecs.as_ref().map_or(Codec::Fp32, |codecs| codecs.codec(from + 1));
+    let plan = Plan::of_parts(parts.clone(), recipe.parallel.bucket_bytes_max);
     let plan = Arc::new(plan.map_err(|error| Error::Usage(error.to_string()))?);
     // Between parts of a model other things travel too.
     let f32_bytes = (replicas > 1 && replicas == axes.ranks()).then(|| f32_bytes(&plan, data, replicas));
@@ -336,7 +336,7 @@ fn connect(
     let seat = if apart { Seat::Machine(rank) } else { Seat::Shared };
     let uploader = if member.lead { upload::start(request, checkpoints, seat)? } else { None };
 
-    let tracing = begin_trace(request, &path, rank, &plan, begun.state.step)?;
+    let tracing = begin_trace(request, &path, rank, &plan, from)?;
     let trace = tracing.as_ref().map(Tracing::trace).cloned();
     let inbox = Inbox::new(trace.clone());
     let place = Place { rank, ranks: share.ranks, epoch: met.start.epoch };
@@ -346,8 +346,14 @@ fn connect(
     let collectives = Collectives::new(mailbox, transport.clone());
     let all = collectives.sub_group(&(0..share.ranks).collect::<Vec<_>>())?;
     let sums = collectives.sub_group(&axes.group(Axis::Data, rank))?;
+    let several = |newest| match apart {
+        true => Folders::of_all(&request.name, newest, (&all, &met.lead_of)),
+        false => Ok(Folders::one(&request.name, newest)),
+    };
+    let folders = newest.as_ref().map(several).transpose()?;
+    let begun = ready.begin(request, (folders.as_ref(), loaded), (&parts, sharding)).map_err(explain)?;
     let restart = Restart { request, mesh: &mesh, rank, others: apart.then_some(&all) };
-    let regained = newest.as_ref().map(|newest| restart.give(newest, held, &mut exchange)).transpose()?;
+    let regained = folders.as_ref().map(|folders| restart.give(folders, held, &mut exchange)).transpose()?;
     let regained = regained.unwrap_or_default();
     let members = Members::new(rank, share.ranks, &axes.group(Axis::Data, rank));
     let engine = Engine::start_among((exchange, members), transport.clone(), inbox, joined.progress.clone())

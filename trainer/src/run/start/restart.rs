@@ -13,6 +13,7 @@ use crate::error::Result;
 use crate::recipe::Recipe;
 use crate::recipe::resolved::Parallel;
 use crate::run::Request;
+use crate::state::folders::Folders;
 use crate::state::mesh::{Mesh, Recut};
 use crate::state::residuals::Way;
 use crate::state::slices::Slices;
@@ -35,13 +36,13 @@ impl Restart<'_> {
     ///
     /// # Errors
     /// Something of it is not there, or damaged.
-    pub fn owed(&self, newest: Option<&Checkpoint>, plan: &Plan) -> Result<(Owed, Regained)> {
-        let Some(newest) = newest else { return Ok((Owed::default(), Regained::default())) };
-        let held = state::held(newest)?;
+    pub fn owed(&self, folders: Option<&Folders<'_>>, plan: &Plan) -> Result<(Owed, Regained)> {
+        let Some(folders) = folders else { return Ok((Owed::default(), Regained::default())) };
+        let held = state::held(folders.here())?;
         let has_unsent = held.has_unsent();
         let mut owed = if has_unsent { Owed::new(plan.parameters().len()) } else { Owed::default() };
         let regained =
-            self.restore(newest, (has_unsent, held.folded), plan, |index, _, owner| owed.enter(index, owner))?;
+            self.restore(folders, (has_unsent, held.folded), plan, |index, _, owner| owed.enter(index, owner))?;
         if self.request.tamper.forget_owner {
             owed.settle();
         }
@@ -52,11 +53,12 @@ impl Restart<'_> {
     ///
     /// # Errors
     /// As [`owed`](Self::owed); a rank is lost.
-    pub fn give(&self, newest: &Checkpoint, held: Held, exchange: &mut Exchange) -> Result<Regained> {
+    pub fn give(&self, folders: &Folders<'_>, held: Held, exchange: &mut Exchange) -> Result<Regained> {
+        let newest = folders.here();
         let plan = exchange.plan().clone();
         // On other ranks zeros need not be added up; on the same ones they are a checkpoint's like any others.
         let has_some = held.has_unsent() || (held.residuals && !held.folded && !is_of_others(newest, self.mesh)?);
-        let regained = self.restore(newest, (has_some, held.folded), &plan, |index, sender, owner| {
+        let regained = self.restore(folders, (has_some, held.folded), &plan, |index, sender, owner| {
             exchange.restore(index, &sender, owner).expect("the shapes are the plan's");
         })?;
         if self.request.tamper.forget_owner {
@@ -67,16 +69,18 @@ impl Restart<'_> {
 
     fn restore(
         &self,
-        newest: &Checkpoint,
+        folders: &Folders<'_>,
         (has_some, folded): (bool, bool),
         plan: &Plan,
         take: impl FnMut(usize, Vec<f32>, Vec<f32>),
     ) -> Result<Regained> {
+        let newest = folders.here();
         let before = Mesh::of(newest, &state::meta(newest)?)?;
         let mut lost = Vec::new();
-        if has_some && self.mesh.replica() > 1 {
-            let (checkpoint, after, twice) = (newest, self.mesh, self.request.tamper.fold_twice);
-            Slices { checkpoint, before: &before, folded, after, data: self.rank / after.replica(), twice }
+        let slices = self.mesh.replica() > 1 || (before.replica() > 1 && !self.request.resume_without_residuals);
+        if has_some && slices {
+            let (after, twice) = (self.mesh, self.request.tamper.fold_twice);
+            Slices { folders, before: &before, folded, after, data: self.rank / after.replica(), twice }
                 .restore(plan, take)?;
         } else if has_some {
             let way = Way {

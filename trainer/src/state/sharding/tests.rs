@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use checkpoint::disk::RealDisk;
+use checkpoint::reader::Checkpoint;
 use checkpoint::writer::{Member, Offer, Outcome, Retention, Writer};
 use parallel::data::Plan;
 use parallel::data::exchange::{Exchange, Group};
@@ -102,7 +103,8 @@ fn load(folder: &tempfile::TempDir, config: &Config, sharding: Sharding) -> Stat
     let checkpoint = Checkpoint::open(&path).expect("a checkpoint");
     checkpoint.verify().expect("whole");
     let (meta, parts) = (state::meta(&checkpoint).expect("ours"), parts(config, 0, 1).expect("small"));
-    State::load(&checkpoint, (&meta, &parts, sharding), Checkpoint::load).expect("everything is there")
+    let load = |wants: &mut [Want<'_>]| checkpoint.load(wants).map(|_| ());
+    State::load((&meta, &parts, sharding), |name| checkpoint.has(name), load).expect("everything is there")
 }
 
 #[test]
