@@ -63,10 +63,11 @@ fn export(run: &mut Run, folder: Option<&Folder>) -> Result<()> {
         }
     }
     let (config, tokenizer) = (run.config.clone(), run.data.tokenizer.json());
+    let end_of_text = run.data.tokenizer.end_of_text_name().to_owned();
     let export = Export {
         config: &config,
         tokenizer: &tokenizer,
-        end_of_text: &run.data.tokenizer.end_of_text_name().to_owned(),
+        end_of_text: &end_of_text,
         end_of_text_id: run.data.tokenizer.end_of_text(),
         dtype: run.recipe.export.dtype,
     };

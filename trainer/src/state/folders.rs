@@ -247,8 +247,8 @@ impl Others<'_> {
     fn sources(&self, to: usize, Request { tensor, region, .. }: &Request) -> Sources {
         let own = self.lead_of[to];
         let leads = std::iter::once(own).chain(self.held.keys().copied().filter(|&lead| lead != own));
-        let (mut from, mut missing) = (Vec::new(), vec![0..region.len()]);
-        missing.retain(|range| !range.is_empty());
+        let mut from = Vec::new();
+        let mut missing = Elements::from_iter((!region.is_empty()).then(|| 0..region.len()));
         for lead in leads {
             let pieces = self.held[&lead].tensors.get(tensor).into_iter().flatten();
             let mut held: Elements = pieces
@@ -281,15 +281,17 @@ fn divide(ranges: &[Range<usize>], held: &[Range<usize>]) -> (Elements, Elements
         }
         for other in held[next..].iter().take_while(|other| other.start < range.end) {
             let (from, to) = (other.start.max(start), other.end.min(range.end));
+            if from >= to {
+                continue;
+            }
             if start < from {
                 rest.push(start..from);
             }
             match found.last_mut() {
                 Some(last) if last.end == from => last.end = to,
-                _ if from < to => found.push(from..to),
-                _ => {}
+                _ => found.push(from..to),
             }
-            start = start.max(to);
+            start = to;
         }
         if start < range.end {
             rest.push(start..range.end);
@@ -359,20 +361,24 @@ fn tell_all<T: Serialize + DeserializeOwned>(all: &SubGroup, site: &str, own: &T
 mod tests {
     use super::*;
 
+    /// Ranges, each as its first element and the one behind its last.
+    fn ranges(bounds: &[[usize; 2]]) -> Elements {
+        bounds.iter().map(|&[start, end]| start..end).collect()
+    }
+
     #[test]
     fn what_is_held_of_some_ranges_is_found_and_the_rest_is_left() {
-        let cases: [(&[Range<usize>], &[Range<usize>], &[Range<usize>], &[Range<usize>]); 6] = [
-            (&[0..10], &[0..10], &[0..10], &[]),
-            (&[0..10], &[], &[], &[0..10]),
-            (&[0..10], &[2..4, 4..6, 8..20], &[2..6, 8..10], &[0..2, 6..8]),
-            (&[0..3, 5..9], &[1..7], &[1..3, 5..7], &[0..1, 7..9]),
-            (&[4..6], &[0..4, 6..8], &[], &[4..6]),
-            // Two folders may have the same.
-            (&[0..8], &[0..5, 3..6], &[0..6], &[6..8]),
-        ];
-        for (ranges, held, found, rest) in cases {
-            assert_eq!(divide(ranges, held), (found.to_vec(), rest.to_vec()), "{ranges:?} of {held:?}");
-        }
+        let check = |asked: &[[usize; 2]], held: &[[usize; 2]], found: &[[usize; 2]], rest: &[[usize; 2]]| {
+            let divided = divide(&ranges(asked), &ranges(held));
+            assert_eq!(divided, (ranges(found), ranges(rest)), "{asked:?} of {held:?}");
+        };
+        check(&[[0, 10]], &[[0, 10]], &[[0, 10]], &[]);
+        check(&[[0, 10]], &[], &[], &[[0, 10]]);
+        check(&[[0, 10]], &[[2, 4], [4, 6], [8, 20]], &[[2, 6], [8, 10]], &[[0, 2], [6, 8]]);
+        check(&[[0, 3], [5, 9]], &[[1, 7]], &[[1, 3], [5, 7]], &[[0, 1], [7, 9]]);
+        check(&[[4, 6]], &[[0, 4], [6, 8]], &[], &[[4, 6]]);
+        // Two folders may have the same.
+        check(&[[0, 8]], &[[0, 5], [1, 3], [3, 6]], &[[0, 6]], &[[6, 8]]);
     }
 
     #[test]

@@ -208,9 +208,9 @@ pub fn gather(all: &SubGroup, part: &Part, index: usize, state: &State) -> Resul
     } else {
         let mut masters = vec![0.0; elements];
         masters[of(0)].copy_from_slice(&state.masters[index]);
-        for owner in 1..sharding.ranks {
+        for (owner, &member) in members.iter().enumerate().skip(1) {
             for part in parts(&of(owner)) {
-                all.receive(&site, members[owner], &mut masters[part])?;
+                all.receive(&site, member, &mut masters[part])?;
             }
         }
         gathered = Some(masters);
