@@ -131,7 +131,7 @@ fn stages_on_two_machines_become_whole_models_and_stages_again() {
             stage(&["one", "two"], &DATA_OF_STAGES, 6),
             // Each machine has one stage of both replicas.
             stage(&["one", "two", "one", "two"], &STAGES_TWICE, 9),
-            stage(&["two", "one"], &SLICES_OF_STAGES, 11),
+            stage(&["one", "two"], &SLICES_OF_STAGES, 11),
             stage(&["one", "two"], &STAGES, 13),
         ],
     );
