@@ -2,12 +2,13 @@
 //!
 //! - `protocol`: what of a copy is there after every request that may be the last. `damage`: what is named and goes nowhere.
 //! - `ranks`: several ranks, and machines.
-//! - `server`: the server.
+//! - `server`: the server. `tries`: what tries that fail leave behind.
 
 mod damage;
 mod protocol;
 mod ranks;
 mod server;
+mod tries;
 
 use std::process::Stdio;
 
@@ -128,6 +129,9 @@ fn training_goes_on_whatever_the_store_does_and_what_was_missed_is_copied_later(
     assert!(of_kind(&events, "upload_failed").contains(&60), "{events:?}");
     assert_eq!(of_kind(&events, "uploaded"), [] as [u64; 0]);
     assert!(ran.stderr.contains("the checkpoint of step 60 was not uploaded: could not write s3://"), "{}", ran.stderr);
+    let not_tried =
+        "the checkpoint of step 56 was not uploaded: the store did not take another one, and it was not tried";
+    assert!(ran.stderr.contains(not_tried), "{}", ran.stderr);
     assert_eq!(place.summary("a")["parameter_hash"], expected);
     server.rule(|_| Fate::Pass);
     run(&place, &server, "a", &["--resume"]).ok();

