@@ -12,7 +12,7 @@ use checkpoint::writer::{Attachment, Retention, TensorSpec, Writer};
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::server::{Asked, BUCKET, Fate, Server};
+use super::server::{Asked, Fate, Server};
 
 /// Objects that are not ours, some of them in places of ours.
 const FOREIGN: [&str; 4] = [
@@ -22,12 +22,9 @@ const FOREIGN: [&str; 4] = [
     "runs/a/step-1/rank-0000.safetensors",
 ];
 
-fn place() -> Place {
-    Place::parse(&format!("s3://{BUCKET}/runs/a")).expect("a URL")
-}
-
 pub fn remote(server: &Server) -> Remote {
-    Remote::open(&place(), &Settings::of(server.environment())).expect("a client")
+    let place = Place::parse(&server.url("runs/a")).expect("a URL");
+    Remote::open(&place, &Settings::of(server.environment())).expect("a client")
 }
 
 pub fn at(step: u64) -> At {

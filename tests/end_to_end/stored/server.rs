@@ -61,6 +61,8 @@ struct Gate {
 pub struct Server {
     root: TempDir,
     scheme: &'static str,
+    /// Whether everybody may in.
+    open: bool,
     address: SocketAddr,
     gate: Arc<Gate>,
     stop: Option<oneshot::Sender<()>>,
@@ -69,7 +71,13 @@ pub struct Server {
 
 impl Server {
     pub fn new() -> Self {
-        Self::start("http", None)
+        Self::start("http", None, false)
+    }
+
+    /// One that lets everybody in, for the client of Google's store: the requests of its XML interface are those of S3 but for
+    /// who may in.
+    pub fn open() -> Self {
+        Self::start("http", None, true)
     }
 
     /// One that speaks TLS, with a certificate by an authority of its own, whose certificate comes with it.
@@ -84,10 +92,10 @@ impl Server {
         let key = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
         let config = ServerConfig::builder().with_no_client_auth().with_single_cert(vec![own.der().clone()], key);
         let acceptor = TlsAcceptor::from(Arc::new(config.expect("the key is the certificate's")));
-        (Self::start("https", Some(acceptor)), pem(authority.der()))
+        (Self::start("https", Some(acceptor), false), pem(authority.der()))
     }
 
-    fn start(scheme: &'static str, tls: Option<TlsAcceptor>) -> Self {
+    fn start(scheme: &'static str, tls: Option<TlsAcceptor>, open: bool) -> Self {
         let root = tempfile::tempdir().expect("a folder");
         std::fs::create_dir(root.path().join(BUCKET)).expect("writable");
         let gate = Arc::new(Gate {
@@ -96,7 +104,9 @@ impl Server {
             held: watch::channel(true).0,
         });
         let mut builder = S3ServiceBuilder::new(FileSystem::new(root.path()).expect("a folder"));
-        builder.set_auth(SimpleAuth::from_single(KEY.0, KEY.1));
+        if !open {
+            builder.set_auth(SimpleAuth::from_single(KEY.0, KEY.1));
+        }
         let (service, shared) = (builder.build(), gate.clone());
         let (stop, stopped) = oneshot::channel();
         let (tell, told) = std::sync::mpsc::channel();
@@ -113,7 +123,7 @@ impl Server {
             runtime.shutdown_background();
         });
         let address = told.recv().expect("it listens");
-        Self { root, scheme, address, gate, stop: Some(stop), thread: Some(thread) }
+        Self { root, scheme, open, address, gate, stop: Some(stop), thread: Some(thread) }
     }
 
     /// From now on requests are counted anew, and the rule says what becomes of them.
@@ -135,6 +145,12 @@ impl Server {
     /// What the environment of a process must have.
     pub fn environment(&self) -> Vec<(String, String)> {
         let endpoint = format!("{}://{}", self.scheme, self.address);
+        let google = [
+            ("GOOGLE_BASE_URL", &*endpoint),
+            ("GOOGLE_ALLOW_HTTP", "true"),
+            ("GOOGLE_SKIP_SIGNATURE", "true"),
+            ("NO_PROXY", "127.0.0.1"),
+        ];
         let pairs = [
             ("AWS_ENDPOINT_URL", &*endpoint),
             ("AWS_ALLOW_HTTP", "true"),
@@ -144,7 +160,13 @@ impl Server {
             // Loopback is not behind anybody's proxy.
             ("NO_PROXY", "127.0.0.1"),
         ];
-        pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec()
+        let pairs = if self.open { &google[..] } else { &pairs };
+        pairs.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect()
+    }
+
+    /// The URL of a place in the bucket.
+    pub fn url(&self, below: &str) -> String {
+        format!("{}://{BUCKET}/{below}", if self.open { "gs" } else { "s3" })
     }
 
     /// An object, as the file that it is.
