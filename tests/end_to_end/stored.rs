@@ -242,13 +242,13 @@ fn a_store_is_trusted_as_the_system_trusts_it() {
 
 #[test]
 fn a_bucket_of_googles_will_do_as_far_as_a_server_of_s3_can_tell() {
-    let (server, place, fresh) = (Server::open(), Place::new(), Place::new());
+    let (server, place, fresh) = (Server::google(), Place::new(), Place::new());
     let train = |place: &Place, more: &[&str]| {
         let upload = format!("checkpoint.upload_to={}", server.url("runs"));
         Ran::from(place.command(&stored("a", &upload, more)).envs(server.environment()).output().expect("it starts"))
     };
-    train(&place, &["--set", "train.stop_at_step=30"]).ok();
-    assert!(of_kind(&place.events("a"), "uploaded").contains(&30));
+    let ran = train(&place, &["--set", "train.stop_at_step=30"]).ok();
+    assert!(of_kind(&place.events("a"), "uploaded").contains(&30), "{}", ran.stderr);
     train(&fresh, &["--resume"]).ok();
     assert_eq!(of_kind(&fresh.events("a"), "downloaded"), [30]);
     assert_eq!(fresh.summary("a")["parameter_hash"], undisturbed(&place));
@@ -256,7 +256,7 @@ fn a_bucket_of_googles_will_do_as_far_as_a_server_of_s3_can_tell() {
     assert!(keys.contains(&format!("runs/a/{}/manifest.json", committed(60))), "it was this server: {keys:?}");
     assert!(!keys.iter().any(|key| key.ends_with(".partial")), "{keys:?}");
     // One that goes in parts.
-    let (server, folder) = (Server::open(), tempfile::tempdir().expect("a folder"));
+    let (server, folder) = (Server::google(), tempfile::tempdir().expect("a folder"));
     protocol::write(folder.path(), &[1], 3_000_000, 0.0);
     assert_eq!(protocol::told(&protocol::upload(&server, folder.path(), Retention::last(1))), (vec![1], vec![]));
     assert!(server.asked().iter().any(|asked| asked.query.contains("partNumber=2")), "{:?}", server.asked());

@@ -327,13 +327,12 @@ impl Work {
         };
         self.begun.remove(&step);
         self.newest = self.newest.max(step);
-        let removed = match self.newest == step {
-            true => retain::retain(&self.shelf, at, retention).await.unwrap_or_else(|error| {
-                tracing::warn!(step, %error, "older copies could not be removed from the store");
-                Vec::new()
-            }),
-            false => Vec::new(),
-        };
+        // Also after an older one has followed, which makes one too many.
+        let newest = At { step: self.newest, ..at };
+        let removed = retain::retain(&self.shelf, newest, retention).await.unwrap_or_else(|error| {
+            tracing::warn!(step, %error, "older copies could not be removed from the store");
+            Vec::new()
+        });
         let (url, seconds) = (at.below(&self.shelf.place).to_string(), start.elapsed().as_secs_f64());
         Ok(News::Uploaded { step, url, bytes, seconds, removed })
     }

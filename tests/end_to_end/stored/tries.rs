@@ -104,6 +104,26 @@ fn what_was_begun_and_is_wanted_no_more_goes() {
 }
 
 #[test]
+fn an_older_copy_that_follows_the_newest_makes_room_for_itself() {
+    let (server, here) = (Server::new(), folder(&[1]));
+    let uploader = start(&server, here.path(), Retention::last(2));
+    assert_eq!(told(&next(&uploader)), (vec![1], vec![]));
+    server.rule(|asked| if asked.method == "PUT" { Fate::Refuse(403) } else { Fate::Pass });
+    write(here.path(), &[2], 300, 0.0);
+    uploader.offer(2);
+    assert_eq!(told(&next(&uploader)).1.len(), 1);
+    server.rule(|_| Fate::Pass);
+    write(here.path(), &[3], 300, 0.0);
+    uploader.offer(3);
+    uploader.finish();
+    let mut uploaded = Vec::new();
+    while let Some(news) = uploader.wait(std::time::Duration::from_secs(60)) {
+        uploaded.extend(told(&news).0);
+    }
+    assert_eq!((uploaded, look(&server)), (vec![3, 2], (vec![2, 3], vec![])));
+}
+
+#[test]
 fn half_of_another_checkpoint_of_the_step_goes_before_the_new_one_comes() {
     let (server, here) = (Server::new(), folder(&[1]));
     server.rule(|asked| if is(asked, "PUT", &format!("/{MANIFEST}")) { Fate::Refuse(403) } else { Fate::Pass });
