@@ -64,12 +64,18 @@ fn bench_checkpoint_measures_every_field_and_leaves_what_was_asked_for() {
     let found = line(&[]);
     assert_eq!(place.names("."), before, "nothing is left");
     assert_eq!(found["state_bytes"], 240_000);
-    for key in
-        ["memcpy_s", "stall_s", "stall_ratio", "write_s", "write_ratio", "step_s", "step_ratio", "load_s", "read_s"]
-    {
+    for key in ["memcpy_s", "stall_s", "stall_ratio", "write_s", "write_ratio", "step_s", "step_ratio"] {
+        assert!(found[key].as_f64().expect("a number") > 0.0, "{key} of {found}");
+    }
+    let loads = ["load_s", "load_again_s", "read_s"];
+    for key in loads {
         assert!(found[key].as_f64().expect("a number") > 0.0, "{key} of {found}");
     }
     let path = line(&["--keep"])["path"].as_str().expect("a path").to_owned();
+    let alone = place.run(&["bench", "checkpoint", "--json", "--load", &path]).ok();
+    let alone: Value = serde_json::from_str(&alone.stdout).expect("one JSON object");
+    assert!(loads.iter().all(|key| alone[key].as_f64().is_some_and(|seconds| seconds > 0.0)), "{alone}");
+    place.run(&["bench", "checkpoint", "--load", "none"]).failed(1, &["could not read the manifest none/"]);
     let checkpoint = checkpoint::Checkpoint::open(&place.path(&path)).expect("a checkpoint");
     assert!(checkpoint.verify().expect("whole") > 240_000);
     assert!(found["zstd_ratio"].is_null());

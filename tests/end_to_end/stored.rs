@@ -2,16 +2,18 @@
 //!
 //! - `protocol`: what of a copy is there after every request that may be the last. `damage`: what is named and goes nowhere.
 //! - `ranks`: several ranks, and machines.
-//! - `server`: the server.
+//! - `server`: the server. `tries`: what tries that fail leave behind.
 
 mod damage;
 mod protocol;
 mod ranks;
 mod server;
+mod tries;
 
 use std::process::Stdio;
 
 use checkpoint::layout::committed;
+use checkpoint::writer::Retention;
 use serde_json::Value;
 
 use crate::support::{Place, Ran, wait_until};
@@ -128,6 +130,9 @@ fn training_goes_on_whatever_the_store_does_and_what_was_missed_is_copied_later(
     assert!(of_kind(&events, "upload_failed").contains(&60), "{events:?}");
     assert_eq!(of_kind(&events, "uploaded"), [] as [u64; 0]);
     assert!(ran.stderr.contains("the checkpoint of step 60 was not uploaded: could not write s3://"), "{}", ran.stderr);
+    let not_tried =
+        "the checkpoint of step 56 was not uploaded: the store did not take another one, and it was not tried";
+    assert!(ran.stderr.contains(not_tried), "{}", ran.stderr);
     assert_eq!(place.summary("a")["parameter_hash"], expected);
     server.rule(|_| Fate::Pass);
     run(&place, &server, "a", &["--resume"]).ok();
@@ -233,6 +238,29 @@ fn a_store_is_trusted_as_the_system_trusts_it() {
     assert_eq!(server.asked(), []);
     train(Some(&file)).ok();
     assert_eq!(of_kind(&place.events("a"), "uploaded"), [5]);
+}
+
+#[test]
+fn a_bucket_of_googles_will_do_as_far_as_a_server_of_s3_can_tell() {
+    let (server, place, fresh) = (Server::google(), Place::new(), Place::new());
+    let train = |place: &Place, more: &[&str]| {
+        let upload = format!("checkpoint.upload_to={}", server.url("runs"));
+        Ran::from(place.command(&stored("a", &upload, more)).envs(server.environment()).output().expect("it starts"))
+    };
+    let ran = train(&place, &["--set", "train.stop_at_step=30"]).ok();
+    assert!(of_kind(&place.events("a"), "uploaded").contains(&30), "{}", ran.stderr);
+    train(&fresh, &["--resume"]).ok();
+    assert_eq!(of_kind(&fresh.events("a"), "downloaded"), [30]);
+    assert_eq!(fresh.summary("a")["parameter_hash"], undisturbed(&place));
+    let keys = server.keys();
+    assert!(keys.contains(&format!("runs/a/{}/manifest.json", committed(60))), "it was this server: {keys:?}");
+    assert!(!keys.iter().any(|key| key.ends_with(".partial")), "{keys:?}");
+    // One that goes in parts.
+    let (server, folder) = (Server::google(), tempfile::tempdir().expect("a folder"));
+    protocol::write(folder.path(), &[1], 3_000_000, 0.0);
+    assert_eq!(protocol::told(&protocol::upload(&server, folder.path(), Retention::last(1))), (vec![1], vec![]));
+    assert!(server.asked().iter().any(|asked| asked.query.contains("partNumber=2")), "{:?}", server.asked());
+    assert_eq!(protocol::look(&server), (vec![1], vec![]));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 """What a checkpoint costs training: ours beside torch's `async_save`, on the same state by the same measures.
 
   cargo build --release
-  python3 -m venv .venv && .venv/bin/pip install torch==2.9.0 numpy safetensors
+  python3 -m venv .venv && .venv/bin/pip install torch==2.9.0 numpy safetensors blake3
   .venv/bin/python tests/peers/bench_checkpoint.py [--elements 100000000] [--rounds 5] [--binary target/release/tributary]
 
 The state is f32 parameters and AdamW's two moments. A round does everything once, one after the other: a copy of the state by
@@ -10,7 +10,8 @@ one thread into memory that is there, a plain file of the same bytes with fsync,
 beside a checkpoint, and a checkpoint by itself. `stall` is the time in the call and the excess of the next step over the
 median step. Of torch the checkpoint is written by `torch.distributed.checkpoint.async_save` with synced files, as it comes and with a
 stager that keeps the memory of its copy. The checkpoint that ours has kept is read by the package
-`safetensors`, too.
+`safetensors`, too, with and without a BLAKE3 check of the file before, which ours always does; each time by a process that has
+done nothing before, as ours are, and once more in the same process.
 
 One JSON object an engine: medians over the rounds, of ratios within a round. `--cores 0` pins everything to one core.
 """
@@ -21,6 +22,7 @@ import pathlib
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -32,6 +34,7 @@ p.add_argument("--binary", default="target/release/tributary")
 p.add_argument("--folder", default=".", help="on which disk")
 p.add_argument("--cores", help="such as 0, or 0,1: the cores that may be used")
 p.add_argument("--only", choices=["ours", "torch"], help="leave the other out")
+p.add_argument("--load", nargs=2, metavar=("HOW", "FILE"), help="of this script's own processes: load a file with safetensors")
 a = p.parse_args()
 if a.cores:
     os.sched_setaffinity(0, {int(core) for core in a.cores.split(",")})
@@ -57,14 +60,28 @@ def timed(run):
     return time.perf_counter() - start, result
 
 
-def safetensors_load_s(checkpoint):
-    """Seconds in which `safetensors` brings all of a file into new memory."""
+def loads_of(how, file):
+    """In a process of its own: seconds in which `safetensors` brings all of a file into new memory, and once more, when the memory of the
+    first time was given back to the allocator."""
     from safetensors import numpy as as_numpy
     from safetensors import torch as as_torch
-    file = checkpoint / "rank-0000.safetensors"
+    checked = lambda: blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(file).digest()
     mapped = lambda: {name: tensor.clone() for name, tensor in as_torch.load_file(file).items()}
-    return {"safetensors_numpy_load_s": [timed(lambda: as_numpy.load_file(file))[0] for _ in range(a.rounds)],
-            "safetensors_torch_load_s": [timed(mapped)[0] for _ in range(a.rounds)]}
+    if how == "torch, checked":
+        import blake3
+    run = {"numpy": lambda: as_numpy.load_file(file), "torch": mapped, "torch, checked": lambda: (checked(), mapped())}[how]
+    torch.ones(1 << 20).clone()  # its threads are there, as ours are in a process that trains
+    return [timed(run)[0] for _ in range(2)]
+
+
+def safetensors_load_s(checkpoint):
+    file, found = checkpoint / "rank-0000.safetensors", {}
+    for how in ["numpy", "torch", "torch, checked"]:
+        command = [sys.executable, __file__, "--load", how, str(file)] + (["--cores", a.cores] if a.cores else [])
+        both = [json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(a.rounds)]
+        key = "safetensors_" + how.replace(", ", "_")
+        found |= {f"{key}_load_s": [first for first, _ in both], f"{key}_load_again_s": [again for _, again in both]}
+    return found
 
 
 class Work:
@@ -158,6 +175,9 @@ def say(engine, line):
     print(json.dumps(dict(engine=engine, cores=len(os.sched_getaffinity(0)), **rounded)), flush=True)
 
 
+if a.load:
+    print(json.dumps(loads_of(*a.load)))
+    sys.exit()
 with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=a.folder) as folder:
     folder = pathlib.Path(folder).resolve()
     if a.only != "torch":

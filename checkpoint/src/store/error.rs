@@ -18,7 +18,9 @@ pub(super) fn failed(operation: &'static str, url: &str) -> impl FnOnce(Error) -
 
 /// Whether nobody answered, or one that has trouble of its own.
 fn is_away(all: &str) -> bool {
-    ["onnect", "dns error", "timed out", "status code: 5"].iter().any(|text| all.contains(text))
+    // 408 and 429 are answers of a store that has too much to do.
+    let busy = ["status code: 5", "status code: 408", "status code: 429"];
+    ["onnect", "dns error", "timed out"].iter().chain(&busy).any(|text| all.contains(text))
         && !["169.254.", "metadata.google.internal", "certificate", "scheme is not allowed"]
             .iter()
             .any(|text| all.contains(text))
@@ -51,6 +53,14 @@ fn explain(error: &Error, all: &str) -> String {
             "it cannot be told from others: its certificate must be by an authority that this machine knows; install \
              ca-certificates, or name a file of certificates in SSL_CERT_FILE ({said})"
         );
+    }
+    if has("RequestTimeTooSkewed") {
+        return format!(
+            "this machine's clock is wrong, and the store believes no request of it: set the clock ({said})"
+        );
+    }
+    if has("redirect without LOCATION") {
+        return format!("the bucket is in another region: set AWS_REGION to its own ({said})");
     }
     // Not every request has an error of its own for it.
     let refused = has("status code: 401") || has("status code: 403");

@@ -15,7 +15,10 @@ use crate::layout;
 use crate::manifest::Manifest;
 use crate::writer::{Retention, SCORE, Verdict};
 
-/// The complete copies of a seat, with the score of each where `retention` asks for it.
+/// The complete copies of a seat, with the score of each where `retention` asks for it. One whose manifest is damaged has none.
+///
+/// # Errors
+/// A manifest that could not be read: it may be the best one's, and without its score it would be removed.
 pub(super) async fn scores(
     shelf: &Shelf,
     listing: &Listing,
@@ -26,7 +29,11 @@ pub(super) async fn scores(
     for (&at, _) in listing.iter().filter(|(at, objects)| at.seat == seat && is_complete(objects)) {
         let score = match retention.keep_best {
             0 => None,
-            _ => manifest(shelf, at).await.ok().and_then(|(manifest, _)| score(&manifest)),
+            _ => match manifest(shelf, at).await {
+                Ok((manifest, _)) => score(&manifest),
+                Err(error) if error.is_damage() => None,
+                Err(error) => return Err(error),
+            },
         };
         scores.insert(at.step, score);
     }
@@ -90,22 +97,29 @@ async fn clear(shelf: &Shelf, at: At, manifest: &Manifest) -> Result<(), Checkpo
 
 /// Removes what crashes left half-written or half-removed of a seat's copies.
 pub(super) async fn sweep(shelf: &Shelf, seat: Seat) -> Result<(), CheckpointError> {
-    let announced = layout::partial(layout::MANIFEST);
-    for (at, objects) in shelf.list().await? {
-        if at.seat != seat || !objects.contains_key(&announced) {
-            continue;
-        }
-        if is_complete(&objects) {
-            // It was complete already, or not touched yet.
-            shelf.delete(at, &announced).await?;
-            continue;
-        }
-        let text = shelf.get(at, &announced).await?;
-        let url = shelf.object(at, &announced)?.url;
-        match Manifest::parse(&text, Path::new(&url)) {
-            Ok(manifest) => clear(shelf, at, &manifest).await?,
-            Err(error) => tracing::warn!(%error, "a left-over in the store stays: what belongs to it is not known"),
-        }
+    for (at, objects) in shelf.list().await?.into_iter().filter(|(at, _)| at.seat == seat) {
+        tidy(shelf, at, &objects).await?;
     }
     Ok(())
+}
+
+/// Removes what is half-written or half-removed of a copy, which has these objects; one that counts stays.
+pub(super) async fn tidy(shelf: &Shelf, at: At, objects: &BTreeMap<String, u64>) -> Result<(), CheckpointError> {
+    let announced = layout::partial(layout::MANIFEST);
+    if !objects.contains_key(&announced) {
+        return Ok(());
+    }
+    if is_complete(objects) {
+        // It was complete already, or not touched yet.
+        return shelf.delete(at, &announced).await;
+    }
+    let text = shelf.get(at, &announced).await?;
+    let url = shelf.object(at, &announced)?.url;
+    match Manifest::parse(&text, Path::new(&url)) {
+        Ok(manifest) => clear(shelf, at, &manifest).await,
+        Err(error) => {
+            tracing::warn!(%error, "a left-over in the store stays: what belongs to it is not known");
+            Ok(())
+        }
+    }
 }

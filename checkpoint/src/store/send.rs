@@ -4,7 +4,7 @@
 //! written in one request. Before it `manifest.json.partial`, the same text, announces which files will come, so that what a
 //! crash leaves can be told from what others keep here.
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use object_store::{MultipartUpload, ObjectStoreExt as _, PutPayload};
 use tokio::task::JoinSet;
 
 use super::error::failed;
-use super::retain::remove;
+use super::retain::{remove, tidy};
 use super::shelf::{At, Shelf, is_complete};
 use crate::disk::Disk;
 use crate::error::CheckpointError;
@@ -25,6 +25,8 @@ const PART_BYTES: u64 = 8 << 20;
 const PARTS_MAX: u64 = 9_000;
 /// Parts of a file that are on their way at a time.
 const PARTS_IN_FLIGHT: usize = 4;
+/// Files that are open at a time. Of more, those behind are opened when it is their turn.
+const OPEN_MAX: usize = 128;
 
 /// One file of the folder, open: retention may take the folder away meanwhile, and what is open stays readable.
 struct Source<'a> {
@@ -34,33 +36,50 @@ struct Source<'a> {
     reader: Box<dyn Read + Send>,
 }
 
+impl<'a> Source<'a> {
+    fn open(
+        disk: &dyn Disk,
+        folder: &Path,
+        (name, entry): (&'a String, &'a FileEntry),
+    ) -> Result<Self, CheckpointError> {
+        let path = folder.join(name);
+        let reader = disk.open(&path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => CheckpointError::FileMissing { path: path.clone() },
+            _ => CheckpointError::Io { operation: "open the file", path: path.clone(), source },
+        })?;
+        Ok(Self { name, entry, path, reader })
+    }
+}
+
 /// Copies the checkpoint in `folder` to the store, and returns the bytes of its files.
 ///
 /// # Errors
-/// A file that is not as its manifest says, also because it changed while it was read; whatever the store says. The copy
-/// does not count then.
+/// A file that is missing or not as its manifest says, also because it changed while it was read; whatever the store says.
+/// The copy does not count then.
 pub(super) async fn send(shelf: &Shelf, at: At, disk: &dyn Disk, folder: &Path) -> Result<u64, CheckpointError> {
     let path = folder.join(layout::MANIFEST);
     let text = Bytes::from(disk.read(&path).map_err(CheckpointError::io("read the manifest", &path))?);
     let manifest = Manifest::parse(&text, &path)?;
-    let mut sources = Vec::new();
-    for (name, entry) in &manifest.files {
-        let path = folder.join(name);
-        let reader = disk.open(&path).map_err(CheckpointError::io("open the file", &path))?;
-        sources.push(Source { name, entry, path, reader });
-    }
-    let there = shelf.list().await?.remove(&at).unwrap_or_default();
+    let mut files = manifest.files.iter();
+    let open = |file| Source::open(disk, folder, file);
+    let sources: Vec<Source<'_>> = files.by_ref().take(OPEN_MAX).map(open).collect::<Result<_, _>>()?;
+    let there = shelf.objects(at).await?;
     // Another checkpoint of this step, as of a run that was rewound, goes first. The same one counts on meanwhile: each
-    // of its objects is replaced by equal bytes, in one instant each.
-    if is_complete(&there) && shelf.get(at, layout::MANIFEST).await? != text {
-        remove(shelf, at).await?;
-    }
+    // of its objects is replaced by equal bytes, in one instant each. Half of another one goes first as well: once this
+    // one is announced, nobody would know which files were that one's.
     let announced = layout::partial(layout::MANIFEST);
-    shelf.put(at, &announced, text.clone()).await?;
-    for source in sources {
-        put(shelf, at, source).await?;
+    if is_complete(&there) {
+        if shelf.get(at, layout::MANIFEST).await? != text {
+            remove(shelf, at).await?;
+        }
+    } else if there.contains_key(&announced) && shelf.get(at, &announced).await? != text {
+        tidy(shelf, at, &there).await?;
     }
-    let there = shelf.list().await?.remove(&at).unwrap_or_default();
+    shelf.put(at, &announced, text.clone()).await?;
+    for source in sources.into_iter().map(Ok).chain(files.map(open)) {
+        put(shelf, at, source?).await?;
+    }
+    let there = shelf.objects(at).await?;
     // Whoever swept here meanwhile has taken files away.
     if !there.contains_key(&announced) || shelf.get(at, &announced).await? != text {
         let (operation, url) = ("go on with", shelf.object(at, &announced)?.url);
@@ -104,15 +123,17 @@ async fn put(shelf: &Shelf, at: At, source: Source<'_>) -> Result<(), Checkpoint
         return shelf.store.put(&object.path, bytes.into()).await.map(|_| ()).map_err(refused());
     }
     let mut upload = shelf.store.put_multipart(&object.path).await.map_err(refused())?;
-    match parts(&mut *upload, &mut source, part_bytes, &object.url).await.and_then(|()| source.finish()) {
+    let sent = match parts(&mut *upload, &mut source, part_bytes, &object.url).await.and_then(|()| source.finish()) {
         // Only now is there an object.
         Ok(()) => upload.complete().await.map(|_| ()).map_err(refused()),
-        Err(error) => {
-            // What cannot be taken back now, the store's own rules for unfinished uploads take away.
-            let _ = upload.abort().await;
-            Err(error)
-        }
+        Err(error) => Err(error),
+    };
+    if sent.is_err() {
+        // What cannot be taken back now, the store's own rules for unfinished uploads take away; and of one that was completed
+        // although nobody learned of it, there is nothing to take back.
+        let _ = upload.abort().await;
     }
+    sent
 }
 
 /// Sends a file part by part, a few at a time.
@@ -123,20 +144,26 @@ async fn parts(
     url: &str,
 ) -> Result<(), CheckpointError> {
     let mut under_way = JoinSet::new();
-    loop {
-        let part = source.next(part_bytes)?;
-        let at_end = part.is_empty();
-        if !at_end {
-            under_way.spawn(upload.put_part(PutPayload::from(part)));
-        }
-        while under_way.len() >= PARTS_IN_FLIGHT || (at_end && !under_way.is_empty()) {
-            let sent = under_way.join_next().await.expect("there are some");
-            sent.map_err(object_store::Error::from).flatten().map_err(failed("write a part of", url))?;
-        }
-        if at_end {
-            return Ok(());
+    let sent = async {
+        loop {
+            let part = source.next(part_bytes)?;
+            let at_end = part.is_empty();
+            if !at_end {
+                under_way.spawn(upload.put_part(PutPayload::from(part)));
+            }
+            while under_way.len() >= PARTS_IN_FLIGHT || (at_end && !under_way.is_empty()) {
+                let sent = under_way.join_next().await.expect("there are some");
+                sent.map_err(object_store::Error::from).flatten().map_err(failed("write a part of", url))?;
+            }
+            if at_end {
+                return Ok(());
+            }
         }
     }
+    .await;
+    // A part that came after the upload was aborted would stay.
+    under_way.shutdown().await;
+    sent
 }
 
 /// The longest part of a file of so many bytes: whole megabytes.

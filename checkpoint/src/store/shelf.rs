@@ -96,8 +96,17 @@ impl Shelf {
 
     /// Everything of ours below the run's place; other objects are not looked at.
     pub async fn list(&self) -> Result<Listing, CheckpointError> {
-        let url = self.place.to_string();
-        let prefix = self.place.prefix();
+        self.list_below(&self.place).await
+    }
+
+    /// The objects of one copy, with their sizes.
+    pub async fn objects(&self, at: At) -> Result<BTreeMap<String, u64>, CheckpointError> {
+        Ok(self.list_below(&at.below(&self.place)).await?.remove(&at).unwrap_or_default())
+    }
+
+    /// What is ours below a place, which is the run's or below that.
+    async fn list_below(&self, below: &Place) -> Result<Listing, CheckpointError> {
+        let (url, prefix, run) = (below.to_string(), below.prefix(), self.place.prefix());
         let failed = || failed("list", &url);
         if let Some((above, _)) = self.place.split() {
             check_folder(&above)?;
@@ -113,7 +122,7 @@ impl Shelf {
                     format!("expected at most {OBJECTS_MAX} objects, found more: give runs a prefix of their own");
                 return Err(CheckpointError::Store { operation: "list", url, why, again: false });
             }
-            let below = object.location.as_ref().strip_prefix(&prefix).map(|rest| rest.trim_start_matches('/'));
+            let below = object.location.as_ref().strip_prefix(&run).map(|rest| rest.trim_start_matches('/'));
             if let Some((at, name)) = below.and_then(address) {
                 listing.entry(at).or_default().insert(name.to_owned(), object.size);
             }

@@ -123,7 +123,8 @@ impl Uploader {
         let shared = Arc::new(Shared::default());
         shared.offer([]);
         let Remote { shelf, runtime } = remote;
-        let work = Work { shelf, task, shared: shared.clone(), say, in_order: false, newest: 0 };
+        let work =
+            Work { shelf, task, shared: shared.clone(), say, in_order: false, newest: 0, begun: BTreeSet::new() };
         let body = move || {
             stand_back();
             let shared = work.shared.clone();
@@ -198,6 +199,8 @@ struct Work {
     in_order: bool,
     /// The newest step that this process has copied. Later ones in the store are of a run that was rewound.
     newest: u64,
+    /// Steps of whose copies there may be a part in the store, by this process.
+    begun: BTreeSet<u64>,
 }
 
 impl Work {
@@ -301,31 +304,45 @@ impl Work {
         let start = Instant::now();
         let at = At { step, seat: *seat };
         let Some(name) = layout::checkpoints(&disk::names(&**disk, folder)?).remove(&step) else {
-            return Ok(News::Passed { step, why: GONE });
+            return self.pass(at, GONE).await;
         };
         if self.newest > step {
             let mut scores = scores(&self.shelf, &self.shelf.list().await?, *seat, retention).await?;
             scores.insert(step, self.score(&name));
             if retention.judge(&scores, self.newest)[&step] == Verdict::Removed {
-                return Ok(News::Passed { step, why: "newer ones are in the store, and it would not stay there" });
+                return self.pass(at, "newer ones are in the store, and it would not stay there").await;
             }
         }
-        let bytes = match send(&self.shelf, at, &**disk, &folder.join(name)).await {
+        self.begun.insert(step);
+        let path = folder.join(&name);
+        let bytes = match send(&self.shelf, at, &**disk, &path).await {
             Ok(bytes) => bytes,
-            Err(CheckpointError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                return Ok(News::Passed { step, why: GONE });
+            // Retention takes the folder's name before it takes a file.
+            Err(error)
+                if error.is_damage() && !disk.exists(&path).map_err(CheckpointError::io("look for", &path))? =>
+            {
+                return self.pass(at, GONE).await;
             }
             Err(error) => return Err(error),
         };
+        self.begun.remove(&step);
         self.newest = self.newest.max(step);
-        let removed = match self.newest == step {
-            true => retain::retain(&self.shelf, at, retention).await.unwrap_or_else(|error| {
-                tracing::warn!(step, %error, "older copies could not be removed from the store");
-                Vec::new()
-            }),
-            false => Vec::new(),
-        };
+        // Also after an older one has followed, which makes one too many.
+        let newest = At { step: self.newest, ..at };
+        let removed = retain::retain(&self.shelf, newest, retention).await.unwrap_or_else(|error| {
+            tracing::warn!(step, %error, "older copies could not be removed from the store");
+            Vec::new()
+        });
         let (url, seconds) = (at.below(&self.shelf.place).to_string(), start.elapsed().as_secs_f64());
         Ok(News::Uploaded { step, url, bytes, seconds, removed })
+    }
+
+    /// Leaves a step out, and takes away what an earlier try may have left of its copy.
+    async fn pass(&mut self, at: At, why: &'static str) -> Result<News, CheckpointError> {
+        if self.begun.contains(&at.step) {
+            retain::tidy(&self.shelf, at, &self.shelf.objects(at).await?).await?;
+            self.begun.remove(&at.step);
+        }
+        Ok(News::Passed { step: at.step, why })
     }
 }

@@ -97,7 +97,7 @@ fn hash(disk: &dyn Disk, path: &Path) -> std::io::Result<String> {
 pub(super) fn retain(target: &Target, step: u64) -> Vec<u64> {
     let try_to = || {
         let names = disk::names(&*target.disk, &target.folder)?;
-        let verdicts = target.retention.judge(&scores(target, &layout::checkpoints(&names)), step);
+        let verdicts = target.retention.judge(&scores(target, &layout::checkpoints(&names))?, step);
         tracing::debug!(step, ?verdicts, "which checkpoints stay, and why");
         let removed = verdicts.into_iter().filter(|(_, verdict)| *verdict == Verdict::Removed);
         let removed: Vec<u64> = removed.map(|(step, _)| step).collect();
@@ -116,14 +116,21 @@ pub(super) fn retain(target: &Target, step: u64) -> Vec<u64> {
 }
 
 /// The checkpoints with their scores, which are looked for only where somebody asks. One whose manifest is damaged has none.
-fn scores(target: &Target, checkpoints: &BTreeMap<u64, String>) -> BTreeMap<u64, Option<f64>> {
+///
+/// # Errors
+/// A manifest that could not be read and may be whole: it may be the best one's, and without its score it would be removed.
+fn scores(target: &Target, checkpoints: &BTreeMap<u64, String>) -> Result<BTreeMap<u64, Option<f64>>, CheckpointError> {
     let score = |name: &String| {
         let file = target.folder.join(name).join(layout::MANIFEST);
-        let manifest = Manifest::parse(&target.disk.read(&file).ok()?, &file).ok()?;
-        manifest.state.get(SCORE)?.as_f64()
+        let text = target.disk.read(&file).map_err(CheckpointError::io("read the manifest", &file));
+        match text.and_then(|text| Manifest::parse(&text, &file)) {
+            Ok(manifest) => Ok(manifest.state.get(SCORE).and_then(serde_json::Value::as_f64)),
+            Err(error) if error.is_damage() => Ok(None),
+            Err(error) => Err(error),
+        }
     };
     let asked = target.retention.keep_best > 0;
-    checkpoints.iter().map(|(&step, name)| (step, if asked { score(name) } else { None })).collect()
+    checkpoints.iter().map(|(&step, name)| Ok((step, if asked { score(name)? } else { None }))).collect()
 }
 
 /// Removes folders under names that never count. Those names are durable before the first file goes, so that no crash

@@ -61,6 +61,26 @@ fn a_crash_at_any_operation_leaves_the_best_one_too() {
 }
 
 #[test]
+fn a_call_that_fails_once_costs_no_best_one() {
+    // What says nothing of the bytes, as too many open files do. The control is a manifest that is not there: it has no score.
+    for (kind, control) in [(std::io::ErrorKind::Other, false), (std::io::ErrorKind::NotFound, true)] {
+        let mut lost = 0;
+        for index in 0.. {
+            let disk = SimulatedDisk::new();
+            assert!(save(&disk, 1, 0.1) && save(&disk, 2, 0.5));
+            disk.fail_at(disk.operations() + index, kind);
+            let before = disk.operations();
+            save(&disk, 3, 0.3);
+            lost += usize::from(!whole_steps(&disk).contains(&1));
+            if disk.operations() <= before + index {
+                break;
+            }
+        }
+        assert_eq!(lost > 0, control, "{kind:?} cost the best one {lost} times");
+    }
+}
+
+#[test]
 fn two_folders_keep_the_same_ones() {
     let disk = SimulatedDisk::new();
     let shared: Arc<dyn Disk> = Arc::new(disk.clone());

@@ -12,7 +12,7 @@ use checkpoint::writer::{Attachment, Retention, TensorSpec, Writer};
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::server::{Asked, BUCKET, Fate, Server};
+use super::server::{Asked, Fate, Server};
 
 /// Objects that are not ours, some of them in places of ours.
 const FOREIGN: [&str; 4] = [
@@ -22,12 +22,9 @@ const FOREIGN: [&str; 4] = [
     "runs/a/step-1/rank-0000.safetensors",
 ];
 
-fn place() -> Place {
-    Place::parse(&format!("s3://{BUCKET}/runs/a")).expect("a URL")
-}
-
 pub fn remote(server: &Server) -> Remote {
-    Remote::open(&place(), &Settings::of(server.environment())).expect("a client")
+    let place = Place::parse(&server.url("runs/a")).expect("a URL");
+    Remote::open(&place, &Settings::of(server.environment())).expect("a client")
 }
 
 pub fn at(step: u64) -> At {
@@ -53,7 +50,7 @@ pub fn folder(steps: &[u64]) -> TempDir {
     folder
 }
 
-fn start(server: &Server, folder: &Path, retention: Retention) -> Uploader {
+pub fn start(server: &Server, folder: &Path, retention: Retention) -> Uploader {
     let task = Task { folder: folder.into(), disk: Arc::new(RealDisk), seat: Seat::Shared, retention };
     Uploader::start(remote(server), task).expect("a thread")
 }
@@ -90,7 +87,7 @@ pub fn look(server: &Server) -> (Vec<u64>, Vec<u64>) {
     (there.clone(), there.iter().copied().filter(damaged).collect())
 }
 
-fn is(asked: &Asked, method: &str, name: &str) -> bool {
+pub fn is(asked: &Asked, method: &str, name: &str) -> bool {
     asked.method == method && asked.path.ends_with(name)
 }
 
@@ -213,7 +210,7 @@ fn a_copy_that_comes_back_half_way_is_no_checkpoint() {
 }
 
 /// Waits for the next news of a thread.
-fn next(uploader: &Uploader) -> Vec<News> {
+pub fn next(uploader: &Uploader) -> Vec<News> {
     loop {
         let news = uploader.wait(Duration::from_secs(60)).expect("it lives");
         if !news.is_empty() {

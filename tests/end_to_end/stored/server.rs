@@ -53,6 +53,7 @@ pub enum Fate {
 type Rule = Box<dyn Fn(&Asked) -> Fate + Send>;
 
 struct Gate {
+    google: bool,
     rule: Mutex<Rule>,
     log: Mutex<Vec<Asked>>,
     held: watch::Sender<bool>,
@@ -61,6 +62,8 @@ struct Gate {
 pub struct Server {
     root: TempDir,
     scheme: &'static str,
+    /// Whether it plays Google's.
+    google: bool,
     address: SocketAddr,
     gate: Arc<Gate>,
     stop: Option<oneshot::Sender<()>>,
@@ -69,7 +72,13 @@ pub struct Server {
 
 impl Server {
     pub fn new() -> Self {
-        Self::start("http", None)
+        Self::start("http", None, false)
+    }
+
+    /// One for the client of Google's store: the requests of its XML interface are those of S3, but for the token that says who may
+    /// in.
+    pub fn google() -> Self {
+        Self::start("http", None, true)
     }
 
     /// One that speaks TLS, with a certificate by an authority of its own, whose certificate comes with it.
@@ -84,19 +93,22 @@ impl Server {
         let key = PrivatePkcs8KeyDer::from(key.serialize_der()).into();
         let config = ServerConfig::builder().with_no_client_auth().with_single_cert(vec![own.der().clone()], key);
         let acceptor = TlsAcceptor::from(Arc::new(config.expect("the key is the certificate's")));
-        (Self::start("https", Some(acceptor)), pem(authority.der()))
+        (Self::start("https", Some(acceptor), false), pem(authority.der()))
     }
 
-    fn start(scheme: &'static str, tls: Option<TlsAcceptor>) -> Self {
+    fn start(scheme: &'static str, tls: Option<TlsAcceptor>, google: bool) -> Self {
         let root = tempfile::tempdir().expect("a folder");
         std::fs::create_dir(root.path().join(BUCKET)).expect("writable");
         let gate = Arc::new(Gate {
+            google,
             rule: Mutex::new(Box::new(|_| Fate::Pass)),
             log: Mutex::default(),
             held: watch::channel(true).0,
         });
         let mut builder = S3ServiceBuilder::new(FileSystem::new(root.path()).expect("a folder"));
-        builder.set_auth(SimpleAuth::from_single(KEY.0, KEY.1));
+        if !google {
+            builder.set_auth(SimpleAuth::from_single(KEY.0, KEY.1));
+        }
         let (service, shared) = (builder.build(), gate.clone());
         let (stop, stopped) = oneshot::channel();
         let (tell, told) = std::sync::mpsc::channel();
@@ -113,7 +125,7 @@ impl Server {
             runtime.shutdown_background();
         });
         let address = told.recv().expect("it listens");
-        Self { root, scheme, address, gate, stop: Some(stop), thread: Some(thread) }
+        Self { root, scheme, google, address, gate, stop: Some(stop), thread: Some(thread) }
     }
 
     /// From now on requests are counted anew, and the rule says what becomes of them.
@@ -135,6 +147,12 @@ impl Server {
     /// What the environment of a process must have.
     pub fn environment(&self) -> Vec<(String, String)> {
         let endpoint = format!("{}://{}", self.scheme, self.address);
+        let google = [
+            ("GOOGLE_BASE_URL", &*endpoint),
+            ("GOOGLE_ALLOW_HTTP", "true"),
+            ("GOOGLE_BEARER_TOKEN", KEY.1),
+            ("NO_PROXY", "127.0.0.1"),
+        ];
         let pairs = [
             ("AWS_ENDPOINT_URL", &*endpoint),
             ("AWS_ALLOW_HTTP", "true"),
@@ -144,7 +162,13 @@ impl Server {
             // Loopback is not behind anybody's proxy.
             ("NO_PROXY", "127.0.0.1"),
         ];
-        pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec()
+        let pairs = if self.google { &google[..] } else { &pairs };
+        pairs.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect()
+    }
+
+    /// The URL of a place in the bucket.
+    pub fn url(&self, below: &str) -> String {
+        format!("{}://{BUCKET}/{below}", if self.google { "gs" } else { "s3" })
     }
 
     /// An object, as the file that it is.
@@ -222,7 +246,7 @@ async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, service: S3Servi
 async fn answer(
     service: &S3Service,
     gate: &Gate,
-    request: Request<hyper::body::Incoming>,
+    mut request: Request<hyper::body::Incoming>,
 ) -> Result<Response<Body>, HttpError> {
     let path = request.uri().path().trim_start_matches('/');
     let path = path.strip_prefix(BUCKET).unwrap_or(path).trim_start_matches('/').to_owned();
@@ -240,6 +264,13 @@ async fn answer(
         *response.status_mut() = StatusCode::from_u16(status).expect("a status");
         Ok(response)
     };
+    // What is not signed S3's server takes, without a token that it does not know.
+    if gate.google {
+        let token = request.headers_mut().remove("authorization");
+        if token.is_none_or(|token| token.as_bytes() != format!("Bearer {}", KEY.1).as_bytes()) {
+            return refused(401);
+        }
+    }
     match fate {
         Fate::Pass => {}
         Fate::Refuse(status) => return refused(status),

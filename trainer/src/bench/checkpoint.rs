@@ -6,8 +6,9 @@
 //! steps beside one, and steps beside a thread that writes a plain file. What counts is the median over the rounds, of ratios
 //! within a round. Steps with nothing beside them before and after show what the machine itself does to the ratios.
 //!
-//! - `work`: the step, and the plain file.
+//! - `work`: the step, and the plain file. `load`: how fast it is read.
 
+mod load;
 mod work;
 
 use std::io::Write as _;
@@ -24,7 +25,8 @@ use serde_json::json;
 
 use super::at_least_one;
 use crate::error::{Error, Result};
-use work::{Work, mean, median, plain_read_s, plain_write_s};
+use load::Loads;
+use work::{Work, mean, median, plain_write_s};
 
 /// Elements of a tensor at the most: a matrix of a middling model.
 const TENSOR_MAX: usize = 1 << 22;
@@ -49,6 +51,9 @@ pub struct Options {
     /// Pack it: zstd frames of shuffled bytes, as `checkpoint.zstd = "on"` does
     #[arg(long)]
     zstd: bool,
+    /// Measure nothing but how fast the checkpoint in this folder is loaded, once in this process
+    #[arg(long, conflicts_with_all = ["elements", "rounds", "step_ms", "folder", "zstd", "keep"])]
+    load: Option<PathBuf>,
     /// Leave the last checkpoint there, for others to read
     #[arg(long)]
     keep: bool,
@@ -88,6 +93,16 @@ struct Round {
 /// # Errors
 /// The disk fails.
 pub fn checkpoint(options: &Options) -> Result<()> {
+    if let Some(path) = &options.load {
+        let loads = load::here(path)?;
+        return say(&match options.json {
+            true => json!(loads).to_string(),
+            false => format!(
+                "loaded in {:.3} s into new memory, in {:.3} s into memory that is there; a plain read takes {:.3} s",
+                loads.load_s, loads.load_again_s, loads.read_s
+            ),
+        });
+    }
     let state = State::new(options.elements);
     let bytes = state.bytes();
     let folder = tempfile::Builder::new().prefix("bench-checkpoint-").tempdir_in(&options.folder);
@@ -106,18 +121,13 @@ pub fn checkpoint(options: &Options) -> Result<()> {
     let first = rounds.remove(0);
     drop(writer);
     let path = checkpoints.join(format!("step-{:08}", 2 * options.rounds + 2));
-    let (mut loads, mut reads) = (Vec::new(), Vec::new());
-    for _ in 0..options.rounds {
-        reads.push(plain_read_s(&path)?);
-        let start = Instant::now();
-        let loaded = load(&path, &state.specs)?;
-        loads.push(start.elapsed().as_secs_f64());
-        assert!(loaded == state.tensors, "what was loaded is what was saved");
-    }
+    assert!(loaded(&path, &state.specs)? == state.tensors, "what is loaded is what was saved");
+    drop(state);
+    let loads = load::in_processes(&path, options.rounds)?;
     if options.keep {
         let _ = folder.keep();
     }
-    report(options, bytes, &first, &rounds, (median(&mut loads), median(&mut reads)), &path)
+    report(options, bytes, &first, &rounds, &loads, &path)
 }
 
 impl State {
@@ -242,8 +252,8 @@ fn committed(outcomes: Vec<Outcome>) -> Result<Option<(f64, f64)>> {
     Ok(found)
 }
 
-/// Opens, reads and hashes everything into new memory, in one pass, as a resume does.
-fn load(path: &Path, specs: &[TensorSpec]) -> std::result::Result<Vec<Vec<f32>>, CheckpointError> {
+/// All that a checkpoint holds.
+fn loaded(path: &Path, specs: &[TensorSpec]) -> std::result::Result<Vec<Vec<f32>>, CheckpointError> {
     let checkpoint = Checkpoint::open(path)?;
     let mut values: Vec<Vec<f32>> = specs.iter().map(|spec| vec![0.0; spec.shape.iter().product()]).collect();
     let mut wants: Vec<_> =
@@ -258,7 +268,7 @@ fn report(
     bytes: usize,
     first: &Round,
     rounds: &[Round],
-    (load_s, read_s): (f64, f64),
+    &Loads { load_s, load_again_s, read_s }: &Loads,
     path: &Path,
 ) -> Result<()> {
     let of = |what: fn(&Round) -> f64| median(&mut rounds.iter().map(what).collect::<Vec<f64>>());
@@ -276,7 +286,7 @@ fn report(
             "write_s": of(|round| round.write_s), "write_ratio": write_ratio, "step_s": of(|round| round.quiet_step_s),
             "step_ratio": step_ratio, "step_mean_ratio": step_mean_ratio,
             "plain_step_ratio": of(|round| round.plain_step_ratio), "drift_ratio": of(|round| round.drift_ratio),
-            "steps_beside": of(|round| round.busy_steps as f64), "load_s": load_s, "read_s": read_s,
+            "steps_beside": of(|round| round.busy_steps as f64), "load_s": load_s, "load_again_s": load_again_s, "read_s": read_s,
             "load_ratio": load_s / read_s, "zstd_ratio": zstd_ratio, "path": options.keep.then(|| path.display().to_string()),
         })
         .to_string()
@@ -287,7 +297,8 @@ fn report(
              beside a checkpoint a step takes {step_ratio:.3} x as long (mean {step_mean_ratio:.3}; {} steps each), beside a \
              plain file {:.3} x, beside nothing {:.3} x\n\
              written at {:.2} GB/s, {write_ratio:.2} of a plain file{}\n\
-             loaded in {load_s:.2} s ({:.2} GB/s), a plain read takes {read_s:.2} s{}",
+             loaded in {load_s:.3} s ({:.2} GB/s), in {load_again_s:.3} s into memory that is there; a plain read takes \
+             {read_s:.3} s{}",
             bytes as f64 / 1e9,
             options.rounds,
             of(|round| round.stall_s),
@@ -301,5 +312,9 @@ fn report(
             if options.keep { format!("\nkept: {}", path.display()) } else { String::new() },
         )
     };
+    say(&line)
+}
+
+fn say(line: &str) -> Result<()> {
     writeln!(std::io::stdout(), "{line}").map_err(Error::io("write", "standard output"))
 }

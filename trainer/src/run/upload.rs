@@ -1,6 +1,7 @@
 //! Copies of a run's checkpoints in a store. Whoever gives checkpoints their name copies them: the only process, or the
 //! lowest rank of those that share a folder.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -78,21 +79,27 @@ impl Run {
         }
         self.stepper.progress().enter(Stage::Ending);
         uploader.finish();
-        let mut failed = None;
-        let mut over = false;
+        let mut failed = BTreeSet::new();
+        let (mut over, mut in_time) = (false, true);
         while !over {
             let left = until.saturating_duration_since(Instant::now());
             let news = uploader.wait(left.min(LOOK_AGAIN));
-            over = news.is_none() || left.is_zero();
+            in_time = news.is_none();
+            over = in_time || left.is_zero();
             for news in news.unwrap_or_default() {
-                failed = if let News::Failed { step, .. } = &news { Some(*step) } else { failed };
+                if let News::Failed { step, .. } = &news {
+                    failed.insert(*step);
+                }
                 self.tell_of_upload(news, "");
             }
             // The wait has a bound of its own: nobody needs to take this rank for stuck.
             self.stepper.progress().advance();
         }
-        for step in uploader.missing().into_iter().filter(|&step| failed != Some(step)) {
-            let error = format!("it was not done {within} s after the run's end (checkpoint.upload_wait_s)");
+        for step in uploader.missing().into_iter().filter(|step| !failed.contains(step)) {
+            let error = match in_time {
+                true => "the store did not take another one, and it was not tried".to_owned(),
+                false => format!("it was not done {within} s after the run's end (checkpoint.upload_wait_s)"),
+            };
             self.event("upload_failed", step, json!({ "error": error }));
             self.say(&format!("the checkpoint of step {step} was not uploaded: {error}; --resume tries again"));
         }
