@@ -134,7 +134,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tributary", required=True, type=pathlib.Path)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--limit", type=float, default=1e-3, help="of the relative difference of a loss")
+    parser.add_argument("--limit", type=float, default=1e-4, help="of the relative difference of a loss")
     args = parser.parse_args()
     wrong, hashes = [], set()
     with tempfile.TemporaryDirectory() as folder:
