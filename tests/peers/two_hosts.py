@@ -8,7 +8,7 @@ run (10 steps after 3) and its median over the rounds, tokens a second of both h
 counted at rank 0's interface for a step, everything of the run included. `alone_ratio` is the step of one host alone
 (two of them at once, each on its core, so that both share the machine's memory as two ranks do) over the step of two
 together: 1 would be communication that costs nothing. With `--hosts 4` it is four of them at once, pinned as four together.
-`--tls` secures ours by a join secret.
+`--tls` secures ours by a join secret. With `--backend libtorch`, and a binary that has it, ours computes there.
 """
 
 import argparse
@@ -48,6 +48,7 @@ def tributary(args, rate, runs, codec):
     sets = f"--set metrics.runs_dir={runs} --set data.cache_dir={runs}/cache --set train.steps={STEPS}"
     ranks = f" --set parallel.data={args.hosts} --set compression.codec={{}}" + ("" if args.tls else " --trusted-network")
     sets += " --set parallel.data=1" if alone else ranks.format(codec.removesuffix("+zstd"))
+    sets += f" --set device.backend={args.backend} --set device.threads=1" if args.backend != "flex" else ""
     sets += " --set compression.zstd=auto" if codec and codec.endswith("+zstd") else ""
     sent = hosts(args, rate, f"{over}exec {args.tributary} train {args.recipe} --name {name} {sets}", runs)
     with open(os.path.join(runs, "alone-0" if alone else "both", "metrics.jsonl")) as file:
@@ -78,6 +79,7 @@ def main():
     parser.add_argument("--tributary", required=True)
     parser.add_argument("--python", required=True)
     parser.add_argument("--recipe", default="recipes/two-hosts.toml")
+    parser.add_argument("--backend", default="flex")
     parser.add_argument("--rates", nargs="+", default=["200mbit", "1gbit"])
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--tls", action="store_true")
