@@ -126,11 +126,11 @@ pub fn write(
     write_as_given(disk, path, &outlines, (dtype, metadata), |index| Ok(Cow::Borrowed(entries[index].values)))
 }
 
-/// As [`write`], of tensors whose elements `give` has, by their index in `outlines`, when their turn comes: it is asked for
+/// As [`write()`], of tensors whose elements `give` has, by their index in `outlines`, when their turn comes: it is asked for
 /// each once, in name order, which is the file's. So no more than one of them need be in memory.
 ///
 /// # Errors
-/// Those of [`write`], and those of `give`. What was written before then stays.
+/// Those of [`write()`], and those of `give`. What was written before then stays.
 pub fn write_as_given<'v, E: From<CheckpointError>>(
     disk: &dyn Disk,
     path: &Path,
