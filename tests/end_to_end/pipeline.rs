@@ -51,6 +51,10 @@ fn train(place: &Place, name: &str, mesh: Mesh, more: &[&str]) -> String {
 }
 
 const ONE: Mesh = plain(1, 1, 1);
+/// The table and the feed-forward layers are large enough to travel compressed; in a tied model both ends have the table.
+const WIDE: [&str; 6] =
+    ["--set", "model.hidden_size=256", "--set", "model.intermediate_size=264", "--set", "train.seq_len=16"];
+const INT8: [&str; 2] = ["--set", "compression.codec=int8"];
 
 #[test]
 fn stages_have_one_ranks_losses_and_parameters() {
@@ -98,9 +102,43 @@ fn with_sharded_moments_and_compressed_gradients_stages_stay_one_replica() {
     train(&place, "plain", mesh, &[]);
     train(&place, "sharded", mesh, &["--set", "optimizer.sharded=true"]);
     same(&place, ["plain", "sharded"]);
-    let int8 = ["--set", "compression.codec=int8", "--set", "parallel.verify_every=1"];
-    train(&place, "int8", mesh, &int8);
-    assert!(distance(&place, "int8", "plain") < 3e-2);
+    // What both ends left out of the table's gradient is the same: they compare it after every step.
+    let verified = [&WIDE[..], &["--set", "parallel.verify_every=1"]].concat();
+    train(&place, "wide", mesh, &verified);
+    train(&place, "int8", mesh, &[&verified[..], &INT8].concat());
+    let loss = distance(&place, "int8", "wide");
+    assert!(loss > 1e-6 && loss < 3e-2, "{loss:e}");
+}
+
+#[test]
+fn replicas_may_have_unequal_shares_and_be_of_one_machine_and_auto_chooses_for_stages() {
+    let place = Place::with(RECIPE);
+    train(&place, "one", ONE, &[]);
+    let mesh = plain(2, 2, 1);
+    train(&place, "unequal", mesh, &["--set", "parallel.micro_batches=[3, 1]"]);
+    train(&place, "machine", mesh, &["--set", "parallel.group=2", "--set", "compression.codec=int8"]);
+    for run in ["unequal", "machine"] {
+        let loss = distance(&place, run, "one");
+        assert!(loss <= 1e-6, "{run}: {loss:e}");
+    }
+    assert_eq!(place.summary("machine")["codec"], "fp32", "inside one machine nothing is compressed");
+    train(&place, "auto", mesh, &["--set", "compression.codec=auto"]);
+    assert!(place.events("auto").iter().any(|event| event["event"] == "codec"), "it was chosen");
+}
+
+#[test]
+fn stages_that_make_a_sample_together_say_what_one_rank_does() {
+    let place = Place::with(RECIPE);
+    let prompt = ["--set", "export.prompt=the ", "--set", "export.temperature=0", "--set", "export.sample_tokens=24"];
+    let sample = |mesh: Mesh, more: &[&str]| {
+        let said = start(&place, "", "a", mesh, &[&prompt[..], more].concat()).ok().stdout;
+        said.split("\n---\n").nth(1).expect("a sample").to_owned()
+    };
+    let one = sample(ONE, &[]);
+    assert!(one.len() > "the ".len(), "{one}");
+    for mesh in [plain(1, 2, 1), INTERLEAVED, plain(1, 2, 2), plain(2, 2, 1)] {
+        assert_eq!(sample(mesh, &["--resume"]), one, "{mesh:?}");
+    }
 }
 
 #[test]
@@ -124,12 +162,17 @@ fn a_checkpoint_goes_from_any_mesh_to_any_other_with_the_losses_of_one_rank() {
 #[test]
 fn on_the_same_mesh_a_resume_is_the_run_that_nobody_stopped_and_the_export_is_any_meshs() {
     let place = Place::with(RECIPE);
-    let int8 = ["--set", "compression.codec=int8"];
+    let int8 = [&WIDE[..], &INT8].concat();
     let (mesh, stop) = (plain(2, 2, 1), [&int8[..], &["--set", "train.stop_at_step=9"]].concat());
     train(&place, "whole", mesh, &int8);
     train(&place, "a", mesh, &stop);
     train(&place, "a", mesh, &[&int8[..], &["--resume", "--set", "train.stop_at_step=20"]].concat());
     same(&place, ["whole", "a"]);
+    // The control: forgotten, what ends left out of the table makes it another run.
+    train(&place, "b", mesh, &stop);
+    start(&place, "forget-owner", "b", mesh, &[&int8[..], &["--resume", "--set", "train.stop_at_step=20"]].concat())
+        .ok();
+    assert_ne!(place.summary("a")["parameter_hash"], place.summary("b")["parameter_hash"]);
     let export = |folder: &str| -> Vec<(String, Vec<u8>)> {
         let read = |name: String| {
             let bytes = std::fs::read(place.path(&format!("{folder}/{name}"))).expect("readable");
@@ -221,6 +264,8 @@ fn a_pipeline_that_cannot_be_is_refused_with_all_that_is_wrong_and_no_folder_is_
         &["expected 2 pieces of at least a layer, 2 together, found"],
     );
     refused(&["parallel.activation_codec=int8"], &["nothing travels between stages"]);
+    let large = ["parallel.pipeline=2", "train.micro_batch_size=1048576"];
+    refused(&large, &["messages of 6442450944 bytes may wait from one rank", "make micro-batches smaller"]);
     assert!(!place.path("runs/a").exists());
 }
 

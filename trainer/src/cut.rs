@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use parallel::data::Part;
 use parallel::mesh::{Axis, Mesh};
+use parallel::pipeline::execute::{has_room, message_bytes};
 use parallel::pipeline::split::{LayerCosts, SplitError, given, split};
 use parallel::pipeline::{Kind, Pipeline, PipelineError};
 
@@ -42,6 +43,23 @@ impl Cut {
     #[must_use]
     pub const fn of(mesh: Mesh, kind: Kind, pieces: Vec<Range<usize>>) -> Self {
         Self { mesh, kind, pieces }
+    }
+
+    /// Whether activations of the recipe's micro-batches may wait at every stage.
+    ///
+    /// # Errors
+    /// They may not.
+    pub fn has_room(&self, recipe: &Recipe, config: &Config) -> Result<()> {
+        let (train, keys) = (&recipe.train, &recipe.parallel);
+        let parts = if keys.sequence { keys.tensor } else { 1 };
+        let elements = train.micro_batch_size * train.seq_len / parts * config.hidden_size;
+        let bytes = message_bytes(elements, keys.activation_codec);
+        for &micro_batches in &keys.micro_batches {
+            let pipeline = self.pipeline(micro_batches).map_err(|error| Error::Usage(error.to_string()))?;
+            let room = (0..keys.pipeline).try_for_each(|stage| has_room(pipeline, stage, bytes));
+            room.map_err(|room| Error::Usage(format!("parallel.pipeline = {}: {room}", keys.pipeline)))?;
+        }
+        Ok(())
     }
 
     /// All ranks.

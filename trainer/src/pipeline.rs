@@ -114,7 +114,7 @@ impl Stage {
     ) -> Result<()> {
         assert!(micro_batches <= AHEAD_MAX, "{micro_batches} passes, all of which may wait at one stage");
         let stage = self.group.index();
-        // The order of all schedules but interleaved ones; and of those, whose pieces must alternate, too.
+        // Who is before and behind whom is the same for any number of micro-batches that the schedule takes.
         let pipeline = self.cut.pipeline(micro_batches.next_multiple_of(self.group.members().len()));
         let pipeline = pipeline.map_err(|error| Error::Usage(error.to_string()))?;
         for piece in 0..self.pieces.len() {

@@ -1,6 +1,8 @@
 //! The ranks that hold one replica of the model together, as one of them sees it: its slice of every layer, its stage of the
 //! pipeline, and the way to the others.
 
+use std::sync::Arc;
+
 use burn::Tensor;
 use burn::tensor::TensorData;
 use compression::Codec;
@@ -24,9 +26,10 @@ const PIECE: usize = 4 << 20;
 #[derive(Clone, Debug)]
 pub struct Replica {
     cut: Cut,
-    rank: usize,
     config: Config,
     members: SubGroup,
+    /// What each member holds, in their order.
+    held: Arc<[Vec<Part>]>,
     slice: Option<Slice>,
     stage: Option<Stage>,
 }
@@ -36,7 +39,7 @@ impl Replica {
     /// `activations` what travels between stages travels in.
     ///
     /// # Errors
-    /// There is no such rank.
+    /// There is no such rank, or a model whose parameters do not fit the address space.
     pub fn new(
         collectives: &Collectives,
         (cut, rank): (Cut, usize),
@@ -51,8 +54,9 @@ impl Replica {
         let members = collectives.sub_group(&all)?;
         let slice = Slice::new(collectives, (mesh, rank), config, sequence)?;
         let stage = Stage::new(collectives, (&cut, rank), config, activations)?;
+        let held = all.iter().map(|&member| cut.parts(config, member)).collect::<Result<_>>()?;
         let config = config.clone();
-        Ok(Some(Self { cut, rank, config, members, slice, stage }))
+        Ok(Some(Self { cut, config, members, held, slice, stage }))
     }
 
     /// Its slice of every layer, where several ranks share layers.
@@ -100,11 +104,9 @@ impl Replica {
     }
 
     /// What this rank holds of each parameter of which it holds something.
-    ///
-    /// # Errors
-    /// A model whose parameters do not fit the address space.
-    pub fn parts(&self) -> Result<Vec<Part>> {
-        self.cut.parts(&self.config, self.rank)
+    #[must_use]
+    pub fn parts(&self) -> &[Part] {
+        &self.held[self.members.index()]
     }
 
     /// What went wrong in a pass, if something did.
@@ -175,12 +177,12 @@ impl Replica {
     /// them call it in the same order. Memory: the parameter, and the largest part of it.
     ///
     /// # Errors
-    /// A rank is lost, or there is no such parameter.
+    /// A rank is lost.
     pub fn whole(&self, name: &str, own: &[f32]) -> Result<Vec<f32>> {
         let mut whole = Vec::new();
         let site = format!("merge/{name}");
-        for (place, &member) in self.members.members().iter().enumerate() {
-            let part = self.cut.parts(&self.config, member)?.into_iter().find(|part| part.whole.name == name);
+        for (place, (&member, held)) in self.members.members().iter().zip(&*self.held).enumerate() {
+            let part = held.iter().find(|part| part.whole.name == name);
             let Some(part) = part.filter(|part| part.counts) else { continue };
             whole.resize(part.whole.elements(), 0.0);
             let mut values = vec![0.0; part.region.len()];

@@ -65,18 +65,32 @@ pub enum ExecuteError<E> {
         members: usize,
     },
     /// More might wait for a slow rank than it may keep.
-    #[error(
-        "up to {messages} messages of {bytes} bytes may wait from one rank, and at most {max} bytes of them; make \
-         micro-batches smaller"
-    )]
-    Room {
-        /// Messages.
-        messages: usize,
-        /// Bytes of each.
-        bytes: usize,
-        /// The bound.
-        max: usize,
-    },
+    #[error(transparent)]
+    Room(#[from] Room),
+}
+
+/// More might wait for a slow rank than it may keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error(
+    "up to {messages} messages of {bytes} bytes may wait from one rank, and at most {max} bytes of them; make micro-batches \
+     smaller"
+)]
+pub struct Room {
+    /// Messages.
+    pub messages: usize,
+    /// Bytes of each.
+    pub bytes: usize,
+    /// The bound.
+    pub max: usize,
+}
+
+/// Bytes of a message of so many elements: where it is not f32, a byte that says whether there is a payload, and the payload.
+#[must_use]
+pub const fn message_bytes(elements: usize, codec: Codec) -> usize {
+    match codec {
+        Codec::Fp32 => elements.saturating_mul(size_of::<f32>()),
+        codec => 1 + codec.payload_bytes(elements),
+    }
 }
 
 /// Does this rank's part of a step. `compute` gets an action with its input, which is `None` for the tokens and for the
@@ -97,7 +111,7 @@ pub fn execute<E>(
         return Err(ExecuteError::Group { stages, members });
     }
     let (stage, mut waited) = (way.group.index(), Duration::ZERO);
-    has_room(pipeline, way)?;
+    has_room(pipeline, stage, message_bytes(way.elements, way.codec))?;
     for action in pipeline.schedule(stage) {
         let input = match pipeline.before(stage, action) {
             Some((from, _)) => {
@@ -129,7 +143,7 @@ impl Way<'_> {
         if self.codec == Codec::Fp32 {
             return self.group.send(&site, to, &values);
         }
-        let mut message = vec![0; self.message_bytes()];
+        let mut message = vec![0; message_bytes(self.elements, self.codec)];
         // What is not finite stays so: all ranks are to skip the step.
         let nothing = vec![0.0; values.len()];
         if self.codec.encode(&mut values, &nothing, &mut message[1..]) == Found::NonFinite {
@@ -150,7 +164,7 @@ impl Way<'_> {
             self.group.receive(&site, from, &mut values)?;
             return Ok(values);
         }
-        let mut message = vec![0; self.message_bytes()];
+        let mut message = vec![0; message_bytes(self.elements, self.codec)];
         self.group.receive(&site, from, &mut message)?;
         if message[0] == NOT_FINITE {
             values.fill(f32::NAN);
@@ -160,27 +174,21 @@ impl Way<'_> {
         payload.map_err(|error| ExecuteError::Payload { action, error })?.decode(&mut values);
         Ok(values)
     }
-
-    /// Bytes of a message: where it is not f32, a byte that says whether there is a payload, and the payload.
-    #[must_use]
-    pub const fn message_bytes(&self) -> usize {
-        match self.codec {
-            Codec::Fp32 => self.elements.saturating_mul(size_of::<f32>()),
-            codec => 1 + codec.payload_bytes(self.elements),
-        }
-    }
 }
 
-/// What may wait here, however slow this rank is: from each other rank no more messages than both have passes in flight.
-fn has_room<E>(pipeline: Pipeline, way: Way<'_>) -> Result<(), ExecuteError<E>> {
-    let (stage, bytes) = (way.group.index(), way.message_bytes());
+/// Whether there is room for what may wait at a stage, however slow it is: from each other rank no more messages, of so many
+/// bytes each, than both have passes in flight.
+///
+/// # Errors
+/// There is not.
+pub fn has_room(pipeline: Pipeline, stage: usize, bytes: usize) -> Result<(), Room> {
     let others = (0..pipeline.stages()).filter(|&other| other != stage);
     let most = others.map(|other| pipeline.in_flight_max(other)).max();
     let messages = most.map_or(0, |most| most + pipeline.in_flight_max(stage));
-    if messages.saturating_mul(bytes) > KEPT_BYTES_MAX {
-        return Err(ExecuteError::Room { messages, bytes, max: KEPT_BYTES_MAX });
+    match messages.saturating_mul(bytes) > KEPT_BYTES_MAX {
+        true => Err(Room { messages, bytes, max: KEPT_BYTES_MAX }),
+        false => Ok(()),
     }
-    Ok(())
 }
 
 /// Where a message is from: the action whose input it is.

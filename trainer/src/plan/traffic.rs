@@ -6,6 +6,7 @@ use parallel::data::rules::codec_of;
 use parallel::data::shard::{Ways, payload_bytes_both_ways, shard};
 use parallel::frame::HEADER_BYTES;
 use parallel::mesh::Axis;
+use parallel::pipeline::execute::message_bytes;
 
 use super::part::{Held, Part};
 use crate::recipe::Recipe;
@@ -48,9 +49,7 @@ impl Sent {
 
 fn data(recipe: &Recipe, part: &Part, (codec, sharded): (Codec, Option<Codec>)) -> usize {
     let (ranks, rank) = (part.mesh.size(Axis::Data), part.at.on(Axis::Data));
-    // Groups of machines are of data-parallel runs alone.
-    let members = if part.mesh.ranks() == ranks { recipe.parallel.group } else { 1 };
-    let nodes = Nodes { rank, ranks, members };
+    let nodes = Nodes { rank, ranks, members: recipe.parallel.group };
     let ways = |held: &Held| {
         let there = codec_of(&held.whole, codec);
         let back = sharded.map_or(there.second_stage(), |sent| codec_of(&held.whole, sent));
@@ -91,10 +90,9 @@ fn pipeline(recipe: &Recipe, part: &Part) -> usize {
         return 0;
     }
     let (tokens, micro_batches) = tokens(recipe);
-    let activation = match recipe.parallel.activation_codec {
-        Codec::Fp32 => size_of::<f32>() * tokens * part.config.hidden_size,
-        codec => 1 + codec.payload_bytes(tokens * part.config.hidden_size),
-    };
+    // Where tensor ranks cut sequences, each hands on its part.
+    let tokens = if recipe.parallel.sequence { tokens / part.mesh.size(Axis::Tensor) } else { tokens };
+    let activation = message_bytes(tokens * part.config.hidden_size, recipe.parallel.activation_codec);
     let of_piece = |piece| {
         let place = part.pipeline.place(stage, piece);
         usize::from(place > 0) + usize::from(place + 1 < part.pipeline.pieces())

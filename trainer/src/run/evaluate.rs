@@ -2,6 +2,7 @@
 
 use burn::Tensor;
 use burn::tensor::{Device, TensorData};
+use parallel::collective::KEPT_BYTES_MAX;
 use parallel::data::StreamError;
 use parallel::data::engine::Engine;
 use parallel::note::VALUES_MAX;
@@ -39,7 +40,7 @@ impl Evaluation {
 /// # Errors
 /// The device fails, or another rank.
 pub fn evaluate(at: &Place<'_>, weights: &[Vec<f32>], tokens: &Tokens, windows: usize) -> Result<Option<Evaluation>> {
-    let computes = Computes::new(at, weights)?;
+    let computes = Computes::new(at, weights);
     let (whole, seq) = (usize::try_from(tokens.windows(at.seq_len)).unwrap_or(usize::MAX), at.seq_len);
     let count = if windows == 0 { whole } else { windows.min(whole) };
     let starts: Vec<usize> = (0..count).map(|i| i * whole / count * seq).collect();
@@ -55,7 +56,7 @@ pub fn evaluate(at: &Place<'_>, weights: &[Vec<f32>], tokens: &Tokens, windows: 
     for round in batches.chunks(VALUES_MAX * ranks) {
         let mut own = Vec::new();
         let mine: Vec<&(Vec<usize>, usize)> = round.iter().skip(rank).step_by(ranks).collect();
-        for some in mine.chunks(computes.at_once()) {
+        for some in mine.chunks(computes.at_once(at)) {
             at.progress.enter(Stage::Evaluating);
             if at.stops()? {
                 own.clear();
@@ -123,19 +124,21 @@ struct Computes {
 }
 
 impl Computes {
-    fn new(at: &Place<'_>, weights: &[Vec<f32>]) -> Result<Self> {
+    fn new(at: &Place<'_>, weights: &[Vec<f32>]) -> Self {
         // The last window may have a number of tokens that cannot be cut.
         let replica = at.replica.map(Replica::with_all_tokens);
         let pieces = match &replica {
-            Some(replica) => plain_pieces(replica, at.config, at.device, weights)?,
+            Some(replica) => plain_pieces(replica, at.config, at.device, weights),
             None => vec![plain_model(at.config, at.device, weights)],
         };
-        Ok(Self { pieces, replica })
+        Self { pieces, replica }
     }
 
-    /// Batches between two places at which somebody may ask to stop.
-    fn at_once(&self) -> usize {
-        if self.stage().is_some() { AHEAD_MAX } else { 1 }
+    /// Batches between two places at which somebody may ask to stop: with stages as many as may wait at one, whose activations
+    /// are f32 at the most.
+    fn at_once(&self, at: &Place<'_>) -> usize {
+        let bytes = size_of::<f32>() * at.rows * at.seq_len * at.config.hidden_size * self.pieces.len();
+        if self.stage().is_some() { (KEPT_BYTES_MAX / bytes).clamp(1, AHEAD_MAX) } else { 1 }
     }
 
     fn stage(&self) -> Option<&pipeline::Stage> {

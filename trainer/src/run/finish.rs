@@ -133,7 +133,7 @@ fn sample(run: &Run, tells: bool) -> Result<Option<Result<String>>> {
 fn text(run: &Run, replica: Option<&Replica>, prompt: &str) -> Result<String> {
     let (keys, weights) = (&run.recipe.export, &run.state.weights);
     let pieces = match replica {
-        Some(replica) => plain_pieces(replica, &run.config, &run.device, weights)?,
+        Some(replica) => plain_pieces(replica, &run.config, &run.device, weights),
         None => vec![plain_model(&run.config, &run.device, weights)],
     };
     let source = replica.map_or(Source::Model(&pieces[0]), |replica| Source::Replica(replica, &pieces));

@@ -432,7 +432,6 @@ pub fn shape(recipe: &Recipe, vocab_size: usize, from: Option<&Weights>) -> Resu
         let (stages, tensor) = (recipe.parallel.pipeline, recipe.parallel.tensor);
         Error::Usage(format!("parallel.pipeline = {stages}, parallel.tensor = {tensor}: {faults}"))
     })?;
-    // Layers that were given are those of another model.
-    Cut::new(recipe, &config)?;
+    Cut::new(recipe, &config)?.has_room(recipe, &config)?;
     Ok(config)
 }

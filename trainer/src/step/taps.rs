@@ -9,7 +9,6 @@ use parallel::tap::Emit;
 use parallel::tensor::TensorGroup;
 
 use super::staged::Table;
-use crate::error::Result;
 use crate::model::{Config, Hook, Leaf, Llama, Piece, Values};
 use crate::replica::Replica;
 use crate::tensor::Slice;
@@ -75,22 +74,20 @@ pub fn plain_model(config: &Config, device: &Device, weights: &[Vec<f32>]) -> Ll
 }
 
 /// The same of what a rank of a replica holds, piece by piece, whose ranks run it together.
-///
-/// # Errors
-/// A model whose parameters do not fit the address space.
-pub fn plain_pieces(replica: &Replica, config: &Config, device: &Device, weights: &[Vec<f32>]) -> Result<Vec<Llama>> {
-    let (parts, slice) = (replica.parts()?, replica.slice());
+#[must_use]
+pub fn plain_pieces(replica: &Replica, config: &Config, device: &Device, weights: &[Vec<f32>]) -> Vec<Llama> {
+    let (parts, slice) = (replica.parts(), replica.slice());
     let build = |piece: &Piece| {
         let model = Llama::build_piece(config, piece.clone(), device, &mut |name, _| {
-            let found = weights.iter().zip(&parts).find(|(_, part)| part.whole.name == name);
+            let found = weights.iter().zip(parts).find(|(_, part)| part.whole.name == name);
             let (values, part) = found.expect("one vector for each parameter of this rank's pieces");
             let values = Values::Now(TensorData::new(values.clone(), part.parameter().shape));
             Leaf { values, hook: Hook::default().then(slice.and_then(|slice| slice.after(name))) }
         });
         model.over(slice.map(Slice::rows))
     };
-    Ok(match replica.stage() {
+    match replica.stage() {
         Some(stage) => stage.pieces().iter().map(build).collect(),
         None => vec![build(&Piece::whole(config))],
-    })
+    }
 }
