@@ -147,19 +147,7 @@ mod tests {
     use super::*;
 
     fn config(layers: usize, tied: bool) -> Config {
-        Config {
-            vocab_size: 19,
-            hidden_size: 8,
-            intermediate_size: 12,
-            num_hidden_layers: layers,
-            num_attention_heads: 2,
-            num_key_value_heads: 2,
-            max_position_embeddings: 32,
-            rope_theta: 10_000.0,
-            rms_norm_eps: 1e-5,
-            tie_word_embeddings: tied,
-            initializer_range: 0.02,
-        }
+        Config { num_hidden_layers: layers, ..parts::tests::config(2, 2, tied) }
     }
 
     #[test]

@@ -50,10 +50,10 @@ fn of(config: &Config, parameter: Parameter, rank: usize, ranks: usize) -> Resul
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn config(heads: usize, shared: usize, tied: bool) -> Config {
+    pub(crate) fn config(heads: usize, shared: usize, tied: bool) -> Config {
         Config {
             vocab_size: 19,
             hidden_size: 4 * heads,
