@@ -16,6 +16,7 @@
 //! the next step is kept until it begins. So everything that waits here is bounded by what a step sends.
 
 mod burst;
+mod events;
 mod members;
 pub mod packing;
 mod replies;

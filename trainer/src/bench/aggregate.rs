@@ -6,6 +6,7 @@
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,7 @@ use serde_json::json;
 use super::at_least_one;
 use crate::error::{Error, Result};
 use crate::run::join::permit;
+use crate::run::trace::Tracing;
 
 /// Elements of a tensor, and so of a bucket; the last one may be smaller.
 const TENSOR: usize = 1 << 20;
@@ -65,6 +67,9 @@ pub struct Options {
     /// Let ranks connect beyond loopback, neither encrypted nor authenticated
     #[arg(long)]
     pub trusted_network: bool,
+    /// A folder for a picture of what every rank does when, trace.json, which Perfetto opens; takes time of what is measured
+    #[arg(long)]
+    trace: Option<PathBuf>,
     /// One JSON object a line
     #[arg(long)]
     json: bool,
@@ -167,7 +172,14 @@ impl Place {
     fn run(self, ports: Ports, elements: usize, codecs: &[Codec], options: &Options) -> Result<()> {
         let (rank, ranks) = (self.rank, self.addresses.len());
         let Ports(listener, plain) = ports;
-        let inbox = Inbox::default();
+        let shape = |start: usize| vec![TENSOR.min(elements - start).div_ceil(256), 256];
+        let tensor = |start| Parameter { name: format!("tensor-{}", start / TENSOR), shape: shape(start) };
+        let plan = Plan::new((0..elements).step_by(TENSOR).map(tensor).collect(), 4 * TENSOR);
+        let plan = Arc::new(plan.map_err(|error| Error::Usage(format!("--elements {elements}: {error}")))?);
+        let begin = |folder| Tracing::begin(folder, rank, plan.clone(), 0, u64::MAX);
+        let mut tracing = options.trace.as_deref().map(begin).transpose()?;
+        let trace = tracing.as_ref().map(Tracing::trace).cloned();
+        let inbox = Inbox::new(trace.clone());
         let group = Group {
             rank,
             addresses: self.addresses.iter().map(|[address, _]| *address).collect(),
@@ -176,11 +188,7 @@ impl Place {
             connect_within: CONNECT_WITHIN,
             security: self.security.clone(),
         };
-        let transport = Arc::new(listener.connect(&group, inbox.sink())?);
-        let shape = |start: usize| vec![TENSOR.min(elements - start).div_ceil(256), 256];
-        let tensor = |start| Parameter { name: format!("tensor-{}", start / TENSOR), shape: shape(start) };
-        let plan = Plan::new((0..elements).step_by(TENSOR).map(tensor).collect(), 4 * TENSOR);
-        let plan = Arc::new(plan.map_err(|error| Error::Usage(format!("--elements {elements}: {error}")))?);
+        let transport = Arc::new(listener.traced(trace).connect(&group, inbox.sink())?);
         let Options { group: members, chunk_elements, window_chunks: window, .. } = *options;
         let group = exchange::Group { rank, ranks, members, epoch: 1, chunk_blocks: chunk_elements / BLOCK, window };
         let exchange = Exchange::new(plan.clone(), group, Codec::Fp32);
@@ -198,11 +206,15 @@ impl Place {
             // The first round warms buffers and connections up.
             for round in 0..=options.rounds {
                 step += 1;
-                let before = stream.counted();
+                let (before, start) = (stream.counted(), Instant::now());
                 let sum_s = together(&stream, || {
                     stream.begin(step, 1);
+                    let start = Instant::now();
                     for (index, parameter) in plan.parameters().iter().enumerate().rev() {
                         stream.add(index, Gradient::Host(&gradient[..parameter.elements()]));
+                    }
+                    if let Some(tracing) = &tracing {
+                        tracing.span("give", start, step);
                     }
                     let ballot = Ballot {
                         finite: true,
@@ -215,6 +227,9 @@ impl Place {
                     };
                     stream.finish(ballot).map(drop).map_err(Error::from)
                 })?;
+                if let Some(tracing) = &tracing {
+                    tracing.span("sum", start, step);
+                }
                 let bytes = stream.counted().sent - before.sent;
                 // Ranks send some bytes more or less than each other; the copies must agree.
                 let most = largest(&stream, bytes as f64)? as u64;
@@ -244,7 +259,7 @@ impl Place {
             }
         }
         transport.close(CONNECT_WITHIN);
-        Ok(())
+        tracing.as_mut().map_or(Ok(()), Tracing::end)
     }
 }
 

@@ -49,7 +49,7 @@ impl Tracing {
                 other => other.map_err(Error::io("remove", old))?,
             }
         }
-        Ok(Self { trace: Arc::new(Trace::new(rank, plan)), last: before + steps, files, writer: None })
+        Ok(Self { trace: Arc::new(Trace::new(rank, plan)), last: before.saturating_add(steps), files, writer: None })
     }
 
     /// Where to enter what happens.

@@ -4,11 +4,12 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 
 use super::burst::Burst;
+use super::events::Events;
 use super::packing::Packing;
 use super::replies::Reply;
 use super::{EngineError, Event, Members, Packed, Settled, Voted};
@@ -21,8 +22,6 @@ use crate::progress::Progress;
 use crate::trace::{Label, Trace, Track};
 use crate::transport::{Incoming, Loss, Transport};
 
-/// How often a waiting rank looks what it waits for.
-const LOOK: Duration = Duration::from_millis(200);
 /// Gathered messages that a rank may be ahead.
 const VALUES_AHEAD_MAX: usize = 4;
 
@@ -106,8 +105,9 @@ impl Work {
     }
 
     pub(super) fn run(mut self, incoming: &Receiver<Event>) {
+        let mut events = Events::new(incoming);
         loop {
-            match incoming.recv_timeout(LOOK) {
+            match events.next() {
                 Ok(Event::Quit) | Err(RecvTimeoutError::Disconnected) => return,
                 Ok(event) => self.turn(event),
                 Err(RecvTimeoutError::Timeout) => self.look(),
