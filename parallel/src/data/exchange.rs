@@ -12,8 +12,8 @@
 //! 4. gather: the owner sends the encoded sum to its mates and to its peer in every other node, which hands the same bytes
 //!    on to its mates. All go on with what a decoder reads, the owner too. So all ranks have the same bits.
 //!
-//! A rank votes as soon as its own shards are reduced: if any rank found a value that is not finite, all skip the step, and
-//! no residual changes. With the vote travels what a rank's own shards add to the squared norm, so that everybody knows the
+//! A rank votes as soon as its own shards are reduced: if any rank found a value that is not finite, in what it encodes or in
+//! what it has added, all skip the step, and no residual changes. With the vote travels what a rank's own shards add to the squared norm, so that everybody knows the
 //! clipped gradient's scale before the sums of the other owners are here: they travel on, first what the next forward pass
 //! needs first, while that begins.
 //!
@@ -41,7 +41,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use compression::codec::all_finite;
 use compression::{BLOCK, Codec, Payload, Workers};
 
 use super::norm::SquaredNorm;
@@ -342,9 +341,6 @@ impl Exchange {
         let (nodes, plan) = (self.group.nodes(), self.plan.clone());
         assert!(self.buckets[bucket].given.is_none(), "one gradient a step");
         assert_eq!(values.len(), plan.buckets()[bucket].elements, "the plan's shape");
-        for &index in &plan.buckets()[bucket].parameters {
-            self.finite &= all_finite(&values[plan.slot(index).range.clone()][self.owned(index)]);
-        }
         self.buckets[bucket].given = Some(values);
         for &index in &plan.buckets()[bucket].parameters {
             for owner in nodes.others().chain([nodes.rank]) {

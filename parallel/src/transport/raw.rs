@@ -1,17 +1,21 @@
 //! gRPC messages that are plain bytes: a frame of ours carries its own header and checksum, so nothing is around it but
 //! gRPC's five bytes, a flag of compression and the length.
 //!
-//! [`RawCodec`] is tonic's way, and sends. Of what comes in, tonic's decoder copies every message twice (into its
-//! buffer, and again when it makes room for a length that is there already); so [`Uncopied`] takes the body before tonic
-//! reads it, and [`Messages`] cuts the messages out of HTTP/2's own buffers.
+//! [`RawCodec`] is tonic's way. It copies what is sent once, into the buffer that HTTP/2 sends; so [`Outgoing`] is a body
+//! that hands HTTP/2 each message as it is, behind its header. Of what comes in, tonic's decoder copies every message
+//! twice (into its buffer, and again when it makes room for a length that is there already); so [`Uncopied`] takes the body
+//! before tonic reads it, and [`Messages`] cuts the messages out of HTTP/2's own buffers.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
+use std::io::IoSlice;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use hyper::body::Frame;
+use tokio_stream::Stream;
 use tonic::body::Body;
 use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::codegen::{Body as _, Service, http};
@@ -82,6 +86,66 @@ impl Decoder for RawDecoder {
 
     fn buffer_settings(&self) -> BufferSettings {
         BufferSettings::new(BUFFER_BYTES, TOGETHER_BYTES)
+    }
+}
+
+/// A stream of messages as the body of a call.
+#[derive(Debug)]
+pub struct Outgoing<S>(pub S);
+
+impl<S: Stream<Item = Bytes> + Unpin> hyper::body::Body for Outgoing<S> {
+    type Data = Headed;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Headed>, Infallible>>> {
+        let message = Pin::new(&mut self.0).poll_next(context);
+        message.map(|message| message.map(|message| Ok(Frame::data(Headed::new(message)))))
+    }
+}
+
+/// A message behind gRPC's header, which lie apart in memory.
+#[derive(Debug)]
+pub struct Headed {
+    header: [u8; HEADER_BYTES],
+    /// Bytes of the header that are read.
+    read: usize,
+    message: Bytes,
+}
+
+impl Headed {
+    fn new(message: Bytes) -> Self {
+        let length = u32::try_from(message.len()).expect("whoever makes a message bounds it");
+        let mut header = [0; HEADER_BYTES];
+        // The flag before it says that nothing is compressed.
+        header[1..].copy_from_slice(&length.to_be_bytes());
+        Self { header, read: 0, message }
+    }
+}
+
+impl Buf for Headed {
+    fn remaining(&self) -> usize {
+        HEADER_BYTES - self.read + self.message.len()
+    }
+
+    fn chunk(&self) -> &[u8] {
+        match &self.header[self.read..] {
+            [] => &self.message,
+            rest => rest,
+        }
+    }
+
+    fn advance(&mut self, count: usize) {
+        let of_header = count.min(HEADER_BYTES - self.read);
+        self.read += of_header;
+        self.message.advance(count - of_header);
+    }
+
+    fn chunks_vectored<'a>(&'a self, into: &mut [IoSlice<'a>]) -> usize {
+        let parts = [&self.header[self.read..], &self.message].into_iter().filter(|part| !part.is_empty());
+        into.iter_mut().zip(parts).map(|(slot, part)| *slot = IoSlice::new(part)).count()
     }
 }
 
@@ -228,6 +292,29 @@ impl Cutter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_message_is_read_behind_its_header_in_pieces_of_any_length() {
+        for length in [0, 1, 300] {
+            let message: Vec<u8> = (0..length).map(|i| (i % 251) as u8).collect();
+            let whole = [&[0][..], &(length as u32).to_be_bytes(), &message].concat();
+            for step in 1..=whole.len() {
+                let (mut headed, mut read) = (Headed::new(message.clone().into()), Vec::new());
+                while headed.has_remaining() {
+                    let mut slices = [IoSlice::new(&[]); 3];
+                    let filled = headed.chunks_vectored(&mut slices);
+                    let joined = slices[..filled].iter().flat_map(|slice| slice.iter().copied()).collect::<Vec<_>>();
+                    assert_eq!(joined, whole[read.len()..], "all that is left, at once");
+                    assert_eq!(headed.remaining(), joined.len());
+                    assert!(joined.starts_with(headed.chunk()));
+                    let count = step.min(headed.remaining());
+                    read.extend_from_slice(&joined[..count]);
+                    headed.advance(count);
+                }
+                assert_eq!(read, whole);
+            }
+        }
+    }
 
     /// Messages of these lengths, sent in pieces of so many bytes, come out as they were.
     fn check(lengths: &[usize], piece_bytes: usize) {

@@ -1,5 +1,6 @@
 //! An HTTP/2 connection to another rank, made by hyper itself: tonic's channel buffers a MiB of what is to be sent, and what
-//! a rank sends first should arrive first, be it the last to be ready.
+//! a rank sends first should arrive first, be it the last to be ready. Tonic still speaks gRPC on it; but the messages are
+//! the connection's own, which are not copied on their way.
 
 use std::error::Error;
 use std::pin::Pin;
@@ -13,15 +14,20 @@ use tonic::body::Body;
 use tonic::codegen::http::{Request, Response, Uri};
 use tower::Service;
 
+use super::outbound::Outbox;
 use super::{CONNECTION_WINDOW_BYTES, FRAME_BYTES_MAX, STREAM_WINDOW_BYTES};
+use crate::transport::raw::Outgoing;
 use crate::transport::raw::service::data_client::DataClient;
 
 /// While so much is buffered no other message is taken. A message is taken whole.
 const BUFFER_BYTES_MAX: usize = 128 << 10;
 
-/// A connection, which ends with the last clone.
-#[derive(Clone, Debug)]
-pub(super) struct Connection(SendRequest<Body>);
+/// A connection for one call.
+pub(super) struct Connection {
+    sender: SendRequest<Outgoing<Outbox>>,
+    /// What is pushed over it; none before it is known, and none any more once the call has it.
+    messages: Option<Outbox>,
+}
 
 /// What may go wrong with it.
 pub(super) type Fault = Box<dyn Error + Send + Sync>;
@@ -45,12 +51,14 @@ impl Connection {
                 tracing::debug!(%error, "a connection to another rank has ended");
             }
         });
-        Ok(Self(sender))
+        Ok(Self { sender, messages: None })
     }
 
-    /// The service behind it. The name is only what the call's header says.
-    pub(super) fn client(self) -> DataClient<Self> {
-        DataClient::with_origin(self, Uri::from_static("http://tributary"))
+    /// The service behind it; its one call pushes these messages, in place of those that it is given. The name is only what
+    /// the call's header says.
+    pub(super) fn client(self, messages: Outbox) -> DataClient<Self> {
+        let connection = Self { messages: Some(messages), ..self };
+        DataClient::with_origin(connection, Uri::from_static("http://tributary"))
     }
 }
 
@@ -60,10 +68,12 @@ impl Service<Request<Body>> for Connection {
     type Future = Pin<Box<dyn Future<Output = Result<Response<Incoming>, hyper::Error>> + Send>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), hyper::Error>> {
-        self.0.poll_ready(context)
+        self.sender.poll_ready(context)
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        Box::pin(self.0.send_request(request))
+        let messages = self.messages.take().expect("a connection is for one call");
+        let (parts, _) = request.into_parts();
+        Box::pin(self.sender.send_request(Request::from_parts(parts, Outgoing(messages))))
     }
 }

@@ -68,13 +68,14 @@ impl Caller {
         let Some((connection, line)) = self.reach(to, address, deadline).await else { return };
         let (queue, outbox) = outbox(to, self.sink, self.trace);
         let _ = self.events.send(Event::Reached { rank: to, queue });
-        let mut request = Request::new(outbox);
+        // Without messages of its own: the connection has them.
+        let mut request = Request::new(tokio_stream::empty());
         let metadata = request.metadata_mut();
         metadata.insert(RANK, self.rank.into());
         metadata.insert(EPOCH, self.epoch.into());
         metadata.insert(VERSION, MetadataValue::from_static(env!("CARGO_PKG_VERSION")));
         metadata.insert_bin(TOKEN, MetadataValue::from_bytes(self.token.as_bytes()));
-        if let Err(status) = connection.client().stream(request).await {
+        if let Err(status) = connection.client(outbox).stream(request).await {
             // The codes with which `inbound` refuses, and with which another service does.
             use Code::{AlreadyExists, FailedPrecondition, InvalidArgument, Unauthenticated, Unimplemented};
             let refusals = [AlreadyExists, FailedPrecondition, InvalidArgument, Unauthenticated, Unimplemented];
