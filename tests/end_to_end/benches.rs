@@ -33,6 +33,23 @@ fn bench_aggregate_sends_the_formulas_bytes_with_every_codec_and_with_tls() {
 }
 
 #[test]
+fn bench_aggregate_draws_what_both_ranks_do_where_that_is_asked_for() {
+    let place = Place::new();
+    let arguments = ["bench", "aggregate", "--rounds", "1", "--elements", "300000", "--codec", "int8"];
+    place.run(&arguments).ok();
+    assert!(!place.path("drawn").exists());
+    place.run(&[&arguments[..], &["--trace", "drawn"]].concat()).ok();
+    let text = std::fs::read_to_string(place.path("drawn/trace.json")).expect("a picture");
+    let picture: Value = serde_json::from_str(&text).expect("JSON");
+    let events = picture["traceEvents"].as_array().expect("events");
+    for rank in 0..2 {
+        for category in ["sum", "give", "encode", "send", "receive", "reduce", "decode"] {
+            assert!(events.iter().any(|event| event["pid"] == rank && event["cat"] == category), "{rank} {category}");
+        }
+    }
+}
+
+#[test]
 fn bench_aggregate_refuses_what_it_cannot_measure() {
     let place = Place::new();
     let refused = |arguments: &[&str], said: &str| {

@@ -13,9 +13,9 @@
 //!    on to its mates. All go on with what a decoder reads, the owner too. So all ranks have the same bits.
 //!
 //! A rank votes as soon as its own shards are reduced: if any rank found a value that is not finite, in what it encodes or in
-//! what it has added, all skip the step, and no residual changes. With the vote travels what a rank's own shards add to the squared norm, so that everybody knows the
-//! clipped gradient's scale before the sums of the other owners are here: they travel on, first what the next forward pass
-//! needs first, while that begins.
+//! what it has added, all skip the step, and no residual changes. With the vote travels what a rank's own shards add to the
+//! squared norm, so that everybody knows the clipped gradient's scale before the sums of the other owners are here: they
+//! travel on, first what the next forward pass needs first, while that begins.
 //!
 //! Encoding replaces a gradient by what it leaves out. So a bucket's buffer comes in as this rank's gradient, and if the
 //! step counts it stays as the new residual, while the old residual's buffer goes back to be filled with the next
