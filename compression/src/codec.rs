@@ -13,6 +13,7 @@ pub(crate) mod bf16;
 pub(crate) mod block;
 pub(crate) mod fp32;
 pub(crate) mod layout;
+mod owner;
 pub(crate) mod payload;
 
 use std::fmt;
@@ -22,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use crate::kernel::{Level, Stores};
 use layout::PlanesMut;
 
+pub(crate) use owner::Passed;
 pub use payload::{Part, Payload, PayloadError, par_reduce, reduce};
 
 /// How the elements of a tensor become bytes.

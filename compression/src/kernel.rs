@@ -27,7 +27,7 @@ use std::sync::OnceLock;
 
 use crate::BLOCK;
 use crate::codec::layout::{Format, Planes, PlanesMut};
-use crate::codec::{Codec, Found, Part, block, payload};
+use crate::codec::{Codec, Found, Part, Passed, block, payload};
 
 /// A set of instructions that this processor has. All give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,18 +195,62 @@ impl Level {
     pub(crate) fn reduce<B: AsRef<[u8]>>(self, parts: &[Part<'_, B>], start: usize, sum: &mut [f32]) {
         for (piece, sum) in sum.chunks_mut(SUMMED).enumerate() {
             let start = start + piece * SUMMED;
-            sum.fill(0.0);
-            for part in parts {
+            if parts.is_empty() {
+                sum.fill(0.0);
+            }
+            for (number, part) in parts.iter().enumerate() {
                 match part {
-                    Part::Values(values) => simple::add_values(&values[start..start + sum.len()], sum),
+                    Part::Values(values) => simple::add_values(&values[start..start + sum.len()], sum, number == 0),
                     Part::Encoded(payload) => {
-                        let (_, rest) = payload.planes().split_at(payload.codec(), start);
-                        let (planes, _) = rest.split_at(payload.codec(), sum.len());
-                        self.add(payload.codec(), planes, sum);
+                        let codec = payload.codec();
+                        let (_, rest) = payload.planes().split_at(codec, start);
+                        let (planes, _) = rest.split_at(codec, sum.len());
+                        match (number, codec.format()) {
+                            // A block codec has no negative zero, which zero plus the value would make a zero.
+                            (0, Some(_)) => self.decode(codec, Stores::Cached, planes, sum),
+                            (0, None) => {
+                                sum.fill(0.0);
+                                self.add(codec, planes, sum);
+                            }
+                            _ => self.add(codec, planes, sum),
+                        }
                     }
                 }
             }
         }
+    }
+
+    /// As [`reduce`](Self::reduce) into `sum`, [`encode`](Self::encode) of that and [`decode`](Self::decode) of what was written,
+    /// piece by piece.
+    pub(crate) fn pass_on<B: AsRef<[u8]>>(self, parts: &[Part<'_, B>], start: usize, mut to: Passed<'_>) -> Found {
+        let (mut start, codec) = (start, to.codec);
+        while !to.sum.is_empty() {
+            let mut here;
+            let elements = SUMMED.min(to.sum.len());
+            (here, to) = to.split_at(elements);
+            self.reduce(parts, start, here.sum);
+            if self.encode(codec, Stores::Cached, here.sum, here.residual, here.payload.reborrow()) == Found::NonFinite
+            {
+                return Found::NonFinite;
+            }
+            self.decode(codec, Stores::Cached, here.payload.read(), here.decoded);
+            start += here.sum.len();
+        }
+        Found::Finite
+    }
+
+    /// As [`pass_on`](Self::pass_on), by all threads of rayon's pool.
+    pub(crate) fn par_pass_on<B: AsRef<[u8]> + Sync>(
+        self,
+        parts: &[Part<'_, B>],
+        start: usize,
+        to: Passed<'_>,
+    ) -> Found {
+        let Some(middle) = middle(to.sum.len()) else { return self.pass_on(parts, start, to) };
+        let (to, rest) = to.split_at(middle);
+        let (a, b) =
+            rayon::join(|| self.par_pass_on(parts, start, to), || self.par_pass_on(parts, start + middle, rest));
+        if a == Found::Finite { b } else { a }
     }
 
     /// As [`encode`](Self::encode), by all threads of rayon's pool.

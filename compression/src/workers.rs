@@ -53,6 +53,25 @@ impl Workers {
         }
     }
 
+    /// As [`Codec::pass_on`].
+    ///
+    /// # Panics
+    /// As [`Codec::pass_on`].
+    pub fn pass_on<B: AsRef<[u8]> + Sync>(
+        &self,
+        codec: Codec,
+        parts: &[Part<'_, B>],
+        sum: &mut [f32],
+        residual: &[f32],
+        payload: &mut [u8],
+        decoded: &mut [f32],
+    ) -> Found {
+        match &self.0 {
+            None => codec.pass_on(parts, sum, residual, payload, decoded),
+            Some(pool) => pool.install(|| codec.par_pass_on(parts, sum, residual, payload, decoded)),
+        }
+    }
+
     /// As [`reduce`].
     ///
     /// # Panics

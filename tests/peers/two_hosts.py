@@ -4,7 +4,7 @@
         --tributary target/release/tributary --python .venv/bin/python
 
 Needs root and iproute2: hosts.sh makes network namespaces. For each rate and each contender: the median step of each
-run (10 steps after 3) and its median over the rounds, tokens a second of both hosts, and the bytes that the kernel
+run (`--steps` after `--warmup`) and its median over the rounds, tokens a second of both hosts, and the bytes that the kernel
 counted at rank 0's interface for a step, everything of the run included. `alone_ratio` is the step of one host alone
 (two of them at once, each on its core, so that both share the machine's memory as two ranks do) over the step of two
 together: 1 would be communication that costs nothing. With `--hosts 4` it is four of them at once, pinned as four together.
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 
-STEPS, WARMUP, TOKENS = 13, 3, 4 * 256
+TOKENS = 4 * 256
 # `+zstd` is `compression.zstd = "auto"`.
 CODECS = ["fp32", "bf16", "int8", "int8+zstd", "sparse24-int8", "int4", "sparse24-int4"]
 HOOKS = ["none", "bf16", "powersgd"]
@@ -45,7 +45,7 @@ def tributary(args, rate, runs, codec):
     alone = codec is None
     name = "alone-$RANK" if alone else "both"
     over = "export -n RANK WORLD_SIZE; " if alone else ""
-    sets = f"--set metrics.runs_dir={runs} --set data.cache_dir={runs}/cache --set train.steps={STEPS}"
+    sets = f"--set metrics.runs_dir={runs} --set data.cache_dir={runs}/cache --set train.steps={args.warmup + args.steps}"
     ranks = f" --set parallel.data={args.hosts} --set compression.codec={{}}" + ("" if args.tls else " --trusted-network")
     sets += " --set parallel.data=1" if alone else ranks.format(codec.removesuffix("+zstd"))
     sets += f" --set device.backend={args.backend} --set device.threads=1" if args.backend != "flex" else ""
@@ -54,16 +54,16 @@ def tributary(args, rate, runs, codec):
     with open(os.path.join(runs, "alone-0" if alone else "both", "metrics.jsonl")) as file:
         lines = [json.loads(line) for line in file]
     # The last step waits for all of its sums at once, which no other does.
-    steady = lines[WARMUP:-1]
+    steady = lines[args.warmup:-1]
     names = ["wire_bytes_sent", "overlap", "encode_s", "exposed_s"]
     medians = {name: statistics.median(line[name] for line in steady) for name in names if steady[0].get(name) is not None}
-    return statistics.median(line["step_s"] for line in lines[WARMUP:]), sent, medians
+    return statistics.median(line["step_s"] for line in lines[args.warmup:]), sent, medians
 
 
 def torch(args, rate, out, hook):
     alone = hook is None
     over = "export -n RANK WORLD_SIZE; " if alone else ""
-    command = f"{over}exec {args.python} {args.peer} --threads 1 --hook {hook or 'none'} --steps {STEPS - WARMUP} --warmup {WARMUP}"
+    command = f"{over}exec {args.python} {args.peer} --threads 1 --hook {hook or 'none'} --steps {args.steps} --warmup {args.warmup}"
     sent = hosts(args, rate, command, out)
     if sent is None:
         return None
@@ -84,11 +84,15 @@ def main():
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=3, help="steps that do not count: the first ones touch new memory")
+    parser.add_argument("--who", nargs="+", default=["tributary", "torch"])
     parser.add_argument("--tries", type=int, default=3, help="of a command that fails")
     parser.add_argument("--only", nargs="+", help="of tributary and torch: alone, a codec, a hook")
     args = parser.parse_args()
     contenders = [("tributary", tributary, name) for name in [None, *CODECS]]
     contenders += [("torch", torch, name) for name in [None, *HOOKS]]
+    contenders = [row for row in contenders if row[0] in args.who]
     if args.only:
         contenders = [row for row in contenders if (row[2] or "alone") in args.only]
     for rate in args.rates:
@@ -112,7 +116,7 @@ def main():
             if how:
                 row["tokens_per_s"] = round(args.hosts * TOKENS / step)
                 row["alone_ratio"] = round(statistics.median(row["alone_ratios"]), 3)
-                row["kernel_bytes_a_step"] = round(statistics.median(sent for _, sent, _ in results) / STEPS)
+                row["kernel_bytes_a_step"] = round(statistics.median(sent for _, sent, _ in results) / (args.warmup + args.steps))
             last = results[-1][2]
             row.update({key: last[key] for key in ["wire_bytes_sent", "overlap", "encode_s", "exposed_s"] if last.get(key)})
             print(json.dumps(row), flush=True)

@@ -260,7 +260,7 @@ impl State {
         let exact = share.kept == Kept::Exact;
         for (index, _) in share.own.iter().enumerate().filter(|(_, own)| exact && own.leaves_out()) {
             for side in sides(share.data, share.replicas) {
-                put(snapshot.tensor(next), exchange.residual(index, side));
+                exchange.copy_residual(index, side, 0, snapshot.tensor(next));
                 next += 1;
             }
         }

@@ -203,10 +203,33 @@ pub(crate) fn fault(format: Format, planes: Planes<'_>, elements: usize) -> Opti
     }
 }
 
+/// Whether whole blocks have nothing that looks like a fault, in wide passes over the planes; if not, blocks are looked at one
+/// by one.
+#[inline(always)]
+pub(crate) fn is_plain(format: Format, planes: Planes<'_>, elements: usize) -> bool {
+    let scales = (SCALE_MIN.to_bits() >> 16) as u16..=Scale::bits_max(format.width);
+    let in_range = |scale: &[u8]| scales.contains(&u16::from_le_bytes([scale[0], scale[1]]));
+    let is_fault = |byte: u8| match format.width {
+        Width::Eight => byte == 0x80,
+        Width::Four => byte & 0x0f == 0x08 || byte & 0xf0 == 0x80,
+    };
+    elements.is_multiple_of(BLOCK)
+        && planes.scales.chunks_exact(2).fold(true, |all, scale| all & in_range(scale))
+        && !any(planes.values, is_fault)
+        && (!format.sparse || !any(planes.bitmap, |byte| fours(byte) != 0x22))
+}
+
 /// Whether it is so of any byte. Without an early end, so that a compiler makes wide instructions of it.
 #[inline(always)]
 fn any(bytes: &[u8], is: impl Fn(u8) -> bool) -> bool {
     bytes.iter().fold(0u8, |found, &byte| found | u8::from(is(byte))) != 0
+}
+
+/// How many bits of each half of a byte are ones, in that half.
+#[inline(always)]
+const fn fours(byte: u8) -> u8 {
+    let pairs = byte - (byte >> 1 & 0x55);
+    (pairs & 0x33) + (pairs >> 2 & 0x33)
 }
 
 #[inline(always)]
@@ -215,9 +238,6 @@ fn bitmap_fault(bitmap: &[u8], elements: usize, zeros: bool) -> Option<&'static 
     if zeros && any(&bitmap[..whole], |byte| byte != FIRST_TWO) {
         return Some("a bitmap other than the first two of four, without a scale");
     }
-    // Two ones in each half of the byte: the sum of bits, twice.
-    let pairs = |byte: u8| byte - (byte >> 1 & 0x55);
-    let fours = |byte: u8| (pairs(byte) & 0x33) + (pairs(byte) >> 2 & 0x33);
     let mut wrong = any(&bitmap[..whole], |byte| fours(byte) != 0x22);
     if let (Some(&last), rest @ 1..) = (bitmap.last(), elements % 8) {
         let of = |elements: usize| elements.min(2) as u32;

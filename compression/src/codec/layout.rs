@@ -143,6 +143,16 @@ pub(crate) struct PlanesMut<'a> {
 }
 
 impl<'a> PlanesMut<'a> {
+    /// The same planes, for a shorter time.
+    pub(crate) const fn reborrow(&mut self) -> PlanesMut<'_> {
+        PlanesMut { scales: self.scales, bitmap: self.bitmap, values: self.values }
+    }
+
+    /// What was written.
+    pub(crate) const fn read(&self) -> Planes<'_> {
+        Planes { scales: self.scales, bitmap: self.bitmap, values: self.values }
+    }
+
     /// The planes of a payload, which has the bytes of its elements.
     pub(crate) fn of(codec: Codec, payload: &'a mut [u8], elements: usize) -> Self {
         debug_assert_eq!(payload.len(), codec.payload_bytes(elements));

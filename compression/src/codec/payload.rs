@@ -152,6 +152,9 @@ impl<B: AsRef<[u8]>> Payload<B> {
 /// The first block that no encoder writes, and why.
 #[inline(always)]
 pub(crate) fn first_fault(codec: Codec, mut planes: Planes<'_>, elements: usize) -> Option<(usize, &'static str)> {
+    if codec.format().is_some_and(|format| block::is_plain(format, planes, elements)) {
+        return None;
+    }
     for number in 0..elements.div_ceil(BLOCK) {
         let elements = BLOCK.min(elements - number * BLOCK);
         let here;
@@ -188,7 +191,7 @@ pub fn par_reduce<B: AsRef<[u8]> + Sync>(parts: &[Part<'_, B>], sum: &mut [f32])
     Level::best().par_reduce(parts, 0, sum);
 }
 
-fn check_parts<B: AsRef<[u8]>>(parts: &[Part<'_, B>], sum: &[f32]) {
+pub(super) fn check_parts<B: AsRef<[u8]>>(parts: &[Part<'_, B>], sum: &[f32]) {
     for part in parts {
         let elements = match part {
             Part::Encoded(payload) => payload.elements,

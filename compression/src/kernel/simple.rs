@@ -13,10 +13,13 @@ fn add_residual(values: &mut [f32], residual: &[f32]) {
     }
 }
 
+/// `sum += values`, from zero on when they are the first.
 #[inline(always)]
-pub(super) fn add_values(values: &[f32], sum: &mut [f32]) {
-    for (sum, value) in sum.iter_mut().zip(values) {
-        *sum += value;
+pub(super) fn add_values(values: &[f32], sum: &mut [f32], is_first: bool) {
+    if is_first {
+        sum.iter_mut().zip(values).for_each(|(sum, value)| *sum = 0.0 + value);
+    } else {
+        sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
     }
 }
 

@@ -36,6 +36,7 @@ mod queue;
 mod residual;
 mod send;
 mod sum;
+mod untouched;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -45,13 +46,14 @@ use compression::{BLOCK, Codec, Payload, Workers};
 
 use super::norm::SquaredNorm;
 use super::plan::Plan;
-use super::rules::codec_of;
+use super::rules::{Rule, codec_of, rule};
 use super::shard::shard;
 use crate::frame::{Header, PAYLOAD_BYTES_MAX, Phase};
 
 pub use error::ExchangeError;
 pub use group::Group;
 use queue::{Job, Queue};
+use untouched::Untouched;
 
 /// A frame that is to be sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -120,6 +122,7 @@ pub struct Exchange {
     /// A node's sum of a chunk.
     scratch: Vec<f32>,
     workers: Workers,
+    untouched: Untouched,
     /// As long as the longest chunk.
     zeros: Vec<f32>,
     feedback: bool,
@@ -141,6 +144,8 @@ enum Flush {
 struct Tensor {
     /// What it travels in in this step.
     codec: Codec,
+    /// Whether a step may leave some of its rows alone.
+    is_table: bool,
     /// What this rank left out of the sums that it owns; empty for nothing.
     owner: Vec<f32>,
     /// The sum of our own shard, and then what is left out of it; or, where parameters travel, what is to be sent.
@@ -198,6 +203,7 @@ impl Exchange {
             let inner = Inner { parts: vec![None; places], summed: false };
             Tensor {
                 codec: codec_of(&part.whole, codec),
+                is_table: rule(&part.whole) == Rule::Int8AtLeast,
                 inner: (0..nodes.count()).map(|node| vec![inner.clone(); chunks(nodes.peer(node))]).collect(),
                 owner: Vec::new(),
                 reduced: Vec::new(),
@@ -233,6 +239,7 @@ impl Exchange {
             payload: Vec::new(),
             scratch: Vec::new(),
             workers: Workers::none(),
+            untouched: Untouched::default(),
             feedback: true,
             by_arrival: false,
         }

@@ -128,7 +128,7 @@ fn a_message_says_what_it_is_of_and_garbage_says_nothing() {
         start: 0,
         elements: 1,
     };
-    let frame = header.frame(&[0; 4]);
+    let frame = header.frame(&[1; 4]);
     let label = Label::of("send", &frame);
     assert_eq!(label, Label { bucket: Some(5), parameter: Some(6), bytes: Some(56), ..Label::new("send", 9) });
     let ballot =

@@ -30,13 +30,14 @@ fn main() -> std::io::Result<()> {
             assert_eq!(found, Found::Finite, "{name}");
             let [low, high] = (values.len() as u16).to_le_bytes();
             write("payload", codec, name, &[&[number | targets::FIT, low, high], &payload[..]].concat())?;
-            // ... and `frame`, packed where that makes it smaller.
+            // ... and `frame`, as it is, without its zeros and packed.
             let (phase, elements) = (Phase::Scatter, values.len() as u32);
             let header = Header { phase, codec, epoch: 3, step: 40, bucket: 5, tensor: 7, start: 256, elements };
             let frame: Bytes = header.frame(&payload);
             match name {
                 "tail" => write("frame", codec, name, &frame)?,
-                "zeros" => write("frame", codec, "packed", &pack(&frame, &mut packer).unwrap_or(frame))?,
+                "zeros" => write("frame", codec, "zeros", &frame)?,
+                "even" => write("frame", codec, "packed", &pack(&frame, &mut packer).unwrap_or(frame))?,
                 _ => {}
             }
         }
@@ -44,12 +45,14 @@ fn main() -> std::io::Result<()> {
     Ok(())
 }
 
-/// What is encoded: an odd tail alone, a block of zeros and its tail, a usual block with a tail and a very small one.
-fn inputs() -> [(&'static str, Vec<f32>); 3] {
+/// What is encoded: an odd tail alone, a block of zeros and its tail, blocks of one value, a usual block with a tail and a very
+/// small one.
+fn inputs() -> [(&'static str, Vec<f32>); 4] {
     let usual = |at: usize| (at as f32 * 12.9898).sin() * 0.1;
     [
         ("tail", vec![1.0, -3.0, 3.0, 3.0, -2.0]),
         ("zeros", vec![0.0; 131]),
+        ("even", vec![0.5; 1000]),
         ("blocks", (0..262).map(|at| if at / 128 == 1 { 1e-35 } else { usual(at) }).collect()),
     ]
 }

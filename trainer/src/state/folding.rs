@@ -30,8 +30,8 @@ pub fn fold(all: &SubGroup, exchange: &Exchange) -> Result<Vec<Vec<f32>>> {
             let shards: Vec<_> = (0..group.ranks).map(|rank| shard(parameter.elements(), rank, group.ranks)).collect();
             let longest = shards.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
             let own = shards[group.rank].clone();
-            let sender = exchange.residual(index, Side::Sender { rank: group.rank });
-            let mut folded = exchange.residual(index, Side::Owner).map_or(vec![0.0; own.len()], <[f32]>::to_vec);
+            let mut folded = vec![0.0; own.len()];
+            exchange.copy_residual(index, Side::Owner, 0, &mut folded);
             for start in (0..longest).step_by(PART) {
                 let block = PART.min(longest - start);
                 // Shards differ by a block of the codec; the shorter ones are filled up with zeros, and these not taken.
@@ -41,9 +41,8 @@ pub fn fold(all: &SubGroup, exchange: &Exchange) -> Result<Vec<Vec<f32>>> {
                 };
                 let (mut gives, mut takes) = (vec![0.0; block * group.ranks], vec![0.0; block * group.ranks]);
                 for (rank, place) in gives.chunks_mut(block).enumerate() {
-                    if let Some(sender) = sender {
-                        place[..of(rank).len()].copy_from_slice(&sender[of(rank)]);
-                    }
+                    let (of, side) = (of(rank), Side::Sender { rank: group.rank });
+                    exchange.copy_residual(index, side, of.start, &mut place[..of.len()]);
                 }
                 all.all_to_all(&site("checkpoint", &parameter.name), &gives, &mut takes)?;
                 let here = of(group.rank);

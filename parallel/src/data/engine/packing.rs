@@ -232,7 +232,7 @@ mod tests {
             let x = (i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
             ((x ^ (x >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9) >> 56) as u8
         };
-        let (even, noise) = (frame(0, |_| 0), frame(0, noise));
+        let (even, noise) = (frame(0, |_| 1), frame(0, noise));
         packing.begin(1);
         assert!(packing.pack(0, noise.clone(), true) == noise, "a first trial, which finds nothing");
         packing.begin(2);

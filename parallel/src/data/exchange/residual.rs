@@ -34,16 +34,42 @@ impl Exchange {
         Ok(())
     }
 
-    /// What this rank's committed steps left out of one tensor, as a sender over the whole tensor or as the owner of its
-    /// shard; `None` for nothing, that is zeros.
-    #[must_use]
-    pub fn residual(&self, index: usize, side: Side) -> Option<&[f32]> {
-        let slot = self.plan.slot(index);
-        let (values, range) = match side {
-            Side::Sender { .. } => (&self.buckets[slot.bucket].sender, slot.range.clone()),
-            Side::Owner => (&self.tensors[index].owner, 0..self.owned(index).len()),
+    /// Writes to `out` what this rank's committed steps left out of one tensor, as a sender over the whole tensor or as the owner of
+    /// its shard, from the side's element `start` on; zeros where that is nothing.
+    ///
+    /// # Panics
+    /// When the side has not so many elements.
+    pub fn copy_residual(&self, index: usize, side: Side, start: usize, out: &mut [f32]) {
+        let range = start..start + out.len();
+        let values = match side {
+            Side::Sender { .. } => &self.buckets[self.plan.slot(index).bucket].sender,
+            Side::Owner => &self.tensors[index].owner,
         };
-        if values.is_empty() { None } else { Some(&values[range]) }
+        if values.is_empty() {
+            return out.fill(0.0);
+        }
+        match side {
+            Side::Owner => out.copy_from_slice(&values[range]),
+            Side::Sender { .. } => {
+                out.copy_from_slice(&values[self.lies(index, &range)]);
+                // What lies in the buffer there was not left out: it was added, or sent to a mate, as it was.
+                for silent in self.silent(index) {
+                    let (from, to) = (silent.start.max(range.start), silent.end.min(range.end));
+                    if from < to {
+                        out[from - start..to - start].fill(0.0);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether this rank's committed steps may have left out something of one tensor, as a sender or as an owner.
+    #[must_use]
+    pub fn may_owe(&self, index: usize, side: Side) -> bool {
+        match side {
+            Side::Sender { .. } => !self.buckets[self.plan.slot(index).bucket].sender.is_empty(),
+            Side::Owner => !self.tensors[index].owner.is_empty(),
+        }
     }
 
     /// Everything that this rank left out of one tensor, by regions: what another mesh starts from
@@ -54,22 +80,19 @@ impl Exchange {
         let owned = self.owned(index);
         let owned = Region { flat_start: owned.start, flat_end: owned.end, ..whole.clone() };
         let sides = [(Side::Sender { rank: self.group.rank }, whole), (Side::Owner, owned)];
-        let residual = |(side, region)| {
-            self.residual(index, side).map(|values| Residual { side, region, values: values.to_vec() })
+        let residual = |(side, region): (Side, Region)| {
+            let mut values = vec![0.0; region.len()];
+            self.copy_residual(index, side, 0, &mut values);
+            Residual { side, region, values }
         };
-        sides.into_iter().filter_map(residual).collect()
+        sides.into_iter().filter(|(side, _)| self.may_owe(index, *side)).map(residual).collect()
     }
 
     /// The parts of a tensor of which this rank encodes nothing for their owners: its own shard, and what other members of
     /// its node add.
     fn silent(&self, index: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-        self.sent_inside(index).chain([self.owned(index)])
-    }
-
-    /// The parts that other members of the node add.
-    fn sent_inside(&self, index: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let (nodes, elements) = (self.group.nodes(), self.tensors[index].sum.len());
-        let owners = (0..nodes.ranks).filter(move |&owner| nodes.adds(owner) != nodes.rank);
+        let owners = (0..nodes.ranks).filter(move |&owner| owner == nodes.rank || nodes.adds(owner) != nodes.rank);
         owners.map(move |owner| shard(elements, owner, nodes.ranks))
     }
 
@@ -83,13 +106,8 @@ impl Exchange {
                 self.buckets[number].sender = Vec::new();
                 continue;
             }
-            let mut left = self.buckets[number].given.take().expect("a sum is complete once every bucket was given");
-            for &index in &places.parameters {
-                // What a mate adds was sent to it as it is. Our own shard was zeroed when it was added.
-                for range in self.sent_inside(index) {
-                    left[self.lies(index, &range)].fill(0.0);
-                }
-            }
+            // Where nothing is encoded for an owner it holds whatever it holds, and whoever asks is told zeros.
+            let left = self.buckets[number].given.take().expect("a sum is complete once every bucket was given");
             self.buckets[number].given = Some(std::mem::replace(&mut self.buckets[number].sender, left));
         }
         for tensor in &mut self.tensors {

@@ -48,7 +48,11 @@ impl Exchange {
             false => &bucket.sender[lies],
         };
         self.payload.resize(codec.payload_bytes(values.len()), 0);
-        if self.workers.encode(codec, values, residual, &mut self.payload) == Found::NonFinite {
+        let found = match self.tensors[index].is_table && phase == Phase::Scatter {
+            true => self.untouched.encode(&self.workers, codec, values, residual, &mut self.payload),
+            false => self.workers.encode(codec, values, residual, &mut self.payload),
+        };
+        if found == Found::NonFinite {
             // The others must not wait: they get zeros, and the vote makes everybody skip.
             self.finite = false;
             codec.write_zeros(values.len(), &mut self.payload);

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use compression::{Found, Part, Payload};
+use compression::{Found, Part};
 
 use super::{Exchange, Job};
 use crate::frame::Phase;
@@ -58,40 +58,38 @@ impl Exchange {
             true => tensor.arrived[chunk].iter().copied().chain([node]).map(part).collect(),
         };
         let inside = range.start - whole.start..range.end - whole.start;
-        self.workers.reduce(&parts, &mut tensor.reduced[inside.clone()]);
-        // Of what is added as it is nothing is left out. Here it is in a cache still; at the commit everybody would wait.
-        if let Some(given) = &mut self.buckets[self.plan.slot(index).bucket].given {
-            given[lies].fill(0.0);
+        let (sum, second) = (&mut tensor.reduced[inside.clone()], tensor.codec.second_stage());
+        let mut found = Found::Finite;
+        if self.parameters.is_some() {
+            self.workers.reduce(&parts, sum);
+        } else {
+            let residual =
+                if tensor.owner.is_empty() { &self.zeros[..sum.len()] } else { &tensor.owner[inside.clone()] };
+            let (payload, decoded) = (&mut self.payload, &mut tensor.sum[range.clone()]);
+            payload.resize(second.payload_bytes(sum.len()), 0);
+            found = match tensor.is_table {
+                true => self.untouched.pass_on(&self.workers, second, &parts, sum, residual, payload, decoded),
+                false => self.workers.pass_on(second, &parts, sum, residual, payload, decoded),
+            };
         }
         // Their memory goes back as soon as they are added.
         tensor.parts[chunk].fill(None);
         tensor.added[chunk] = true;
         self.own_missing -= 1;
-        match self.parameters {
-            Some(_) => self.keep(index, inside),
-            None => self.send_sum(index, chunk, &range, inside),
+        if self.parameters.is_some() {
+            return self.keep(index, inside);
         }
-    }
-
-    /// Encodes a chunk of our own shard's sum, `inside` of it, with what was left out before, and passes it on.
-    fn send_sum(&mut self, index: usize, chunk: usize, range: &Range<usize>, inside: Range<usize>) {
-        let (nodes, tensor) = (self.group.nodes(), &mut self.tensors[index]);
-        let sum = &mut tensor.reduced[inside.clone()];
-        let second = tensor.codec.second_stage();
-        let residual = if tensor.owner.is_empty() { &self.zeros[..sum.len()] } else { &tensor.owner[inside] };
-        self.payload.resize(second.payload_bytes(sum.len()), 0);
-        if self.workers.encode(second, sum, residual, &mut self.payload) == Found::NonFinite {
+        if found == Found::NonFinite {
             self.finite = false;
             second.write_zeros(range.len(), &mut self.payload);
+            tensor.sum[range.clone()].fill(0.0);
         }
-        let payload = Payload::new(second, range.len(), &self.payload).expect("an encoder's payload");
-        self.workers.decode(&payload, &mut tensor.sum[range.clone()]);
         // Every rank decodes the same.
         if self.plan.parts()[index].counts {
             self.norm.add(&tensor.sum[range.clone()]);
         }
-        self.arrived(index, nodes.rank, chunk);
-        self.tell(index, range);
+        self.arrived(index, rank, chunk);
+        self.tell(index, &range);
     }
 
     /// Queues what our payload buffer holds of our own shard, for all that this rank sends it to.

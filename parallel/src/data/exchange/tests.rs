@@ -10,6 +10,7 @@ mod ahead;
 mod meshes;
 mod nodes;
 mod parameters;
+mod untouched;
 mod window;
 
 fn plan() -> Arc<Plan> {
@@ -48,8 +49,11 @@ fn give(side: &mut Exchange, bucket: usize, gradient: impl Fn(usize) -> Vec<f32>
 fn residuals(side: &Exchange, tensor: usize) -> [Vec<f32>; 2] {
     let elements = side.plan().parameters()[tensor].elements();
     let Group { rank, ranks, .. } = side.group();
-    [(Side::Sender { rank }, elements), (Side::Owner, shard(elements, rank, ranks).len())]
-        .map(|(which, n)| side.residual(tensor, which).map_or(vec![0.0; n], <[f32]>::to_vec))
+    [(Side::Sender { rank }, elements), (Side::Owner, shard(elements, rank, ranks).len())].map(|(which, n)| {
+        let mut values = vec![f32::NAN; n];
+        side.copy_residual(tensor, which, 0, &mut values);
+        values
+    })
 }
 
 /// Runs one step; `pick` chooses which of the waiting frames is delivered next. Returns the verdict and the bytes that
@@ -211,6 +215,19 @@ fn a_sum_that_overflows_is_skipped_although_every_gradient_was_finite() {
     assert_eq!(step(&mut sides, 1, huge, |_| 0).0, Verdict::Skip);
 }
 
+/// What is added to a gradient of what was left out before: of a table, nothing where a block's gradient is zero.
+fn sent_of(parameter: &Parameter, gradient: &[f32], residual: &[f32]) -> Vec<f32> {
+    let mut residual = residual.to_vec();
+    if rule(parameter) == Rule::Int8AtLeast {
+        for (residual, gradient) in residual.chunks_mut(BLOCK).zip(gradient.chunks(BLOCK)) {
+            if gradient.iter().all(|&g| g == 0.0) {
+                residual.fill(0.0);
+            }
+        }
+    }
+    residual
+}
+
 /// Runs a step and enters it: what all ranks decoded, less all gradients, in exact arithmetic that also counts the
 /// rounding of every addition: of residuals to gradients, and of parts to sums. A step that is skipped counts as nothing.
 fn booked(exact: &mut Exact, sides: &mut [Exchange], number: u64, given: impl Fn(usize, usize) -> Vec<f32>) -> Verdict {
@@ -220,7 +237,7 @@ fn booked(exact: &mut Exact, sides: &mut [Exchange], number: u64, given: impl Fn
     if verdict == Verdict::Skip {
         return verdict;
     }
-    for (tensor, parameter) in plan().parameters().iter().enumerate() {
+    for (tensor, parameter) in sides[0].plan().parameters().iter().enumerate() {
         let codec = codec_of(parameter, sides[0].codec());
         for owner in 0..ranks {
             let owned = shard(parameter.elements(), owner, ranks);
@@ -230,7 +247,7 @@ fn booked(exact: &mut Exact, sides: &mut [Exchange], number: u64, given: impl Fn
                 gradient.iter().for_each(|g| exact.add(-*g));
                 let mut part = gradient.to_vec();
                 if rank != owner {
-                    let residual = &before[tensor][0][owned.clone()];
+                    let residual = &sent_of(parameter, gradient, &before[tensor][0][owned.clone()]);
                     let mut payload = vec![0; codec.payload_bytes(owned.len())];
                     let _ = codec.encode(&mut gradient.to_vec(), residual, &mut payload);
                     Payload::new(codec, owned.len(), payload).expect("our own").decode(&mut part);

@@ -349,14 +349,14 @@ fn what_owners_of_sums_had_left_out_is_added_to_the_first_sum_that_counts() {
         move |rank, tensor: usize| vec![if poison && rank == 0 { f32::NAN } else { 0.0 }; gradient(0, 1, tensor).len()]
     };
     assert_eq!(step(&mut ranks, 1, nothing(true), &mut |_| 0, Update::AfterTheVote).0, Verdict::Skip);
-    assert_eq!(ranks[1].side.residual(0, Side::Owner), Some(&left[..]), "a step that is skipped adds nothing");
+    assert_eq!(ranks[1].side.tensors[0].owner, left, "a step that is skipped adds nothing");
     let before = ranks[0].replicas[0].clone();
     step(&mut ranks, 2, nothing(false), &mut |_| 0, Update::AfterTheVote);
     let own = ranks[1].side.owned(0);
     let expected: Vec<f32> = before[own.clone()].iter().zip(&left).map(|(x, g)| x - 0.1 * g).collect();
     assert_eq!(ranks[0].replicas[0][own.clone()], expected);
     assert_eq!(ranks[0].replicas[0][..own.start], before[..own.start]);
-    assert!(ranks.iter().all(|rank| rank.side.residual(0, Side::Owner).is_none()), "once");
+    assert!(ranks.iter().all(|rank| !rank.side.may_owe(0, Side::Owner)), "once");
 }
 
 #[test]
