@@ -44,7 +44,25 @@ pub const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Remote {
     shelf: Shelf,
-    runtime: Runtime,
+    runtime: Waits,
+}
+
+/// A runtime whose end waits for nothing: a look-up of a name, or a mount, that hangs must not hold up the process.
+#[derive(Debug)]
+struct Waits(Option<Runtime>);
+
+impl Waits {
+    fn block_on<T>(&self, answer: impl Future<Output = T>) -> T {
+        self.0.as_ref().expect("it is there until it is dropped").block_on(answer)
+    }
+}
+
+impl Drop for Waits {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 impl Remote {
@@ -55,6 +73,7 @@ impl Remote {
     pub fn open(place: &Place, settings: &Settings) -> Result<Self, CheckpointError> {
         let runtime = Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(CheckpointError::io("start a runtime for", Path::new(&place.to_string())))?;
+        let runtime = Waits(Some(runtime));
         Ok(Self { shelf: Shelf::open(place, settings)?, runtime })
     }
 

@@ -4,6 +4,7 @@
 //! - `block`: the block codecs, element by element: the reference of every faster kernel.
 //! - `bf16`, `fp32`: the codecs without blocks.
 //! - `payload`: bytes that were checked, and how they are decoded and added.
+//! - `owner`: an owner's sum, its encoding and its decoding in one pass.
 //!
 //! `docs/payload-format.md` draws every payload byte by byte. A lossy codec quantises blocks of [`BLOCK`](crate::BLOCK)
 //! elements; what it leaves out of a block is returned exactly, so that nothing is lost if it is added to later

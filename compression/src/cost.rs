@@ -7,7 +7,8 @@
 //! ```
 //!
 //! - transfer: bytes that a rank sends in a step over the rate of the slowest link. In a group of N ranks that is
-//!   (N - 1) / N of the tensors in their first codec, and as much in the second stage's.
+//!   (N - 1) / N of the tensors in their first codec, and as much in the second stage's, rows of tables that a step does not touch
+//!   included.
 //! - window: the time in which gradients and sums travel while the model computes: the backward pass from the first full
 //!   bucket on, and the next forward pass. The last bucket is complete only when the backward pass ends, and the forward
 //!   pass begins with its sum, so its transfer can never hide.

@@ -7,7 +7,8 @@ Needs root and iproute2: hosts.sh makes network namespaces. For each rate and ea
 run (`--steps` after `--warmup`) and its median over the rounds, tokens a second of both hosts, and the bytes that the kernel
 counted at rank 0's interface for a step, everything of the run included. `alone_ratio` is the step of one host alone
 (two of them at once, each on its core, so that both share the machine's memory as two ranks do) over the step of two
-together: 1 would be communication that costs nothing. With `--hosts 4` it is four of them at once, pinned as four together.
+together: 1 would be communication that costs nothing. `slowest_ratio` has in place of it the median of the slower of the two steps
+of the hosts alone, one by one: ranks that step together wait for the slower one whatever connects them. With `--hosts 4` it is four of them at once, pinned as four together.
 `--tls` secures ours by a join secret. With `--backend libtorch`, and a binary that has it, ours computes there.
 """
 
@@ -57,7 +58,16 @@ def tributary(args, rate, runs, codec):
     steady = lines[args.warmup:-1]
     names = ["wire_bytes_sent", "overlap", "encode_s", "exposed_s"]
     medians = {name: statistics.median(line[name] for line in steady) for name in names if steady[0].get(name) is not None}
-    return statistics.median(line["step_s"] for line in lines[args.warmup:]), sent, medians
+    seconds = [line["step_s"] for line in lines[args.warmup:]]
+    if alone:
+        # Together every step is as long as the slower one's, whatever connects them.
+        for rank in range(1, args.hosts):
+            with open(os.path.join(runs, f"alone-{rank}", "metrics.jsonl")) as file:
+                others = [json.loads(line)["step_s"] for line in file][args.warmup:]
+            seconds = [max(pair) for pair in zip(seconds, others)]
+        medians["slowest_s"] = statistics.median(seconds)
+        seconds = [line["step_s"] for line in lines[args.warmup:]]
+    return statistics.median(seconds), sent, medians
 
 
 def torch(args, rate, out, hook):
@@ -90,6 +100,8 @@ def main():
     parser.add_argument("--tries", type=int, default=3, help="of a command that fails")
     parser.add_argument("--only", nargs="+", help="of tributary and torch: alone, a codec, a hook")
     args = parser.parse_args()
+    if args.steps < 2:
+        parser.error(f"--steps: expected at least 2, found {args.steps}")
     contenders = [("tributary", tributary, name) for name in [None, *CODECS]]
     contenders += [("torch", torch, name) for name in [None, *HOOKS]]
     contenders = [row for row in contenders if row[0] in args.who]
@@ -116,6 +128,10 @@ def main():
             if how:
                 row["tokens_per_s"] = round(args.hosts * TOKENS / step)
                 row["alone_ratio"] = round(statistics.median(row["alone_ratios"]), 3)
+                slowest = [alone.get("slowest_s") for _, _, alone in found[(who, None)]]
+                if all(slowest):
+                    ratios = [round(one / both, 3) for one, (both, _, _) in zip(slowest, results)]
+                    row["slowest_ratios"], row["slowest_ratio"] = ratios, round(statistics.median(ratios), 3)
                 row["kernel_bytes_a_step"] = round(statistics.median(sent for _, sent, _ in results) / (args.warmup + args.steps))
             last = results[-1][2]
             row.update({key: last[key] for key in ["wire_bytes_sent", "overlap", "encode_s", "exposed_s"] if last.get(key)})

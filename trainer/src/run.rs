@@ -267,6 +267,14 @@ impl Run {
         }
     }
 
+    /// As [`say`](Self::say), and on other ranks to their standard error too.
+    fn warn(&self, text: &str) {
+        match &self.progress {
+            Some(progress) => progress.say(text),
+            None => tracing::warn!("{text}"),
+        }
+    }
+
     /// Writes down what is not a step.
     fn event(&mut self, kind: &str, step: u64, fields: serde_json::Value) {
         match &mut self.metrics {

@@ -18,12 +18,22 @@ pub(super) fn failed(operation: &'static str, url: &str) -> impl FnOnce(Error) -
 
 /// Whether nobody answered, or one that has trouble of its own.
 fn is_away(all: &str) -> bool {
-    // 408 and 429 are answers of a store that has too much to do.
-    let busy = ["status code: 5", "status code: 408", "status code: 429"];
-    ["onnect", "dns error", "timed out"].iter().chain(&busy).any(|text| all.contains(text))
-        && !["169.254.", "metadata.google.internal", "certificate", "scheme is not allowed"]
-            .iter()
-            .any(|text| all.contains(text))
+    let has = |text: &&str| all.contains(*text);
+    // 408 and 429 are answers of a store that has too much to do. An answer counts before any word, which may be of a name.
+    if ["status code: 5", "status code: 408", "status code: 429"].iter().any(has) {
+        return true;
+    }
+    ![
+        "status code: 4",
+        "169.254.",
+        "metadata.google.internal",
+        "CA certificates",
+        "peer certificate",
+        "scheme is not allowed",
+    ]
+    .iter()
+    .any(has)
+        && ["onnect", "dns error", "timed out"].iter().any(has)
 }
 
 /// What an error says, and what to do about it. `all` is its text with that of its causes.
@@ -107,4 +117,23 @@ fn said(all: &str) -> String {
     let skip = text.chars().count().saturating_sub(TEXT_MAX);
     let cut = if skip > 0 { "... " } else { "" };
     cut.to_owned() + &text.chars().skip(skip).collect::<String>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_counts_before_a_word_of_a_name() {
+        let refused = "Server returned non-2xx status code: 403 Forbidden: https://host/connect-data/run";
+        assert!(!is_away(refused));
+        for away in [
+            "error sending request for url (http://certificate-bert/): client error (Connect)",
+            "Server returned non-2xx status code: 503 Service Unavailable: slow down",
+            "Server returned non-2xx status code: 429 Too Many Requests",
+        ] {
+            assert!(is_away(away), "{away}");
+        }
+        assert!(!is_away("client error (Connect): invalid peer certificate: UnknownIssuer"));
+    }
 }

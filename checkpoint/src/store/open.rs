@@ -39,7 +39,7 @@ impl Settings {
         self.0.iter().find(|(name, _)| name == wanted).map(|(_, value)| value.as_str())
     }
 
-    /// Whether everything goes to an endpoint without TLS. Then no certificates are needed, and a machine may have none.
+    /// Whether everything of S3 goes to an endpoint without TLS. Then no certificates are needed, and a machine may have none.
     fn is_plain(&self) -> bool {
         let endpoints = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"];
         let endpoint = endpoints.iter().find_map(|name| self.get(name));
@@ -64,7 +64,11 @@ pub(super) fn open(place: &Place, settings: &Settings) -> Result<Arc<dyn ObjectS
     // `reqwest` takes the provider of the process, and panics without. That there is one already is as well.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let options = ClientOptions::new().with_connect_timeout(CONNECT_WITHIN).with_timeout(REQUEST_WITHIN);
-    let options = if settings.is_plain() { options.with_no_system_certificates(true) } else { options };
+    let options = if place.scheme() == Scheme::S3 && settings.is_plain() {
+        options.with_no_system_certificates(true)
+    } else {
+        options
+    };
     let (init_backoff, max_backoff) = BACKOFF;
     let backoff = BackoffConfig { init_backoff, max_backoff, base: 2.0 };
     let retry = RetryConfig { backoff, max_retries: RETRIES_MAX, retry_timeout: RETRY_WITHIN };
@@ -99,12 +103,15 @@ pub(super) fn open(place: &Place, settings: &Settings) -> Result<Arc<dyn ObjectS
 }
 
 /// Looks that a folder is there: a file server that is not mounted must not be taken for an empty one.
-pub(super) fn check_folder(place: &Place) -> Result<(), CheckpointError> {
+///
+/// A mount that hangs takes a thread of its own with it, and not the wait's limit.
+pub(super) async fn check_folder(place: &Place) -> Result<(), CheckpointError> {
     if place.scheme() != Scheme::File {
         return Ok(());
     }
     let path = format!("/{}", place.prefix());
-    std::fs::read_dir(path).map(|_| ()).map_err(|error| CheckpointError::Store {
+    let looked = tokio::task::spawn_blocking(move || std::fs::read_dir(path).map(|_| ())).await;
+    looked.unwrap_or_else(|error| Err(std::io::Error::other(error))).map_err(|error| CheckpointError::Store {
         operation: "look into the folder",
         url: place.to_string(),
         why: format!("{error}; mount the file server, or make the folder if it is none"),

@@ -4,7 +4,7 @@
 //! which ends it, then the files, and the announcement last. So what a crash leaves has no manifest and says itself which
 //! objects are ours; no other object is ever deleted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use bytes::Bytes;
@@ -57,14 +57,22 @@ pub(super) async fn manifest(shelf: &Shelf, at: At) -> Result<(Manifest, Bytes),
     Err(CheckpointError::Step { path, expected: at.step, found: manifest.step })
 }
 
-/// Removes what retention does not keep once the copy of `at` is complete, and returns the steps. One whose manifest makes no
-/// sense stays: nobody knows what belongs to it.
-pub(super) async fn retain(shelf: &Shelf, at: At, retention: &Retention) -> Result<Vec<u64>, CheckpointError> {
+/// Removes what retention does not keep once the copy of `at` is complete, and returns the steps. What all of `seats` have of a
+/// step makes a checkpoint, so of one that still lacks some the steps since the last whole one stay. One whose manifest makes no sense stays: nobody knows
+/// what belongs to it.
+pub(super) async fn retain(
+    shelf: &Shelf,
+    at: At,
+    seats: &[Seat],
+    retention: &Retention,
+) -> Result<Vec<u64>, CheckpointError> {
     let listing = shelf.list().await?;
     let verdicts = retention.judge(&scores(shelf, &listing, at.seat, retention).await?, at.step);
+    let whole = newest_whole(&listing, seats, at.step);
     let mut removed = Vec::new();
     for (step, verdict) in verdicts {
-        if verdict != Verdict::Removed {
+        let may_go = step > at.step || whole.is_some_and(|whole| step < whole);
+        if verdict != Verdict::Removed || !may_go {
             continue;
         }
         match remove(shelf, At { step, seat: at.seat }).await {
@@ -76,6 +84,13 @@ pub(super) async fn retain(shelf: &Shelf, at: At, retention: &Retention) -> Resu
         }
     }
     Ok(removed)
+}
+
+/// The newest step, up to this one, of which all of `seats` have a complete copy.
+fn newest_whole(listing: &Listing, seats: &[Seat], up_to: u64) -> Option<u64> {
+    let is_there = |step: u64| seats.iter().all(|&seat| listing.get(&At { step, seat }).is_some_and(is_complete));
+    let steps: BTreeSet<u64> = listing.keys().map(|at| at.step).filter(|&step| step <= up_to).collect();
+    steps.into_iter().rev().find(|&step| is_there(step))
 }
 
 /// Removes a copy.
@@ -121,5 +136,27 @@ pub(super) async fn tidy(shelf: &Shelf, at: At, objects: &BTreeMap<String, u64>)
             tracing::warn!(%error, "a left-over in the store stays: what belongs to it is not known");
             Ok(())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_whole_step_is_the_last_that_all_machines_have() {
+        let objects = |names: &[&str]| names.iter().map(|&name| (name.to_owned(), 1)).collect::<BTreeMap<_, _>>();
+        let (a, b) = (Seat::Machine(0), Seat::Machine(2));
+        let whole = || objects(&[layout::MANIFEST]);
+        let mut listing = Listing::new();
+        for (step, seat) in [(10, a), (10, b), (20, a), (20, b), (30, a), (40, a), (40, b)] {
+            listing.insert(At { step, seat }, whole());
+        }
+        listing.insert(At { step: 30, seat: b }, objects(&["rank-0002.safetensors"]));
+        let newest = |seats: &[Seat], up_to| newest_whole(&listing, seats, up_to);
+        assert_eq!(newest(&[a, b], 30), Some(20), "of step 30 a machine's manifest is not there");
+        assert_eq!(newest(&[a, b], 40), Some(40));
+        assert_eq!(newest(&[a], 30), Some(30));
+        assert_eq!(newest(&[a, b, Seat::Machine(4)], 40), None);
     }
 }

@@ -109,7 +109,7 @@ impl Shelf {
         let (url, prefix, run) = (below.to_string(), below.prefix(), self.place.prefix());
         let failed = || failed("list", &url);
         if let Some((above, _)) = self.place.split() {
-            check_folder(&above)?;
+            check_folder(&above).await?;
         }
         let path = ObjectPath::parse(&prefix).map_err(|source| failed()(Error::from(source)))?;
         let mut objects = self.store.list(Some(&path));

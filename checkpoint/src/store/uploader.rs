@@ -68,6 +68,8 @@ pub struct Task {
     pub disk: Arc<dyn Disk>,
     /// Whose folder it is.
     pub seat: Seat,
+    /// All folders of the run, this one among them. A step goes only once a later one is there of all of them.
+    pub seats: Vec<Seat>,
     /// Which copies stay.
     pub retention: Retention,
 }
@@ -135,8 +137,6 @@ impl Uploader {
                     () = work.run() => {}
                 }
             });
-            // A look-up of a name that hangs must not hold up the end of the process.
-            runtime.shutdown_background();
         };
         let thread = std::thread::Builder::new().name("checkpoint-upload".into()).spawn(body)?;
         Ok(Self { shared, news, thread: Some(thread) })
@@ -273,7 +273,7 @@ impl Work {
 
     /// Removes left-overs, and finds what an earlier process has not copied.
     async fn look_through(&self) -> Result<(), CheckpointError> {
-        let Task { folder, disk, seat, retention } = &self.task;
+        let Task { folder, disk, seat, retention, .. } = &self.task;
         retain::sweep(&self.shelf, *seat).await?;
         let names = if disk.exists(folder).map_err(CheckpointError::io("look for", folder))? {
             disk::names(&**disk, folder)?
@@ -282,7 +282,14 @@ impl Work {
         };
         let mut scores = scores(&self.shelf, &self.shelf.list().await?, *seat, retention).await?;
         let here = layout::checkpoints(&names);
-        let missing: Vec<u64> = here.keys().copied().filter(|step| !scores.contains_key(step)).collect();
+        let mut missing: Vec<u64> = here.keys().copied().filter(|step| !scores.contains_key(step)).collect();
+        // A run that went back may have written its newest step again, as another checkpoint.
+        if let Some((&step, name)) = here.last_key_value().filter(|(step, _)| scores.contains_key(step))
+            && self.id(name)
+                != retain::manifest(&self.shelf, At { step, seat: *seat }).await.ok().map(|(there, _)| there.id)
+        {
+            missing.push(step);
+        }
         for &step in &missing {
             scores.insert(step, self.score(&here[&step]));
         }
@@ -294,13 +301,21 @@ impl Work {
     }
 
     fn score(&self, name: &str) -> Option<f64> {
+        retain::score(&self.manifest(name)?)
+    }
+
+    fn id(&self, name: &str) -> Option<String> {
+        Some(self.manifest(name)?.id)
+    }
+
+    fn manifest(&self, name: &str) -> Option<Manifest> {
         let path = self.task.folder.join(name).join(layout::MANIFEST);
-        retain::score(&Manifest::parse(&self.task.disk.read(&path).ok()?, &path).ok()?)
+        Manifest::parse(&self.task.disk.read(&path).ok()?, &path).ok()
     }
 
     async fn copy(&mut self, step: u64) -> Result<News, CheckpointError> {
         const GONE: &str = "retention has removed it from the run's folder before it was copied";
-        let Task { folder, disk, seat, retention } = &self.task;
+        let Task { folder, disk, seat, seats, retention } = &self.task;
         let start = Instant::now();
         let at = At { step, seat: *seat };
         let Some(name) = layout::checkpoints(&disk::names(&**disk, folder)?).remove(&step) else {
@@ -329,7 +344,7 @@ impl Work {
         self.newest = self.newest.max(step);
         // Also after an older one has followed, which makes one too many.
         let newest = At { step: self.newest, ..at };
-        let removed = retain::retain(&self.shelf, newest, retention).await.unwrap_or_else(|error| {
+        let removed = retain::retain(&self.shelf, newest, seats, retention).await.unwrap_or_else(|error| {
             tracing::warn!(step, %error, "older copies could not be removed from the store");
             Vec::new()
         });

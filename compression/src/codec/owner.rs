@@ -87,13 +87,11 @@ mod tests {
     use crate::codec::reduce;
     use crate::{BLOCK, Payload, Workers};
 
+    /// What was found, the new residual, the payload, and what it decodes to.
+    type Left = (Found, Vec<f32>, Vec<u8>, Vec<f32>);
+
     /// The two ways, for two parts that were encoded and one that was not.
-    fn both(
-        codec: Codec,
-        second: Codec,
-        values: &[f32],
-        workers: &Workers,
-    ) -> [(Found, Vec<f32>, Vec<u8>, Vec<f32>); 2] {
+    fn both(codec: Codec, second: Codec, values: &[f32], workers: &Workers) -> [Left; 2] {
         let n = values.len();
         let encoded: Vec<Payload<Vec<u8>>> = [1.0, -0.3]
             .map(|by| {

@@ -17,6 +17,8 @@
 //! squared norm, so that everybody knows the clipped gradient's scale before the sums of the other owners are here: they
 //! travel on, first what the next forward pass needs first, while that begins.
 //!
+//! What was left out of a table's row waits until a step touches the row again; `untouched` has the details.
+//!
 //! Encoding replaces a gradient by what it leaves out. So a bucket's buffer comes in as this rank's gradient, and if the
 //! step counts it stays as the new residual, while the old residual's buffer goes back to be filled with the next
 //! gradient. If the step is skipped the buffer goes back, and the old residual is as it was.
@@ -177,7 +179,7 @@ struct Inner {
 /// One bucket of the plan.
 #[derive(Debug, Default)]
 struct Bucket {
-    /// What this rank left out when it sent to owners, zero but where it adds for its node; empty for nothing.
+    /// What this rank left out when it sent to owners; empty for nothing. Where it encodes nothing for one it holds whatever it holds.
     sender: Vec<f32>,
     /// Once it was given: this rank's gradient; then the node's sum, where this member adds it; then what is left of it
     /// where it was sent.
@@ -284,7 +286,7 @@ impl Exchange {
     }
 
     /// From the next step on, tensors travel in another codec where their kind allows it. What was left out before is
-    /// sent with the next gradient, whatever the codec; one that leaves nothing out sends all of it.
+    /// sent with the next gradient, whatever the codec (of a table's row, its own next one); one that leaves nothing out sends all of it.
     pub const fn set_codec(&mut self, codec: Codec) {
         self.codec = codec;
     }

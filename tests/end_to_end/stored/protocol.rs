@@ -51,7 +51,13 @@ pub fn folder(steps: &[u64]) -> TempDir {
 }
 
 pub fn start(server: &Server, folder: &Path, retention: Retention) -> Uploader {
-    let task = Task { folder: folder.into(), disk: Arc::new(RealDisk), seat: Seat::Shared, retention };
+    let task = Task {
+        folder: folder.into(),
+        disk: Arc::new(RealDisk),
+        seat: Seat::Shared,
+        seats: vec![Seat::Shared],
+        retention,
+    };
     Uploader::start(remote(server), task).expect("a thread")
 }
 

@@ -99,6 +99,22 @@ pub(super) fn plan(args: &Args) -> Result<ExitCode> {
         (None, Kind::Interleaved) => keys.virtual_stages,
         (None, _) => 1,
     };
+    // What a device other than the processor has is not known here.
+    let here = || machine_bytes().filter(|_| device::is_host(&recipe.device.backend));
+    let memory = args.memory.or_else(here);
+    // The flag adds to a recipe that does not say so.
+    let sharded = recipe.optimizer.sharded.or(args.sharded.then_some(Codec::Fp32));
+    let shape = Shape { mesh, schedule: kind, virtual_stages, sharded };
+    if args.calibrate.is_some() {
+        // What cannot be is said before any step is taken.
+        if args.search.is_none() {
+            Plan::new(&recipe, &config, shape, None)?;
+        }
+        if let Some(why) = memory.and_then(|memory| calibrate::too_large(&recipe, &config, memory)) {
+            let what = "--calibrate takes steps of the whole model on this machine, where";
+            return Err(Error::Usage(format!("{what} {why}; give --flops in its place")));
+        }
+    }
     let flops_per_s = match args.calibrate {
         Some(steps) => Some(calibrate::flops_per_s(&recipe, &config, steps)?),
         None => args.flops,
@@ -107,16 +123,10 @@ pub(super) fn plan(args: &Args) -> Result<ExitCode> {
         return Err(Error::Usage("--link: expected --calibrate or --flops beside it".into()));
     }
     let figures = flops_per_s.map(|flops_per_s| Figures { flops_per_s, link_bytes_per_s: args.link });
-    // What a device other than the processor has is not known here.
-    let here = || machine_bytes().filter(|_| device::is_host(&recipe.device.backend));
-    let memory = args.memory.or_else(here);
     if let Some(ranks) = args.search {
         let found = search(&recipe, &config, ranks, figures.as_ref(), memory)?;
         return tell_found(args, ranks, &found);
     }
-    // The flag adds to a recipe that does not say so.
-    let sharded = recipe.optimizer.sharded.or(args.sharded.then_some(Codec::Fp32));
-    let shape = Shape { mesh, schedule: kind, virtual_stages, sharded };
     let plan = Plan::new(&recipe, &config, shape, figures.as_ref())?;
     let split = match args.calibrate {
         Some(passes) if plan.layers.len() > 1 => {

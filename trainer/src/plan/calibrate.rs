@@ -4,16 +4,36 @@ use std::time::Instant;
 
 use burn::Tensor;
 use burn::tensor::{Device, TensorData};
+use parallel::mesh::Mesh;
+use parallel::pipeline::Kind;
 use parallel::pipeline::split::LayerCosts;
 use parallel::tap::backward_from;
 
-use super::time;
+use super::{Plan, Shape, time};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::model::{Config, Hook, Leaf, Llama, Piece, Values};
 use crate::recipe::Recipe;
 use crate::state::State;
 use crate::step::{Batch, Stepper, Word, scalar, untouched};
+
+/// Why steps of the whole model do not fit into so much memory, if they do not.
+#[must_use]
+pub fn too_large(recipe: &Recipe, config: &Config, memory_bytes: usize) -> Option<String> {
+    let mesh = Mesh::new(1, 1, 1).ok()?;
+    let shape = Shape { mesh, schedule: Kind::OneForwardOneBackward, virtual_stages: 1, sharded: None };
+    Plan::new(&alone(recipe), config, shape, None).ok()?.too_large(memory_bytes)
+}
+
+/// The recipe of one rank that takes as many micro-batches as the one with the most of them.
+fn alone(recipe: &Recipe) -> Recipe {
+    let mut alone = recipe.clone();
+    let most = recipe.parallel.micro_batches.iter().copied().max().unwrap_or(1);
+    alone.parallel.micro_batches = vec![most];
+    (alone.parallel.data, alone.parallel.pipeline, alone.parallel.tensor, alone.parallel.group) = (1, 1, 1, 1);
+    (alone.parallel.sequence, alone.parallel.layers) = (false, None);
+    alone
+}
 
 /// Operations a second of real steps of one rank; the median step counts, the first does not.
 ///
@@ -23,11 +43,12 @@ pub fn flops_per_s(recipe: &Recipe, config: &Config, steps: u32) -> Result<f64> 
     device::set_threads(recipe.device.threads);
     let stepper = Stepper::new(config, &device::open(&recipe.device)?, recipe.parallel.bucket_bytes_max)?;
     let mut state = State::initial(config, 1);
-    let batch = [batch(recipe, config)];
-    let mut alone = recipe.clone();
-    alone.parallel.micro_batches = vec![1];
-    let seconds = median(steps, || stepper.step(&mut state, &alone, &batch, Word::default(), untouched).map(|_| ()))?;
-    Ok(time::flops(config, recipe.train.seq_len) * batch[0].targets.len() as f64 / seconds)
+    let alone = alone(recipe);
+    // A step's update is not each micro-batch's.
+    let batches: Vec<Batch> = (0..alone.parallel.micro_batches[0]).map(|_| batch(recipe, config)).collect();
+    let seconds = median(steps, || stepper.step(&mut state, &alone, &batches, Word::default(), untouched).map(|_| ()))?;
+    let tokens: usize = batches.iter().map(|batch| batch.targets.len()).sum();
+    Ok(time::flops(config, recipe.train.seq_len) * tokens as f64 / seconds)
 }
 
 /// What a layer, the embedding before the first and the head behind the last take of a micro-batch, forward and backward, in

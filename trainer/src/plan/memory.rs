@@ -133,7 +133,7 @@ fn program(recipe: &Recipe, data: usize, codec: Option<Codec>) -> usize {
         threads => threads,
     };
     let chunk = recipe.parallel.chunk_elements.next_multiple_of(BLOCK);
-    // Zeros, a node's sum, and a payload.
-    let chunks = codec.map_or(0, |codec| 2 * size_of::<f32>() * chunk + codec.payload_bytes(chunk));
+    // Zeros, a node's sum, what waits of a table, and a payload.
+    let chunks = codec.map_or(0, |codec| 3 * size_of::<f32>() * chunk + codec.payload_bytes(chunk));
     PROGRAM_BYTES + (threads + 1) * PRODUCT_BYTES + chunks
 }

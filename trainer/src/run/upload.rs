@@ -29,13 +29,13 @@ pub fn remote(request: &Request) -> Result<Option<Remote>> {
     Ok(Some(Remote::open(&place.below(&request.name), &request.store)?))
 }
 
-/// Starts the thread that copies what is committed in `folder`.
+/// Starts the thread that copies what is committed in `folder`, that of `seat`; `seats` are all of the run.
 ///
 /// # Errors
 /// As [`remote`]; the system refuses a thread.
-pub fn start(request: &Request, folder: PathBuf, seat: Seat) -> Result<Option<Uploader>> {
+pub fn start(request: &Request, folder: PathBuf, seat: Seat, seats: Vec<Seat>) -> Result<Option<Uploader>> {
     let Some(remote) = remote(request)? else { return Ok(None) };
-    let task = Task { folder, disk: Arc::new(RealDisk), seat, retention: retention(&request.recipe) };
+    let task = Task { folder, disk: Arc::new(RealDisk), seat, seats, retention: retention(&request.recipe) };
     let uploader = Uploader::start(remote, task).map_err(Error::io("start a thread in", "this process"))?;
     Ok(Some(uploader))
 }
@@ -62,7 +62,7 @@ impl Run {
             }
             News::Failed { step, error } => {
                 self.event("upload_failed", step, json!({ "error": error.to_string() }));
-                self.say(&format!("the checkpoint of step {step} was not uploaded{then}: {error}"));
+                self.warn(&format!("the checkpoint of step {step} was not uploaded{then}: {error}"));
             }
             News::Passed { step, why } => self.event("upload_skipped", step, json!({ "why": why })),
         }
@@ -101,7 +101,7 @@ impl Run {
                 false => format!("it was not done {within} s after the run's end (checkpoint.upload_wait_s)"),
             };
             self.event("upload_failed", step, json!({ "error": error }));
-            self.say(&format!("the checkpoint of step {step} was not uploaded: {error}; --resume tries again"));
+            self.warn(&format!("the checkpoint of step {step} was not uploaded: {error}; --resume tries again"));
         }
     }
 }

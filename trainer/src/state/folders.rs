@@ -125,7 +125,9 @@ impl<'a> Folders<'a> {
             });
         };
         let rank = others.all.members()[others.all.index()];
-        let (mut near, mut far): (Vec<_>, Vec<_>) = wants.iter_mut().partition(|want| self.is_here(want));
+        // An owner of nothing of a tensor needs nobody to name it.
+        let some = wants.iter_mut().filter(|want| !want.region.is_empty());
+        let (mut near, mut far): (Vec<_>, Vec<_>) = some.partition(|want| self.is_here(want));
         let request = |want: &&mut Want<'_>| Request {
             tensor: want.tensor.to_owned(),
             shape: want.shape.to_vec(),

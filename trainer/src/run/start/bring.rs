@@ -47,7 +47,9 @@ pub fn bring(request: &Request, rank: usize, lead_of: &[usize]) -> Result<()> {
         );
         return Err(Error::Run { name: name.clone(), what });
     }
-    let here = reader::list(&runs.join(name).join("checkpoints"))?.last().map(|&(step, _)| step);
+    let mine: BTreeSet<u64> =
+        reader::list(&runs.join(name).join("checkpoints"))?.into_iter().map(|(step, _)| step).collect();
+    let here = mine.last().copied();
     let there = match remote.list() {
         Ok(there) => there,
         Err(error) if here.is_some() => {
@@ -56,29 +58,44 @@ pub fn bring(request: &Request, rank: usize, lead_of: &[usize]) -> Result<()> {
         }
         Err(error) => return Err(error.into()),
     };
-    let newer: BTreeSet<u64> =
-        there.iter().map(|at| at.step).filter(|&step| here.is_none_or(|here| step > here)).collect();
-    let mut incomplete = Vec::new();
-    for step in newer.into_iter().rev() {
+    // Folders of several machines go on from a step that all of them have: one that is older than what is here may be it.
+    let apart = lead_of.iter().any(|&lead| lead != lead_of[0]);
+    let is_newer = |step: u64| here.is_none_or(|here| step > here);
+    let steps: BTreeSet<u64> = there.iter().map(|at| at.step).filter(|&step| apart || is_newer(step)).collect();
+    // A copy that is damaged on another machine is known there alone; it goes on from the step before.
+    let enough = if apart && request.resume_from_earlier { 2 } else { 1 };
+    let (mut incomplete, mut found) = (Vec::new(), 0);
+    for step in steps.into_iter().rev() {
         match copies(&remote, &there, step) {
+            Ok(copies) if copies.missing.is_empty() && mine.contains(&step) => found += 1,
             Ok(copies) if copies.missing.is_empty() => match one(request, &remote, &copies, (rank, lead_of)) {
                 Err(Error::Checkpoint(error)) if error.is_damage() => damaged(request, step, &error)?,
-                other => return other,
+                other => {
+                    other?;
+                    found += 1;
+                }
             },
-            Ok(copies) => {
+            Ok(copies) if is_newer(step) => {
                 let Copies { step, missing, .. } = &copies;
                 say(&format!(
                     "run {name}: the store lacks what ranks {missing:?} had of step {step}: looking further back"
                 ));
                 incomplete.push(copies);
             }
+            Ok(_) => {}
+            Err(error) if !is_newer(step) => {
+                say(&format!("run {name}: the copy of step {step} in the store is passed over: {error}"));
+            }
             Err(Error::Checkpoint(error)) if error.is_damage() => damaged(request, step, &error)?,
             Err(error) => return Err(error),
+        }
+        if found == enough {
+            return Ok(());
         }
     }
     match incomplete.first() {
         // Better than nothing: all parameters are there, and what else is missing will be named.
-        Some(copies) if here.is_none() => one(request, &remote, copies, (rank, lead_of)),
+        Some(copies) if here.is_none() && found == 0 => one(request, &remote, copies, (rank, lead_of)),
         _ => Ok(()),
     }
 }

@@ -1,5 +1,6 @@
 //! One rank of several: it meets the others, agrees with them where to start, connects, and trains.
 
+use std::collections::BTreeSet;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::Arc;
@@ -333,8 +334,10 @@ fn connect(
     let writer = Writer::member(Arc::new(RealDisk), checkpoints.clone(), pieces, member, retention(recipe))?;
     writer.pack(recipe.checkpoint.zstd);
     let apart = met.lead_of.iter().any(|&lead| lead != met.lead_of[0]);
-    let seat = if apart { Seat::Machine(rank) } else { Seat::Shared };
-    let uploader = if member.lead { upload::start(request, checkpoints, seat)? } else { None };
+    let seat = |rank: usize| if apart { Seat::Machine(rank) } else { Seat::Shared };
+    let leads: BTreeSet<usize> = met.lead_of.iter().copied().collect();
+    let seats = leads.into_iter().map(seat).collect();
+    let uploader = if member.lead { upload::start(request, checkpoints, seat(rank), seats)? } else { None };
 
     let tracing = begin_trace(request, &path, rank, &plan, from)?;
     let trace = tracing.as_ref().map(Tracing::trace).cloned();
