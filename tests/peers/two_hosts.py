@@ -24,7 +24,7 @@ import tempfile
 
 TOKENS = 4 * 256
 # `+zstd` is `compression.zstd = "auto"`.
-CODECS = ["fp32", "bf16", "int8", "int8+zstd", "sparse24-int8", "int4", "sparse24-int4"]
+CODECS = ["fp32", "bf16", "int8", "int8+zstd", "sparse24-int8", "int4", "sparse24-int4", "auto"]
 HOOKS = ["none", "bf16", "powersgd"]
 
 
@@ -123,13 +123,15 @@ def main():
             row = {"hosts": args.hosts, "rate": rate, "who": who, "how": how or "alone", "step_s": round(step, 4)}
             row["steps_s"] = [round(seconds, 4) for seconds, _, _ in results]
             # A busy machine is busy for minutes: the ratios of each round say more than those of the medians.
-            pairs = zip(found[(who, None)], results)
-            row["alone_ratios"] = [round(one / both, 3) for (one, _, _), (both, _, _) in pairs]
+            alone = found.get((who, None), [])
+            if alone:
+                row["alone_ratios"] = [round(one / both, 3) for (one, _, _), (both, _, _) in zip(alone, results)]
             if how:
                 row["tokens_per_s"] = round(args.hosts * TOKENS / step)
-                row["alone_ratio"] = round(statistics.median(row["alone_ratios"]), 3)
-                slowest = [alone.get("slowest_s") for _, _, alone in found[(who, None)]]
-                if all(slowest):
+                if alone:
+                    row["alone_ratio"] = round(statistics.median(row["alone_ratios"]), 3)
+                slowest = [more.get("slowest_s") for _, _, more in alone]
+                if slowest and all(slowest):
                     ratios = [round(one / both, 3) for one, (both, _, _) in zip(slowest, results)]
                     row["slowest_ratios"], row["slowest_ratio"] = ratios, round(statistics.median(ratios), 3)
                 row["kernel_bytes_a_step"] = round(statistics.median(sent for _, sent, _ in results) / (args.warmup + args.steps))

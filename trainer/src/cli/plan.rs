@@ -101,7 +101,7 @@ pub(super) fn plan(args: &Args) -> Result<ExitCode> {
     };
     // What a device other than the processor has is not known here.
     let here = || machine_bytes().filter(|_| device::is_host(&recipe.device.backend));
-    let memory = args.memory.or_else(here);
+    let memory = args.memory.or_else(&here);
     // The flag adds to a recipe that does not say so.
     let sharded = recipe.optimizer.sharded.or(args.sharded.then_some(Codec::Fp32));
     let shape = Shape { mesh, schedule: kind, virtual_stages, sharded };
@@ -110,7 +110,7 @@ pub(super) fn plan(args: &Args) -> Result<ExitCode> {
         if args.search.is_none() {
             Plan::new(&recipe, &config, shape, None)?;
         }
-        if let Some(why) = memory.and_then(|memory| calibrate::too_large(&recipe, &config, memory)) {
+        if let Some(why) = here().and_then(|memory| calibrate::too_large(&recipe, &config, memory)) {
             let what = "--calibrate takes steps of the whole model on this machine, where";
             return Err(Error::Usage(format!("{what} {why}; give --flops in its place")));
         }
