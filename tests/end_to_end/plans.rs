@@ -249,9 +249,9 @@ fn a_plan_touches_nothing_and_refuses_what_does_not_fit() {
         2,
         &["divide the 4 query heads, found 3; 1, 2, 4 would", "divide the 2 key-value heads", "for each of 3 stages"],
     );
-    // A million steps are not taken first.
+    // A thousand steps are not taken first.
     place
-        .run(&["plan", "small.toml", "--tensor", "3", "--calibrate", "1000000"])
+        .run(&["plan", "small.toml", "--tensor", "3", "--calibrate", "1000"])
         .failed(2, &["divide the 4 query heads, found 3"]);
     assert_eq!(place.names(""), ["small.toml"], "nothing was made");
 }

@@ -86,6 +86,9 @@ const STAGES_TWICE: [&str; 4] =
 const DATA_OF_STAGES: [&str; 3] = ["model.num_hidden_layers=2", "parallel.data=2", "train.micro_batches=2"];
 const SLICES_OF_STAGES: [&str; 4] =
     ["model.num_hidden_layers=2", "parallel.data=1", "parallel.tensor=2", "train.micro_batches=4"];
+/// Three owners of norms that have two blocks: one of them owns nothing of a norm, which its folder may not name.
+const SHARDED_THREE_OF_STAGES: [&str; 4] =
+    ["model.num_hidden_layers=2", "parallel.data=3", "parallel.micro_batches=[2,1,1]", "optimizer.sharded=true"];
 const SHARDED_THREE: [&str; 5] = [
     "parallel.data=3",
     "parallel.tensor=1",
@@ -150,6 +153,16 @@ fn what_owners_have_of_a_sharded_optimiser_goes_to_slices_and_back() {
             stage(&["one", "one", "two", "two"], &SHARDED_SLICES, 14),
             stage(&["one", "two", "one", "two"], &SHARDED_SLICES, 16),
         ],
+    );
+}
+
+#[test]
+fn stages_go_to_more_owners_than_a_norm_has_blocks() {
+    let place = Place::with(WIDE);
+    as_in_one_folder(
+        &place,
+        "pipeline 2 to sharded 3",
+        &[stage(&["one", "two"], &STAGES, 3), stage(&["one", "two", "two"], &SHARDED_THREE_OF_STAGES, 5)],
     );
 }
 

@@ -111,3 +111,44 @@ fn machines_with_folders_of_their_own_bring_each_its_own_or_anothers() {
     apart(&place, &server, &["--resume"]).into_iter().for_each(|ran| _ = ran.ok());
     assert_eq!(hash(&place, "one/a"), expected());
 }
+
+/// Two machines' run until step 30, of which all copies stay.
+fn until_30(place: &Place, server: &Server) {
+    let stop = ["train.stop_at_step=30", "checkpoint.when_busy=wait", "checkpoint.keep_last=0"];
+    let stop: Vec<&str> = stop.iter().flat_map(|set| ["--set", set]).collect();
+    apart(place, server, &stop).into_iter().for_each(|ran| _ = ran.ok());
+}
+
+#[test]
+fn a_machine_that_has_newer_ones_brings_the_older_one_that_all_can_have() {
+    let (server, place) = (Server::new(), Place::with(RANKS));
+    until_30(&place, &server);
+    // The newest step of which all is in the store is 24. One machine is a new one, the other has step 30 alone.
+    std::fs::remove_file(server.file("runs/a/machine-0001/step-00000030/manifest.json")).expect("it is there");
+    std::fs::remove_dir_all(place.path("runs/two")).expect("ours");
+    for step in place.names("runs/one/a/checkpoints").into_iter().filter(|name| name != "step-00000030") {
+        std::fs::remove_dir_all(place.path(&format!("runs/one/a/checkpoints/{step}"))).expect("ours");
+    }
+    apart(&place, &server, &["--resume"]).into_iter().for_each(|ran| _ = ran.ok());
+    assert_eq!(of_kind(&place.events("one/a"), "downloaded"), [24]);
+    assert_eq!(hash(&place, "one/a"), expected());
+}
+
+#[test]
+fn a_copy_that_is_damaged_on_one_machine_makes_all_go_on_from_an_earlier_one() {
+    let (server, place) = (Server::new(), Place::with(RANKS));
+    until_30(&place, &server);
+    let file = server.file("runs/a/machine-0001/step-00000030/rank-0001.safetensors");
+    let mut bytes = std::fs::read(&file).expect("readable");
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&file, bytes).expect("ours");
+    let fresh = Place::with(RANKS);
+    let rans = apart(&fresh, &server, &["--resume", "--resume-from-earlier"]);
+    assert!(rans.iter().any(|ran| ran.stderr.contains("is damaged, and passed over")), "{rans:?}");
+    rans.into_iter().for_each(|ran| _ = ran.ok());
+    let brought = of_kind(&fresh.events("one/a"), "downloaded");
+    assert!(brought.contains(&24), "{brought:?}");
+    assert_eq!(of_kind(&fresh.events("one/a"), "resumed"), [24]);
+    assert_eq!(hash(&fresh, "one/a"), expected());
+}
