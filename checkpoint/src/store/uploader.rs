@@ -285,8 +285,9 @@ impl Work {
         let mut missing: Vec<u64> = here.keys().copied().filter(|step| !scores.contains_key(step)).collect();
         // A run that went back may have written its newest step again, as another checkpoint.
         if let Some((&step, name)) = here.last_key_value().filter(|(step, _)| scores.contains_key(step))
-            && self.id(name)
-                != retain::manifest(&self.shelf, At { step, seat: *seat }).await.ok().map(|(there, _)| there.id)
+            && let Some(id) = self.id(name)
+            && let Ok((there, _)) = retain::manifest(&self.shelf, At { step, seat: *seat }).await
+            && id != there.id
         {
             missing.push(step);
         }
