@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::kernel::{Level, Stores};
 use layout::PlanesMut;
 
+pub use owner::Owned;
 pub(crate) use owner::Passed;
 pub use payload::{Part, Payload, PayloadError, par_reduce, reduce};
 

@@ -21,7 +21,7 @@ pub mod residual;
 pub mod weights;
 pub mod workers;
 
-pub use codec::{Codec, Found, Part, Payload, PayloadError};
+pub use codec::{Codec, Found, Owned, Part, Payload, PayloadError};
 pub use kernel::{Level, Stores};
 pub use region::{Region, RegionError};
 pub use residual::{Residual, ResidualError, Side};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 
 use crate::codec::{par_reduce, reduce};
-use crate::{Codec, Found, Part, Payload};
+use crate::{Codec, Found, Level, Owned, Part, Payload};
 
 /// The threads that encode, decode and add: the caller's own, or some of a pool. The bits are the same with all.
 #[derive(Clone, Debug, Default)]
@@ -53,22 +53,17 @@ impl Workers {
         }
     }
 
-    /// As [`Codec::pass_on`].
+    /// As [`reduce`] of `parts` into the sum, [`Codec::encode`] of that into the payload, which makes the sum the new residual, and
+    /// [`Payload::decode`] of what was written: the same bits, but a piece after the other, so that what one leaves is in the
+    /// first cache when the next needs it. Where something is not finite payload and decoded hold whatever they hold.
     ///
     /// # Panics
-    /// As [`Codec::pass_on`].
-    pub fn pass_on<B: AsRef<[u8]> + Sync>(
-        &self,
-        codec: Codec,
-        parts: &[Part<'_, B>],
-        sum: &mut [f32],
-        residual: &[f32],
-        payload: &mut [u8],
-        decoded: &mut [f32],
-    ) -> Found {
+    /// When something has not the elements of the sum, or the payload has not [`Codec::payload_bytes`].
+    pub fn pass_on<B: AsRef<[u8]> + Sync>(&self, parts: &[Part<'_, B>], to: Owned<'_>) -> Found {
+        let (level, to) = (Level::best(), to.checked(parts));
         match &self.0 {
-            None => codec.pass_on(parts, sum, residual, payload, decoded),
-            Some(pool) => pool.install(|| codec.par_pass_on(parts, sum, residual, payload, decoded)),
+            None => level.pass_on(parts, 0, to),
+            Some(pool) => pool.install(|| level.par_pass_on(parts, 0, to)),
         }
     }
 

@@ -3,9 +3,8 @@
 use super::layout::PlanesMut;
 use super::payload::check_parts;
 use super::{Codec, Found, Part};
-use crate::kernel::Level;
 
-/// Where it goes. All have the elements of `sum`.
+/// [`Owned`] with lengths that fit, as a kernel takes it.
 #[derive(Debug)]
 pub(crate) struct Passed<'a> {
     pub(crate) codec: Codec,
@@ -30,52 +29,32 @@ impl Passed<'_> {
     }
 }
 
-impl Codec {
-    /// As [`reduce`](super::reduce) of `parts` into `sum`, [`encode`](Self::encode) of that into `payload`, which makes `sum` the new
-    /// residual, and [`decode`](super::Payload::decode) of what was written into `decoded`: the same bits, but a piece after the other, so
-    /// that what one leaves is in the first cache when the next needs it. Where something is not finite `payload` and `decoded` hold
-    /// whatever they hold.
+/// A chunk of a shard at its owner, and where what follows from it goes. All have the elements of `sum`.
+#[derive(Debug)]
+pub struct Owned<'a> {
+    /// What the sum is sent in.
+    pub codec: Codec,
+    /// The sum of all parts, and then what was left out of it: the owner's new residual.
+    pub sum: &'a mut [f32],
+    /// What the owner left out before.
+    pub residual: &'a [f32],
+    /// The sum and the residual, encoded.
+    pub payload: &'a mut [u8],
+    /// What the payload decodes to.
+    pub decoded: &'a mut [f32],
+}
+
+impl<'a> Owned<'a> {
+    /// The same with the payload's planes.
     ///
     /// # Panics
-    /// When something has not the elements of `sum`, or the payload has not [`payload_bytes`](Self::payload_bytes).
-    pub fn pass_on<B: AsRef<[u8]>>(
-        self,
-        parts: &[Part<'_, B>],
-        sum: &mut [f32],
-        residual: &[f32],
-        payload: &mut [u8],
-        decoded: &mut [f32],
-    ) -> Found {
-        Level::best().pass_on(parts, 0, self.passed(parts, sum, residual, payload, decoded))
-    }
-
-    /// As [`pass_on`](Self::pass_on), by all threads of rayon's pool.
-    ///
-    /// # Panics
-    /// As [`pass_on`](Self::pass_on).
-    pub fn par_pass_on<B: AsRef<[u8]> + Sync>(
-        self,
-        parts: &[Part<'_, B>],
-        sum: &mut [f32],
-        residual: &[f32],
-        payload: &mut [u8],
-        decoded: &mut [f32],
-    ) -> Found {
-        Level::best().par_pass_on(parts, 0, self.passed(parts, sum, residual, payload, decoded))
-    }
-
-    fn passed<'a, B: AsRef<[u8]>>(
-        self,
-        parts: &[Part<'_, B>],
-        sum: &'a mut [f32],
-        residual: &'a [f32],
-        payload: &'a mut [u8],
-        decoded: &'a mut [f32],
-    ) -> Passed<'a> {
+    /// When lengths differ.
+    pub(crate) fn checked<B: AsRef<[u8]>>(self, parts: &[Part<'_, B>]) -> Passed<'a> {
+        let Self { codec, sum, residual, payload, decoded } = self;
         check_parts(parts, sum);
         assert_eq!(decoded.len(), sum.len(), "a place for every element");
-        let payload = self.check_lengths(sum, residual, payload);
-        Passed { codec: self, sum, residual, payload, decoded }
+        let payload = codec.check_lengths(sum, residual, payload);
+        Passed { codec, sum, residual, payload, decoded }
     }
 }
 
@@ -87,8 +66,12 @@ mod tests {
     use crate::codec::reduce;
     use crate::{BLOCK, Payload, Workers};
 
-    /// What was found, the new residual, the payload, and what it decodes to.
-    type Left = (Found, Vec<f32>, Vec<u8>, Vec<f32>);
+    /// What was found, the bits of the new residual, the payload, and the bits of what it decodes to.
+    type Left = (Found, Vec<u32>, Vec<u8>, Vec<u32>);
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|value| value.to_bits()).collect()
+    }
 
     /// The two ways, for two parts that were encoded and one that was not.
     fn both(codec: Codec, second: Codec, values: &[f32], workers: &Workers) -> [Left; 2] {
@@ -105,15 +88,17 @@ mod tests {
         let residual: Vec<f32> = values.iter().rev().map(|value| (value * 0.01).clamp(-1e30, 1e30)).collect();
         let fresh = || (vec![f32::NAN; n], vec![7; second.payload_bytes(n)], vec![f32::NAN; n]);
         let (mut sum, mut payload, mut decoded) = fresh();
-        let found = workers.pass_on(second, &parts, &mut sum, &residual, &mut payload, &mut decoded);
-        let at_once = (found, sum, payload, decoded);
+        let to =
+            Owned { codec: second, sum: &mut sum, residual: &residual, payload: &mut payload, decoded: &mut decoded };
+        let found = workers.pass_on(&parts, to);
+        let at_once = (found, bits(&sum), payload, bits(&decoded));
         let (mut sum, mut payload, mut decoded) = fresh();
         reduce(&parts, &mut sum);
         let found = second.encode(&mut sum, &residual, &mut payload);
         if found == Found::Finite {
             Payload::new(second, n, &payload[..]).expect("an encoder's payload").decode(&mut decoded);
         }
-        [at_once, (found, sum, payload, decoded)]
+        [at_once, (found, bits(&sum), payload, bits(&decoded))]
     }
 
     proptest! {

@@ -48,7 +48,7 @@ use compression::{BLOCK, Codec, Payload, Workers};
 
 use super::norm::SquaredNorm;
 use super::plan::Plan;
-use super::rules::{Rule, codec_of, rule};
+use super::rules::{codec_of, may_leave_rows};
 use super::shard::shard;
 use crate::frame::{Header, PAYLOAD_BYTES_MAX, Phase};
 
@@ -147,7 +147,7 @@ struct Tensor {
     /// What it travels in in this step.
     codec: Codec,
     /// Whether a step may leave some of its rows alone.
-    is_table: bool,
+    may_leave_rows: bool,
     /// What this rank left out of the sums that it owns; empty for nothing.
     owner: Vec<f32>,
     /// The sum of our own shard, and then what is left out of it; or, where parameters travel, what is to be sent.
@@ -205,7 +205,7 @@ impl Exchange {
             let inner = Inner { parts: vec![None; places], summed: false };
             Tensor {
                 codec: codec_of(&part.whole, codec),
-                is_table: rule(&part.whole) == Rule::Int8AtLeast,
+                may_leave_rows: may_leave_rows(&part.whole),
                 inner: (0..nodes.count()).map(|node| vec![inner.clone(); chunks(nodes.peer(node))]).collect(),
                 owner: Vec::new(),
                 reduced: Vec::new(),

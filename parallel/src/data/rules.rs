@@ -51,6 +51,13 @@ pub fn may_be_lossy(parameter: &Parameter) -> bool {
     rule(parameter) != Rule::Fp32
 }
 
+/// Whether a step may leave rows of this parameter without a gradient: embeddings, whose rows are the step's tokens. The head is
+/// treated alike, since it may share the embedding's table.
+#[must_use]
+pub fn may_leave_rows(parameter: &Parameter) -> bool {
+    rule(parameter) == Rule::Int8AtLeast
+}
+
 /// How many elements of these parts travel under which rule.
 #[must_use]
 pub fn count<'a>(parts: impl IntoIterator<Item = &'a Part>) -> Elements {
@@ -94,6 +101,7 @@ mod tests {
             let parameter = parameter(name, shape);
             assert_eq!(Codec::ALL.map(|codec| codec_of(&parameter, codec)), expected, "{name} {shape:?}");
             assert_eq!(may_be_lossy(&parameter), expected[1] != Fp32, "{name} {shape:?}");
+            assert_eq!(may_leave_rows(&parameter), expected == table, "{name} {shape:?}");
         }
     }
 

@@ -153,6 +153,20 @@ fn any_number_of_threads_reduces_to_the_same_bits_at_every_level() {
         .collect();
     let mut parts: Vec<_> = payloads.iter().map(Part::Encoded).collect();
     parts.insert(2, Part::Values(&own));
+    // Whatever comes first, and by itself: zero plus a negative zero is a zero.
+    let negative = vec![-0.0; N];
+    for first in parts.iter().chain([&Part::Values(&negative)]) {
+        let mut expected = vec![0.0; N];
+        match first {
+            Part::Encoded(payload) => payload.decode_add_with(Level::PORTABLE, &mut expected),
+            Part::Values(values) => expected.iter_mut().zip(*values).for_each(|(sum, value)| *sum += value),
+        }
+        for level in Level::available() {
+            let mut sum = vec![f32::NAN; N];
+            level.reduce(std::slice::from_ref(first), 0, &mut sum);
+            same_bits(&sum, &expected, level);
+        }
+    }
     let mut expected = vec![0.0; N];
     for part in &parts {
         match part {

@@ -41,22 +41,25 @@ impl Exchange {
     /// When the side has not so many elements.
     pub fn copy_residual(&self, index: usize, side: Side, start: usize, out: &mut [f32]) {
         let range = start..start + out.len();
-        let values = match side {
-            Side::Sender { .. } => &self.buckets[self.plan.slot(index).bucket].sender,
-            Side::Owner => &self.tensors[index].owner,
+        let (values, elements) = match side {
+            Side::Sender { .. } => (&self.buckets[self.plan.slot(index).bucket].sender, self.tensors[index].sum.len()),
+            Side::Owner => (&self.tensors[index].owner, self.owned(index).len()),
         };
-        if values.is_empty() {
-            return out.fill(0.0);
-        }
+        assert!(range.end <= elements, "elements {range:?} of {elements}");
         match side {
+            _ if values.is_empty() => out.fill(0.0),
             Side::Owner => out.copy_from_slice(&values[range]),
             Side::Sender { .. } => {
-                out.copy_from_slice(&values[self.lies(index, &range)]);
-                // What lies in the buffer there was not left out: it was added, or sent to a mate, as it was.
-                for silent in self.silent(index) {
-                    let (from, to) = (silent.start.max(range.start), silent.end.min(range.end));
-                    if from < to {
-                        out[from - start..to - start].fill(0.0);
+                for (shard, is_silent) in self.shards(index) {
+                    let here = shard.start.max(range.start)..shard.end.min(range.end);
+                    if here.is_empty() {
+                        continue;
+                    }
+                    let out = &mut out[here.start - start..here.end - start];
+                    match is_silent {
+                        // What lies in the buffer there was not left out: it was added, or sent to a mate, as it was.
+                        true => out.fill(0.0),
+                        false => out.copy_from_slice(&values[self.lies(index, &here)]),
                     }
                 }
             }
@@ -88,12 +91,17 @@ impl Exchange {
         sides.into_iter().filter(|(side, _)| self.may_owe(index, *side)).map(residual).collect()
     }
 
-    /// The parts of a tensor of which this rank encodes nothing for their owners: its own shard, and what other members of
-    /// its node add.
-    fn silent(&self, index: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    /// The shards of a tensor, and whether this rank encodes nothing for their owners: its own, and what other members of its
+    /// node add.
+    fn shards(&self, index: usize) -> impl Iterator<Item = (Range<usize>, bool)> + use<> {
         let (nodes, elements) = (self.group.nodes(), self.tensors[index].sum.len());
-        let owners = (0..nodes.ranks).filter(move |&owner| owner == nodes.rank || nodes.adds(owner) != nodes.rank);
-        owners.map(move |owner| shard(elements, owner, nodes.ranks))
+        let is_silent = move |owner| owner == nodes.rank || nodes.adds(owner) != nodes.rank;
+        (0..nodes.ranks).map(move |owner| (shard(elements, owner, nodes.ranks), is_silent(owner)))
+    }
+
+    /// The parts of a tensor of which this rank encodes nothing for their owners.
+    fn silent(&self, index: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        self.shards(index).filter_map(|(shard, is_silent)| is_silent.then_some(shard))
     }
 
     /// What this step left out is remembered.
@@ -107,7 +115,15 @@ impl Exchange {
                 continue;
             }
             // Where nothing is encoded for an owner it holds whatever it holds, and whoever asks is told zeros.
-            let left = self.buckets[number].given.take().expect("a sum is complete once every bucket was given");
+            #[cfg_attr(not(test), expect(unused_mut, reason = "tests fill it"))]
+            let mut left = self.buckets[number].given.take().expect("a sum is complete once every bucket was given");
+            // Whoever reads it by mistake is noticed by every test.
+            #[cfg(test)]
+            for &index in &places.parameters {
+                let start = self.plan.slot(index).range.start;
+                let silent = self.silent(index);
+                silent.for_each(|range| left[start + range.start..start + range.end].fill(f32::NAN));
+            }
             self.buckets[number].given = Some(std::mem::replace(&mut self.buckets[number].sender, left));
         }
         for tensor in &mut self.tensors {

@@ -48,7 +48,7 @@ impl Exchange {
             false => &bucket.sender[lies],
         };
         self.payload.resize(codec.payload_bytes(values.len()), 0);
-        let found = match self.tensors[index].is_table && phase == Phase::Scatter {
+        let found = match self.tensors[index].may_leave_rows && phase == Phase::Scatter {
             true => self.untouched.encode(&self.workers, codec, values, residual, &mut self.payload),
             false => self.workers.encode(codec, values, residual, &mut self.payload),
         };

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use compression::{Found, Part};
+use compression::{Found, Owned, Part};
 
 use super::{Exchange, Job};
 use crate::frame::Phase;
@@ -67,9 +67,10 @@ impl Exchange {
                 if tensor.owner.is_empty() { &self.zeros[..sum.len()] } else { &tensor.owner[inside.clone()] };
             let (payload, decoded) = (&mut self.payload, &mut tensor.sum[range.clone()]);
             payload.resize(second.payload_bytes(sum.len()), 0);
-            found = match tensor.is_table {
-                true => self.untouched.pass_on(&self.workers, second, &parts, sum, residual, payload, decoded),
-                false => self.workers.pass_on(second, &parts, sum, residual, payload, decoded),
+            let to = Owned { codec: second, sum, residual, payload, decoded };
+            found = match tensor.may_leave_rows {
+                true => self.untouched.pass_on(&self.workers, &parts, to),
+                false => self.workers.pass_on(&parts, to),
             };
         }
         // Their memory goes back as soon as they are added.

@@ -13,9 +13,19 @@ mod parameters;
 mod untouched;
 mod window;
 
+/// Tensors of the plan; the last one is a table, of rows of so many elements.
+const TENSORS: usize = 4;
+const TABLE: usize = 3;
+const ROW: usize = 256;
+
 fn plan() -> Arc<Plan> {
     let parameter = |name: &str, shape: &[usize]| Parameter { name: name.into(), shape: shape.to_vec() };
-    let parameters = vec![parameter("table", &[300, 256]), parameter("norm", &[77]), parameter("small", &[3, 50])];
+    let parameters = vec![
+        parameter("matrix", &[300, 256]),
+        parameter("norm", &[77]),
+        parameter("small", &[3, 50]),
+        parameter("model.embed_tokens.weight", &[300, ROW]),
+    ];
     Arc::new(Plan::new(parameters, 1 << 18).expect("small"))
 }
 
@@ -27,8 +37,23 @@ fn side(rank: usize, ranks: usize, chunk_blocks: usize, codec: Codec) -> Exchang
     Exchange::new(plan(), group(rank, ranks, chunk_blocks), codec)
 }
 
-/// Another gradient for every rank, step and tensor.
+/// Whether a rank touches a row of the table: an eighth of them in a step, another eighth in the next one.
+const fn touches(rank: usize, step: u64, row: usize) -> bool {
+    row % 8 == (rank + 2 * step as usize) % 8
+}
+
+/// Another gradient for every rank, step and tensor; of the table, zeros in the rows that the step does not touch.
 fn gradient(rank: usize, step: u64, tensor: usize) -> Vec<f32> {
+    let mut values = dense(rank, step, tensor);
+    if tensor == TABLE {
+        let rows = values.chunks_mut(ROW).enumerate();
+        rows.filter(|(row, _)| !touches(rank, step, *row)).for_each(|(_, values)| values.fill(0.0));
+    }
+    values
+}
+
+/// As [`gradient`], but that every row is touched.
+fn dense(rank: usize, step: u64, tensor: usize) -> Vec<f32> {
     let n: usize = plan().parameters()[tensor].shape.iter().product();
     let mut x = (rank as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (step << 20) ^ (tensor as u64) << 40;
     let mut next = || {
@@ -87,11 +112,11 @@ fn step(
 }
 
 fn sums(side: &Exchange) -> Vec<u32> {
-    (0..3).flat_map(|tensor| side.sum(tensor).iter().map(|x| x.to_bits())).collect()
+    (0..TENSORS).flat_map(|tensor| side.sum(tensor).iter().map(|x| x.to_bits())).collect()
 }
 
 fn state(side: &Exchange) -> Vec<u32> {
-    (0..3).flat_map(|tensor| residuals(side, tensor).concat()).map(f32::to_bits).collect()
+    (0..TENSORS).flat_map(|tensor| residuals(side, tensor).concat()).map(f32::to_bits).collect()
 }
 
 #[test]
@@ -100,7 +125,7 @@ fn fp32_over_ranks_is_the_sum_in_rank_order_bitwise() {
         let mut sides: Vec<_> = (0..ranks).map(|rank| side(rank, ranks, 7, Codec::Fp32)).collect();
         let (verdict, _) = step(&mut sides, 1, |rank, tensor| gradient(rank, 1, tensor), |n| n - 1);
         assert_eq!(verdict, Verdict::Commit);
-        for tensor in 0..3 {
+        for tensor in 0..TENSORS {
             let mut expected = vec![0.0f32; gradient(0, 1, tensor).len()];
             for rank in 0..ranks {
                 expected.iter_mut().zip(gradient(rank, 1, tensor)).for_each(|(sum, g)| *sum += g);
@@ -130,9 +155,9 @@ fn orders(ranks: &[usize]) -> Vec<Vec<usize>> {
 
 #[test]
 fn every_order_in_which_four_ranks_can_arrive_gives_the_same_bits() {
-    let sums_of = |codec: Codec, order: &[usize], by_arrival: bool| {
-        let side =
-            |rank| if by_arrival { side(rank, 4, 32, codec).in_order_of_arrival() } else { side(rank, 4, 32, codec) };
+    let sums_of = |codec: Codec, order: &[usize], chunk_blocks: usize, by_arrival: bool| {
+        let side = |rank| side(rank, 4, chunk_blocks, codec);
+        let side = |rank| if by_arrival { side(rank).in_order_of_arrival() } else { side(rank) };
         let mut sides: Vec<_> = (0..4).map(side).collect();
         sides.iter_mut().for_each(|side| side.begin(1));
         let mut waiting = Vec::new();
@@ -154,12 +179,18 @@ fn every_order_in_which_four_ranks_can_arrive_gives_the_same_bits() {
     };
     let all = orders(&[0, 1, 2, 3]);
     assert_eq!(all.len(), 24);
-    for codec in [Codec::Fp32, Codec::Int8] {
-        let found: Vec<_> = all.iter().map(|order| sums_of(codec, order, false)).collect();
+    // Each order with chunks of another size, from one block to a whole shard and more.
+    let mut chance = 5u32;
+    let mut chunk_blocks = || {
+        chance = chance.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        1 + (chance >> 16) as usize % (1 << (1 + (chance >> 24) % 9))
+    };
+    for codec in Codec::ALL {
+        let found: Vec<_> = all.iter().map(|order| sums_of(codec, order, chunk_blocks(), false)).collect();
         assert!(found.iter().flatten().all(|sums| *sums == found[0][0]), "{codec}");
     }
     // The control: added in the order of arrival, they differ.
-    let found: Vec<_> = all.iter().map(|order| sums_of(Codec::Fp32, order, true)).collect();
+    let found: Vec<_> = all.iter().map(|order| sums_of(Codec::Fp32, order, 32, true)).collect();
     assert!(found.iter().any(|sums| sums[0] != found[0][0]));
 }
 
@@ -218,7 +249,7 @@ fn a_sum_that_overflows_is_skipped_although_every_gradient_was_finite() {
 /// What is added to a gradient of what was left out before: of a table, nothing where a block's gradient is zero.
 fn sent_of(parameter: &Parameter, gradient: &[f32], residual: &[f32]) -> Vec<f32> {
     let mut residual = residual.to_vec();
-    if rule(parameter) == Rule::Int8AtLeast {
+    if may_leave_rows(parameter) {
         for (residual, gradient) in residual.chunks_mut(BLOCK).zip(gradient.chunks(BLOCK)) {
             if gradient.iter().all(|&g| g == 0.0) {
                 residual.fill(0.0);
@@ -232,7 +263,7 @@ fn sent_of(parameter: &Parameter, gradient: &[f32], residual: &[f32]) -> Vec<f32
 /// rounding of every addition: of residuals to gradients, and of parts to sums. A step that is skipped counts as nothing.
 fn booked(exact: &mut Exact, sides: &mut [Exchange], number: u64, given: impl Fn(usize, usize) -> Vec<f32>) -> Verdict {
     let ranks = sides.len();
-    let before: Vec<_> = sides.iter().map(|side| [0, 1, 2].map(|tensor| residuals(side, tensor))).collect();
+    let before: Vec<_> = sides.iter().map(|side| [0, 1, 2, 3].map(|tensor| residuals(side, tensor))).collect();
     let (verdict, _) = step(sides, number, &given, |n| n / 2);
     if verdict == Verdict::Skip {
         return verdict;
@@ -276,7 +307,7 @@ fn enter_encoding(exact: &mut Exact, codec: Codec, [gradient, residual, sent]: [
 /// Enters what is remembered; one owner's part is forgotten in the control, as by a careless resume.
 fn remembered(exact: &mut Exact, sides: &[Exchange], forget: bool) {
     for (rank, side) in sides.iter().enumerate() {
-        for tensor in 0..3 {
+        for tensor in 0..TENSORS {
             let [sender, owner] = residuals(side, tensor);
             sender.iter().for_each(|r| exact.add(*r));
             if !(forget && rank == 0) {
@@ -319,7 +350,7 @@ fn what_is_sent_is_the_formula_and_a_header_a_frame() {
     use crate::frame::HEADER_BYTES;
     for codec in Codec::ALL {
         let mut sides: Vec<_> = (0..3).map(|rank| side(rank, 3, 64, codec)).collect();
-        let (_, sent) = step(&mut sides, 1, |rank, tensor| gradient(rank, 1, tensor), |_| 0);
+        let (_, sent) = step(&mut sides, 1, |rank, tensor| dense(rank, 1, tensor), |_| 0);
         let tensors: Vec<(usize, Codec)> =
             plan().parameters().iter().map(|p| (p.shape.iter().product(), codec_of(p, codec))).collect();
         for (rank, sent) in sent.into_iter().enumerate() {
@@ -342,7 +373,7 @@ fn frames_without_a_place_are_refused_by_name_and_change_nothing() {
     }
     let frames = |side: &mut Exchange| {
         let mut frames = Vec::new();
-        give(side, 1, |tensor| gradient(1, 1, tensor), &mut |out| frames.push(out.frame));
+        give(side, 2, |tensor| gradient(1, 1, tensor), &mut |out| frames.push(out.frame));
         frames
     };
     let (frames, foreign) = (frames(&mut sides[1]), frames(&mut other[1]));

@@ -30,7 +30,7 @@ fn step_that_is_decided_first(sides: &mut [Exchange], number: u64) {
     for (side, mut completed) in sides.iter().zip(completed) {
         assert!(side.is_complete());
         completed.sort_unstable();
-        assert_eq!(completed, [0, 1, 2], "each tensor is told once");
+        assert_eq!(completed, [0, 1, 2, 3], "each tensor is told once");
     }
 }
 
@@ -65,7 +65,7 @@ fn what_owners_add_to_the_norm_is_the_norm_of_the_sum() {
         step(&mut sides, 1, |rank, tensor| gradient(rank, 1, tensor), |n| n - 1);
         let mut whole = SquaredNorm::default();
         sides.iter().for_each(|side| whole.merge(&side.norm()));
-        assert_eq!(whole, norm((0..3).map(|tensor| sides[0].sum(tensor).to_vec())));
+        assert_eq!(whole, norm((0..TENSORS).map(|tensor| sides[0].sum(tensor).to_vec())));
         // The control: one owner's part left out.
         let mut less = SquaredNorm::default();
         sides[1..].iter().for_each(|side| less.merge(&side.norm()));

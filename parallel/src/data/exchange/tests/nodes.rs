@@ -24,7 +24,7 @@ fn fp32_over_nodes_is_the_sum_of_the_nodes_sums_bitwise() {
     for (nodes, members) in [(2, 2), (3, 2), (2, 3), (1, 3)] {
         let mut sides = of_nodes(nodes, members, 7, usize::MAX, Codec::Fp32);
         step(&mut sides, 1, |rank, tensor| gradient(rank, 1, tensor), |n| n - 1);
-        for tensor in 0..3 {
+        for tensor in 0..TENSORS {
             let mut expected = vec![0.0f32; gradient(0, 1, tensor).len()];
             for node in 0..nodes {
                 let sum = summed(node * members..(node + 1) * members, 1, tensor);
@@ -92,7 +92,7 @@ fn what_is_sent_inside_and_across_is_the_formula_and_a_header_a_frame() {
         sides.iter_mut().for_each(|side| side.begin(1));
         for bucket in 0..sides[0].plan().buckets().len() {
             for (rank, side) in sides.iter_mut().enumerate() {
-                give(side, bucket, |tensor| gradient(rank, 1, tensor), &mut |out| waiting.push((rank, out)));
+                give(side, bucket, |tensor| dense(rank, 1, tensor), &mut |out| waiting.push((rank, out)));
             }
         }
         while let Some((from, Outgoing { to, frame, .. })) = waiting.pop() {
@@ -110,7 +110,7 @@ fn what_is_sent_inside_and_across_is_the_formula_and_a_header_a_frame() {
 
 /// As `booked` of one rank a node: what all decoded, less all gradients, and every rounding.
 pub(super) fn booked_of_nodes(exact: &mut Exact, sides: &mut [Exchange], number: u64) {
-    let before: Vec<_> = sides.iter().map(|side| [0, 1, 2].map(|tensor| residuals(side, tensor))).collect();
+    let before: Vec<_> = sides.iter().map(|side| [0, 1, 2, 3].map(|tensor| residuals(side, tensor))).collect();
     step(sides, number, |rank, tensor| gradient(rank, number, tensor), |n| n / 2);
     for (tensor, parameter) in plan().parameters().iter().enumerate() {
         let codec = codec_of(parameter, sides[0].codec());
@@ -130,7 +130,7 @@ pub(super) fn booked_of_nodes(exact: &mut Exact, sides: &mut [Exchange], number:
                     add(exact, &mut part, &gradient(rank, number, tensor)[owned.clone()]);
                 }
                 if node != nodes.node(owner) {
-                    let residual = &before[nodes.peer(node)][tensor][0][owned.clone()];
+                    let residual = &sent_of(parameter, &part, &before[nodes.peer(node)][tensor][0][owned.clone()]);
                     let mut payload = vec![0; codec.payload_bytes(owned.len())];
                     let gradient = part.clone();
                     let _ = codec.encode(&mut part.clone(), residual, &mut payload);
@@ -196,8 +196,8 @@ fn frames_take_no_way_but_their_own() {
     let mut sides = of_nodes(2, 2, 64, usize::MAX, Codec::Int8);
     sides.iter_mut().for_each(|side| side.begin(1));
     let mut sent = Vec::new();
-    let bucket_of_table = 1;
-    give(&mut sides[1], bucket_of_table, |tensor| gradient(1, 1, tensor), &mut |out| sent.push(out));
+    let bucket_of_matrix = 2;
+    give(&mut sides[1], bucket_of_matrix, |tensor| gradient(1, 1, tensor), &mut |out| sent.push(out));
     let to_mate = sent.iter().find(|out| out.phase == Phase::Inner).expect("rank 0 adds half of it").frame.clone();
     let mut take = |to: usize, from| sides[to].receive(from, &to_mate, &mut |_| {}).map_err(|error| error.to_string());
     let refused = |taken: Result<Phase, String>| taken.expect_err("another way").contains("no such part");

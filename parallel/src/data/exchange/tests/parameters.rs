@@ -28,14 +28,14 @@ impl Rank {
         // A zero below zero travels too.
         let at_first = |tensor| gradient(9, 99, tensor).into_iter().enumerate();
         let replicas: Vec<Vec<f32>> =
-            (0..3).map(|tensor| at_first(tensor).map(|(i, x)| if i % 7 == 3 { -0.0 } else { x }).collect()).collect();
-        let masters = (0..3).map(|tensor| replicas[tensor][side.owned(tensor)].to_vec()).collect();
+            (0..TENSORS).map(|tensor| at_first(tensor).map(|(i, x)| if i % 7 == 3 { -0.0 } else { x }).collect()).collect();
+        let masters = (0..TENSORS).map(|tensor| replicas[tensor][side.owned(tensor)].to_vec()).collect();
         Self { side, replicas, masters, forgets: false }
     }
 
     /// Turns the sums that it owns into what it sends of the parameters. A sum of 0 changes nothing.
     fn update(&mut self) {
-        for tensor in 0..3 {
+        for tensor in 0..TENSORS {
             let (codec, own) = (self.side.parameter_codec(tensor), self.side.owned(tensor));
             let replica = &self.replicas[tensor][own];
             let places = self.side.own_mut(tensor).iter_mut().zip(&mut self.masters[tensor]).zip(replica);
@@ -53,7 +53,7 @@ impl Rank {
 
     /// What came enters the replicas.
     fn adopt(&mut self) {
-        for tensor in 0..3 {
+        for tensor in 0..TENSORS {
             let codec = self.side.parameter_codec(tensor);
             let pairs = self.replicas[tensor].iter_mut().zip(self.side.sum(tensor));
             match codec {
@@ -117,7 +117,7 @@ fn step(
         if update == Update::AfterTheVote {
             ranks.iter_mut().for_each(Rank::update);
         }
-        for tensor in 0..3 {
+        for tensor in 0..TENSORS {
             for (number, rank) in ranks.iter_mut().enumerate() {
                 rank.side.publish(tensor, &mut |out| waiting.push((number, out)));
             }
@@ -178,7 +178,7 @@ fn what_senders_leave_out_is_what_they_leave_out_without_it() {
         for number in 1..4 {
             plain(&mut sharded, number);
             super::step(&mut sides, number, |rank, tensor| gradient(rank, number, tensor), |_| 0);
-            for (tensor, (rank, side)) in (0..3).flat_map(|tensor| sharded.iter().zip(&sides).map(move |x| (tensor, x)))
+            for (tensor, (rank, side)) in (0..TENSORS).flat_map(|tensor| sharded.iter().zip(&sides).map(move |x| (tensor, x)))
             {
                 let [sender, owner] = residuals(&rank.side, tensor);
                 assert_eq!(sender, residuals(side, tensor)[0], "{codec}");
@@ -319,7 +319,8 @@ fn what_is_sent_is_the_formula_for_both_ways_and_a_header_a_frame() {
     for codec in Codec::ALL {
         for (parameters, members) in [(Codec::Fp32, 1), (Codec::Int8, 1), (Codec::Int8, 2)] {
             let mut ranks = of(4, members, 64, codec, parameters);
-            let [there, back] = plain(&mut ranks, 1);
+            let given = |rank, tensor| dense(rank, 1, tensor);
+            let (_, [there, back]) = step(&mut ranks, 1, given, &mut |n| n / 2, Update::AfterTheVote);
             let tensors: Vec<Ways> = (plan().parameters().iter())
                 .map(|p| Ways { elements: p.elements(), there: codec_of(p, codec), back: codec_of(p, parameters) })
                 .collect();

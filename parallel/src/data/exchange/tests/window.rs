@@ -70,7 +70,8 @@ fn a_gradient_is_encoded_when_it_may_leave() {
     }
     assert_eq!(sent, 2);
     assert!(!side.is_reduced(), "it cannot vote before it has looked at all of its gradient");
-    while sent < side.chunks_of(0, 1).count() + side.chunks_of(1, 1).count() + side.chunks_of(2, 1).count() {
+    let chunks: usize = (0..TENSORS).map(|tensor| side.chunks_of(tensor, 1).count()).sum();
+    while sent < chunks {
         let before = sent;
         side.left(1, &mut |_| sent += 1);
         assert_eq!(sent, before + 1);
