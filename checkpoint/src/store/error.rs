@@ -16,15 +16,20 @@ pub(super) fn failed(operation: &'static str, url: &str) -> impl FnOnce(Error) -
     }
 }
 
+/// Whether what went wrong may be that nobody answered: where a store answered, and in a folder, such words are of a name.
+fn may_be_unanswered(all: &str) -> bool {
+    let is_folder = all.starts_with("Generic LocalFileSystem error");
+    !is_folder && !all.contains("status code: ") && ["onnect", "dns error", "timed out"].iter().any(|text| all.contains(text))
+}
+
 /// Whether nobody answered, or one that has trouble of its own.
 fn is_away(all: &str) -> bool {
     let has = |text: &&str| all.contains(*text);
-    // 408 and 429 are answers of a store that has too much to do. An answer counts before any word, which may be of a name.
+    // 408 and 429 are answers of a store that has too much to do.
     if ["status code: 5", "status code: 408", "status code: 429"].iter().any(has) {
         return true;
     }
     ![
-        "status code: 4",
         "169.254.",
         "metadata.google.internal",
         "CA certificates",
@@ -33,7 +38,7 @@ fn is_away(all: &str) -> bool {
     ]
     .iter()
     .any(has)
-        && ["onnect", "dns error", "timed out"].iter().any(has)
+        && may_be_unanswered(all)
 }
 
 /// What an error says, and what to do about it. `all` is its text with that of its causes.
@@ -83,7 +88,7 @@ fn explain(error: &Error, all: &str) -> String {
         _ if has("URL scheme is not allowed") => {
             format!("the endpoint has no TLS: set AWS_ALLOW_HTTP=true if that is meant ({said})")
         }
-        _ if has("onnect") || has("dns error") || has("timed out") => {
+        _ if may_be_unanswered(all) => {
             format!("there is no answer: is the address right (AWS_ENDPOINT_URL), and the network up? ({said})")
         }
         _ => said,
@@ -134,6 +139,8 @@ mod tests {
         ] {
             assert!(is_away(away), "{away}");
         }
+        let folder = "Generic LocalFileSystem error: Unable to create file /mnt/connectome/a: No space left on device";
+        assert!(!is_away(folder) && !may_be_unanswered(folder) && !may_be_unanswered(refused));
         assert!(!is_away("client error (Connect): invalid peer certificate: UnknownIssuer"));
     }
 }

@@ -58,8 +58,11 @@ pub(super) async fn manifest(shelf: &Shelf, at: At) -> Result<(Manifest, Bytes),
 }
 
 /// Removes what retention does not keep once the copy of `at` is complete, and returns the steps. What all of `seats` have of a
-/// step makes a checkpoint, so of one that still lacks some the steps since the last whole one stay. One whose manifest makes no sense stays: nobody knows
-/// what belongs to it.
+/// step makes a checkpoint, so the steps since the last whole one stay. One whose manifest makes no sense stays too: nobody
+/// knows what belongs to it.
+///
+/// # Errors
+/// The store does not answer; what is there may be needed then, and nothing more goes.
 pub(super) async fn retain(
     shelf: &Shelf,
     at: At,
@@ -68,10 +71,13 @@ pub(super) async fn retain(
 ) -> Result<Vec<u64>, CheckpointError> {
     let listing = shelf.list().await?;
     let verdicts = retention.judge(&scores(shelf, &listing, at.seat, retention).await?, at.step);
-    let whole = newest_whole(&listing, seats, at.step);
+    if verdicts.values().all(|&verdict| verdict != Verdict::Removed) {
+        return Ok(Vec::new());
+    }
+    let whole = newest_whole(shelf, &listing, seats, at.step).await?;
     let mut removed = Vec::new();
     for (step, verdict) in verdicts {
-        let may_go = step > at.step || whole.is_some_and(|whole| step < whole);
+        let may_go = whole.is_some_and(|whole| step < whole);
         if verdict != Verdict::Removed || !may_go {
             continue;
         }
@@ -86,11 +92,45 @@ pub(super) async fn retain(
     Ok(removed)
 }
 
-/// The newest step, up to this one, of which all of `seats` have a complete copy.
-fn newest_whole(listing: &Listing, seats: &[Seat], up_to: u64) -> Option<u64> {
+/// The newest step, up to this one, that whoever lost all folders could go on from: of which all of `seats` have a complete
+/// copy, of one commit, each with its own part.
+async fn newest_whole(
+    shelf: &Shelf,
+    listing: &Listing,
+    seats: &[Seat],
+    up_to: u64,
+) -> Result<Option<u64>, CheckpointError> {
     let is_there = |step: u64| seats.iter().all(|&seat| listing.get(&At { step, seat }).is_some_and(is_complete));
     let steps: BTreeSet<u64> = listing.keys().map(|at| at.step).filter(|&step| step <= up_to).collect();
-    steps.into_iter().rev().find(|&step| is_there(step))
+    for step in steps.into_iter().rev().filter(|&step| is_there(step)) {
+        if fit(shelf, step, seats).await? {
+            return Ok(Some(step));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether the copies that these seats have of a step are of one commit, each with the part of the rank that leads its folder.
+/// A run that went back writes a step again, and a machine that took another's place may have copied that one's folder.
+async fn fit(shelf: &Shelf, step: u64, seats: &[Seat]) -> Result<bool, CheckpointError> {
+    let mut first = None;
+    for &seat in seats {
+        let found = match manifest(shelf, At { step, seat }).await {
+            Ok((manifest, _)) => manifest,
+            Err(error) if error.is_damage() => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        let has_own = match seat {
+            Seat::Shared => true,
+            Seat::Machine(rank) => {
+                [layout::shard(rank), layout::packed_shard(rank)].iter().any(|name| found.files.contains_key(name))
+            }
+        };
+        if !has_own || *first.get_or_insert_with(|| found.id.clone()) != found.id {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Removes a copy.
@@ -141,22 +181,57 @@ pub(super) async fn tidy(shelf: &Shelf, at: At, objects: &BTreeMap<String, u64>)
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use object_store::memory::InMemory;
+    use serde_json::json;
+
     use super::*;
+    use crate::manifest;
+    use crate::store::place::Place;
+
+    /// The text of a manifest that names this commit and this file.
+    fn text(step: u64, id: &str, file: &str) -> Vec<u8> {
+        let files = json!({ file: { "bytes": 1, "blake3": "0".repeat(64) } });
+        let body = json!({
+            "format": manifest::FORMAT, "version": manifest::VERSION, "step": step, "id": id, "tensors": {}, "files": files,
+            "state": {},
+        });
+        manifest::sealed(&body)
+    }
 
     #[test]
-    fn the_newest_whole_step_is_the_last_that_all_machines_have() {
-        let objects = |names: &[&str]| names.iter().map(|&name| (name.to_owned(), 1)).collect::<BTreeMap<_, _>>();
+    fn the_newest_whole_step_is_the_last_of_which_all_machines_have_their_part_of_one_commit() {
+        let place = Place::parse("s3://bucket/runs/a").expect("a place");
+        let shelf = Shelf { store: Arc::new(InMemory::new()), place };
         let (a, b) = (Seat::Machine(0), Seat::Machine(2));
-        let whole = || objects(&[layout::MANIFEST]);
-        let mut listing = Listing::new();
-        for (step, seat) in [(10, a), (10, b), (20, a), (20, b), (30, a), (40, a), (40, b)] {
-            listing.insert(At { step, seat }, whole());
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        let own = |seat| layout::shard(if seat == a { 0 } else { 2 });
+        let put = |step, seat, name: &str, text: Vec<u8>| {
+            runtime.block_on(shelf.put(At { step, seat }, name, text.into())).expect("memory takes it");
+        };
+        let copy = |step, seat, id: &str, file: &str| put(step, seat, layout::MANIFEST, text(step, id, file));
+        for (step, seat, id) in [(10, a, "1"), (10, b, "1"), (20, a, "2"), (20, b, "2"), (30, a, "3"), (40, a, "4")] {
+            copy(step, seat, id, &own(seat));
         }
-        listing.insert(At { step: 30, seat: b }, objects(&["rank-0002.safetensors"]));
-        let newest = |seats: &[Seat], up_to| newest_whole(&listing, seats, up_to);
-        assert_eq!(newest(&[a, b], 30), Some(20), "of step 30 a machine's manifest is not there");
-        assert_eq!(newest(&[a, b], 40), Some(40));
-        assert_eq!(newest(&[a], 30), Some(30));
+        put(30, b, &own(b), vec![1]);
+        let newest = |seats: &[Seat], up_to| {
+            let found = async { newest_whole(&shelf, &shelf.list().await?, seats, up_to).await };
+            runtime.block_on(found).expect("an answer")
+        };
+        assert_eq!(newest(&[a, b], 40), Some(20), "of step 30 a machine's manifest is not there, of step 40 nothing");
+        assert_eq!(newest(&[a], 40), Some(40));
         assert_eq!(newest(&[a, b, Seat::Machine(4)], 40), None);
+        // A run that went back has written step 40 once more, and this machine has not copied that one yet.
+        copy(40, b, "of another commit", &own(b));
+        assert_eq!(newest(&[a, b], 40), Some(20));
+        // It took the other machine's place, with that one's folder.
+        copy(40, b, "4", &own(a));
+        assert_eq!(newest(&[a, b], 40), Some(20));
+        put(40, b, layout::MANIFEST, b"{}".to_vec());
+        assert_eq!(newest(&[a, b], 40), Some(20), "one that is damaged");
+        copy(40, b, "4", &own(b));
+        assert_eq!(newest(&[a, b], 40), Some(40));
+        assert_eq!(newest(&[a, b], 39), Some(20));
     }
 }

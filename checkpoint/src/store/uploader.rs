@@ -4,7 +4,7 @@
 //! The newest checkpoint goes first. One that could not be copied is tried again when the next is committed, and once more
 //! at the end; an older one that is still missing follows, if it would stay there.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -17,7 +17,7 @@ use tokio::sync::Notify;
 use super::Remote;
 use super::retain::{self, scores};
 use super::send::send;
-use super::shelf::{At, Seat, Shelf};
+use super::shelf::{At, Seat, Shelf, is_complete};
 use crate::disk::{self, Disk};
 use crate::error::CheckpointError;
 use crate::layout;
@@ -72,6 +72,8 @@ pub struct Task {
     pub seats: Vec<Seat>,
     /// Which copies stay.
     pub retention: Retention,
+    /// The step that the run goes on from, 0 for none. What is later in the folder is of a run that was rewound.
+    pub from: u64,
 }
 
 /// The thread, and what it has to say.
@@ -230,7 +232,7 @@ impl Work {
         self.shared.orders().waiting.last().copied()
     }
 
-    /// Copies what waits, the newest first, as long as the store takes it.
+    /// Copies what waits, as long as the store takes it.
     async fn copy_all(&mut self) {
         if !self.in_order {
             match self.look_through().await {
@@ -246,8 +248,7 @@ impl Work {
         }
         let mut failed = BTreeSet::new();
         loop {
-            let next = self.shared.orders().waiting.iter().rev().find(|step| !failed.contains(*step)).copied();
-            let Some(step) = next else { return };
+            let Some(step) = self.next(&failed).await else { return };
             match self.copy(step).await {
                 Ok(news) => {
                     self.shared.orders().waiting.remove(&step);
@@ -273,7 +274,7 @@ impl Work {
 
     /// Removes left-overs, and finds what an earlier process has not copied.
     async fn look_through(&self) -> Result<(), CheckpointError> {
-        let Task { folder, disk, seat, retention, .. } = &self.task;
+        let Task { folder, disk, seat, seats, retention, from } = &self.task;
         retain::sweep(&self.shelf, *seat).await?;
         let names = if disk.exists(folder).map_err(CheckpointError::io("look for", folder))? {
             disk::names(&**disk, folder)?
@@ -281,42 +282,83 @@ impl Work {
             Vec::new()
         };
         let mut scores = scores(&self.shelf, &self.shelf.list().await?, *seat, retention).await?;
-        let here = layout::checkpoints(&names);
-        let mut missing: Vec<u64> = here.keys().copied().filter(|step| !scores.contains_key(step)).collect();
-        // A run that went back may have written its newest step again, as another checkpoint.
-        if let Some((&step, name)) = here.last_key_value().filter(|(step, _)| scores.contains_key(step))
-            && let Some(id) = self.id(name)
-            && let Ok((there, _)) = retain::manifest(&self.shelf, At { step, seat: *seat }).await
-            && id != there.id
-        {
-            missing.push(step);
+        let mut here = layout::checkpoints(&names);
+        here.retain(|step, _| step <= from);
+        let mut missing = BTreeSet::new();
+        for (&step, name) in here.iter().rev() {
+            let is_there = scores.contains_key(&step) && self.is_copied(At { step, seat: *seat }, name).await?;
+            if !is_there {
+                missing.insert(step);
+            }
         }
         for &step in &missing {
             scores.insert(step, self.score(&here[&step]));
         }
-        let Some((&newest, _)) = here.last_key_value() else { return Ok(()) };
-        let verdicts = retention.judge(&scores, newest);
+        let verdicts = retention.judge(&scores, *from);
         let kept = missing.into_iter().filter(|step| verdicts[step] != Verdict::Removed);
         self.shared.orders().waiting.extend(kept);
+        // What stayed for a machine that was not done.
+        if let Some((&step, _)) = scores.range(..=from).next_back().filter(|_| seats.len() > 1) {
+            retain::retain(&self.shelf, At { step, seat: *seat }, seats, retention).await?;
+        }
         Ok(())
     }
 
+    /// Whether a complete copy is of the checkpoint that the folder has of this step. A run that went back writes a step again,
+    /// as another checkpoint.
+    async fn is_copied(&self, at: At, name: &str) -> Result<bool, CheckpointError> {
+        // What is damaged here is not copied, and nothing is known of it.
+        let Some((here, text)) = self.manifest(name) else { return Ok(true) };
+        match retain::manifest(&self.shelf, at).await {
+            // With folders of several machines one may have put together what is there, so that the texts differ. One process
+            // alone gives no names to its commits.
+            Ok((there, _)) if !here.id.is_empty() => Ok(here.id == there.id),
+            Ok((_, there)) => Ok(text == there),
+            Err(error) if error.is_damage() => {
+                // Nobody knows what belongs to it, so nothing takes its place.
+                tracing::warn!(step = at.step, %error, "a copy in the store is damaged, and stays");
+                Ok(true)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The next step to copy: the newest that waits. Where other machines have folders of their own, the newest of those that
+    /// another of them has begun to copy, if there is one: whoever takes longer for a copy than checkpoints lie apart would
+    /// seldom copy the same steps as the others otherwise.
+    async fn next(&self, failed: &BTreeSet<u64>) -> Option<u64> {
+        let Task { seat, seats, .. } = &self.task;
+        let waiting: Vec<u64> =
+            self.shared.orders().waiting.iter().rev().filter(|step| !failed.contains(step)).copied().collect();
+        let newest = *waiting.first()?;
+        let listing = match seats.len() > 1 && waiting.len() > 1 {
+            true => self.shelf.list().await.unwrap_or_default(),
+            false => return Some(newest),
+        };
+        // A copy has its announcement first, and its manifest at the end.
+        let announced = layout::partial(layout::MANIFEST);
+        let has_begun = |(at, objects): (&At, &BTreeMap<String, u64>)| {
+            let is_other = at.seat != *seat && seats.contains(&at.seat);
+            (is_other && (is_complete(objects) || objects.contains_key(&announced))).then_some(at.step)
+        };
+        let begun: BTreeSet<u64> = listing.iter().filter_map(has_begun).collect();
+        Some(waiting.into_iter().find(|step| begun.contains(step)).unwrap_or(newest))
+    }
+
     fn score(&self, name: &str) -> Option<f64> {
-        retain::score(&self.manifest(name)?)
+        retain::score(&self.manifest(name)?.0)
     }
 
-    fn id(&self, name: &str) -> Option<String> {
-        Some(self.manifest(name)?.id)
-    }
-
-    fn manifest(&self, name: &str) -> Option<Manifest> {
+    /// The manifest of a checkpoint here, and its text.
+    fn manifest(&self, name: &str) -> Option<(Manifest, Vec<u8>)> {
         let path = self.task.folder.join(name).join(layout::MANIFEST);
-        Manifest::parse(&self.task.disk.read(&path).ok()?, &path).ok()
+        let text = self.task.disk.read(&path).ok()?;
+        Some((Manifest::parse(&text, &path).ok()?, text))
     }
 
     async fn copy(&mut self, step: u64) -> Result<News, CheckpointError> {
         const GONE: &str = "retention has removed it from the run's folder before it was copied";
-        let Task { folder, disk, seat, seats, retention } = &self.task;
+        let Task { folder, disk, seat, seats, retention, .. } = &self.task;
         let start = Instant::now();
         let at = At { step, seat: *seat };
         let Some(name) = layout::checkpoints(&disk::names(&**disk, folder)?).remove(&step) else {

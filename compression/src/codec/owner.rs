@@ -2,7 +2,7 @@
 
 use super::layout::PlanesMut;
 use super::payload::check_parts;
-use super::{Codec, Found, Part};
+use super::{Codec, Part};
 
 /// [`Owned`] with lengths that fit, as a kernel takes it.
 #[derive(Debug)]
@@ -64,7 +64,7 @@ mod tests {
 
     use super::*;
     use crate::codec::reduce;
-    use crate::{BLOCK, Payload, Workers};
+    use crate::{BLOCK, Found, Payload, Workers};
 
     /// What was found, the bits of the new residual, the payload, and the bits of what it decodes to.
     type Left = (Found, Vec<u32>, Vec<u8>, Vec<u32>);

@@ -22,6 +22,9 @@ pub(super) enum Fault {
     Cut(usize, usize),
     /// Nothing passes between two ranks, and nobody is told.
     Silence(usize, usize),
+    /// The network falls into two parts, the ranks below this one and the others: nothing passes between them, and nobody is
+    /// told. The coordinator hears of both.
+    Parted(usize),
     /// A bit of a message from one rank to another changes.
     Damage(usize, usize),
     /// The coordinator's process is killed.
@@ -30,6 +33,9 @@ pub(super) enum Fault {
     StopCoordinator,
 }
 
+/// The most ranks that a run has.
+const RANKS_MAX: usize = 8;
+
 /// What a rank whose training fails says.
 pub(super) const FAILURE: &str = "no space left on the device";
 
@@ -37,7 +43,7 @@ impl Fault {
     pub(super) fn drawn(random: &mut Random, ranks: usize) -> Self {
         let rank = random.below(ranks as u64) as usize;
         let other = (rank + 1 + random.below(ranks as u64 - 1) as usize) % ranks;
-        match random.below(16) {
+        match random.below(17) {
             0 => Self::Slow(rank),
             // Few of them, so that runs without faults need not be made anew for each.
             1 => Self::Nan(ranks - 1, 2),
@@ -50,6 +56,7 @@ impl Fault {
             11 => Self::Damage(rank, other),
             12 => Self::KillCoordinator,
             13 => Self::StopCoordinator,
+            14 => Self::Parted(1 + random.below(ranks as u64 - 1) as usize),
             _ => Self::None,
         }
     }
@@ -94,6 +101,15 @@ impl Fault {
                     || (starts(b) && verdict.contains(&format!("lost rank {a} (")))
             }
             Self::Silence(a, b) => verdict.starts_with("no rank makes progress") && (waits_for(a) || waits_for(b)),
+            // Each says whom it waits for, and some of them for the other part.
+            Self::Parted(first) => {
+                let across = |line: &str| {
+                    let of = (0..RANKS_MAX).find(|rank| line.trim().starts_with(&format!("rank {rank} (")));
+                    let mut peers = (0..RANKS_MAX).filter(|peer| of.is_some_and(|of| (of < first) != (*peer < first)));
+                    peers.any(|peer| line.contains(&format!("rank {peer}'s")))
+                };
+                verdict.starts_with("no rank makes progress") && verdict.lines().any(across)
+            }
             Self::Damage(from, to) => starts(to) && verdict.contains(&format!("rank {from}")),
             Self::KillCoordinator | Self::StopCoordinator => {
                 verdict.starts_with("the coordinator") || verdict.starts_with("no coordinator")

@@ -48,8 +48,9 @@ pub(super) struct Setting {
     pub(super) blind: bool,
 }
 
-/// As small as one may be whose gradient is compressed, and two that travel as they are.
-const SHAPES: [(&str, &[usize]); 3] = [("table", &[256, 256]), ("norm", &[77]), ("small", &[3, 50])];
+/// As small as they may be whose gradients are compressed, and two that travel as they are. The last one is a table.
+const SHAPES: [(&str, &[usize]); 4] =
+    [("matrix", &[256, 256]), ("norm", &[77]), ("small", &[3, 50]), ("model.embed_tokens.weight", &[256, 256])];
 
 impl Setting {
     pub(super) fn drawn(seed: u64) -> Self {
@@ -128,6 +129,11 @@ impl Setting {
             ((x >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 0.01
         };
         let mut values: Vec<f32> = (0..elements).map(|_| value()).collect();
+        if index == SHAPES.len() - 1 {
+            // A step touches a fourth of its rows.
+            let rows = values.chunks_mut(256).enumerate();
+            rows.filter(|(row, _)| (row + rank + step as usize) % 4 != 0).for_each(|(_, row)| row.fill(0.0));
+        }
         if self.fault == Fault::Nan(rank, step) {
             values[elements / 2] = f32::NAN;
         }
@@ -383,6 +389,7 @@ impl World {
             Fault::Cut(a, b) | Fault::Silence(a, b) | Fault::Damage(a, b) => {
                 [a, b].iter().any(|&rank| self.ranks[rank].doing == Doing::Starting)
             }
+            Fault::Parted(_) => self.ranks.iter().any(|rank| rank.doing == Doing::Starting),
             _ => false,
         };
         if again && self.ending.is_none() {
@@ -403,6 +410,11 @@ impl World {
             Fault::Fail(rank) => self.ranks[rank].fails = true,
             Fault::Cut(a, b) => self.network.cut(a, b, "connection reset"),
             Fault::Silence(a, b) => self.network.silence(a, b),
+            Fault::Parted(first) => {
+                let ranks = self.ranks.len();
+                let pairs = (0..first).flat_map(|a| (first..ranks).map(move |b| (a, b)));
+                pairs.for_each(|(a, b)| self.network.silence(a, b));
+            }
             Fault::Damage(from, to) => self.network.damage(from, to),
             Fault::KillCoordinator => {
                 self.coordinator = None;

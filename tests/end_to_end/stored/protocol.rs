@@ -51,12 +51,18 @@ pub fn folder(steps: &[u64]) -> TempDir {
 }
 
 pub fn start(server: &Server, folder: &Path, retention: Retention) -> Uploader {
+    start_from(server, folder, retention, u64::MAX)
+}
+
+/// As [`start`], of a run that goes on from step `from`.
+fn start_from(server: &Server, folder: &Path, retention: Retention, from: u64) -> Uploader {
     let task = Task {
         folder: folder.into(),
         disk: Arc::new(RealDisk),
         seat: Seat::Shared,
         seats: vec![Seat::Shared],
         retention,
+        from,
     };
     Uploader::start(remote(server), task).expect("a thread")
 }
@@ -304,6 +310,38 @@ fn a_run_that_was_rewound_copies_on_and_leaves_what_is_later() {
     assert_eq!(look(&server), (vec![3, 4, 5], vec![]));
     let stored = std::fs::read(server.file("runs/a/step-00000003/manifest.json")).expect("there");
     assert_eq!(stored, std::fs::read(here.path().join(committed(3)).join(MANIFEST)).expect("there"));
+}
+
+#[test]
+fn what_is_later_here_than_the_run_goes_on_from_is_not_copied_and_pushes_nothing_out() {
+    let (server, here) = (Server::new(), folder(&[1, 2, 4, 5]));
+    let uploader = start_from(&server, here.path(), Retention::last(1), 2);
+    write(here.path(), &[3], 300, 0.5);
+    uploader.offer(3);
+    uploader.finish();
+    let mut news = Vec::new();
+    while let Some(more) = uploader.wait(Duration::from_secs(60)) {
+        news.extend(more);
+    }
+    let (mut copied, failed) = told(&news);
+    copied.sort_unstable();
+    assert!(failed.is_empty() && copied.ends_with(&[3]) && !copied.contains(&4) && !copied.contains(&5), "{news:?}");
+    assert_eq!(look(&server), (vec![3], vec![]));
+    // The control: of a run that goes on from its last one they are copied.
+    let control = Server::new();
+    upload(&control, here.path(), Retention::last(0));
+    assert_eq!(look(&control), (vec![1, 2, 3, 4, 5], vec![]));
+}
+
+#[test]
+fn a_step_that_was_written_again_before_the_start_is_copied_again_whichever_it_is() {
+    let (server, here) = (Server::new(), folder(&[1, 2, 3]));
+    upload(&server, here.path(), Retention::last(0));
+    assert!(upload(&server, here.path(), Retention::last(0)).is_empty(), "nothing is missing");
+    write(here.path(), &[2], 300, 0.5);
+    assert_eq!(told(&upload(&server, here.path(), Retention::last(0))), (vec![2], vec![]));
+    let stored = std::fs::read(server.file("runs/a/step-00000002/manifest.json")).expect("there");
+    assert_eq!(stored, std::fs::read(here.path().join(committed(2)).join(MANIFEST)).expect("there"));
 }
 
 #[test]

@@ -29,13 +29,19 @@ pub fn remote(request: &Request) -> Result<Option<Remote>> {
     Ok(Some(Remote::open(&place.below(&request.name), &request.store)?))
 }
 
-/// Starts the thread that copies what is committed in `folder`, that of `seat`; `seats` are all of the run.
+/// Starts the thread that copies what is committed in `folder`, that of `seat`; `seats` are all of the run, which goes on from
+/// step `from`.
 ///
 /// # Errors
 /// As [`remote`]; the system refuses a thread.
-pub fn start(request: &Request, folder: PathBuf, seat: Seat, seats: Vec<Seat>) -> Result<Option<Uploader>> {
+pub fn start(
+    request: &Request,
+    folder: PathBuf,
+    (seat, seats): (Seat, Vec<Seat>),
+    from: u64,
+) -> Result<Option<Uploader>> {
     let Some(remote) = remote(request)? else { return Ok(None) };
-    let task = Task { folder, disk: Arc::new(RealDisk), seat, seats, retention: retention(&request.recipe) };
+    let task = Task { folder, disk: Arc::new(RealDisk), seat, seats, retention: retention(&request.recipe), from };
     let uploader = Uploader::start(remote, task).map_err(Error::io("start a thread in", "this process"))?;
     Ok(Some(uploader))
 }

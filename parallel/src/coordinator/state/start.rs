@@ -108,7 +108,7 @@ impl State {
         });
         Err(format!(
             "--resume: the machines have no checkpoint of this run in common:{}\ncopy the run's folder from the machine \
-             that has the newest one",
+             that has the newest one; where they come from a store, remove the copies there that are damaged",
             list.collect::<String>()
         ))
     }

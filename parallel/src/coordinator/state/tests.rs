@@ -450,7 +450,8 @@ fn check_common(folders: &[usize], holds: &[&[(u64, &str)]], expected: Result<Op
         }
         Err(lines) => {
             let text = "--resume: the machines have no checkpoint of this run in common:";
-            let way_out = "copy the run's folder from the machine that has the newest one";
+            let way_out = "copy the run's folder from the machine that has the newest one; where they come from a store, \
+                           remove the copies there that are damaged";
             scene.ended(&format!("{text}\n  {}\n{way_out}", lines.join("\n  ")), 2);
             assert_eq!(scene.aborted(), (0..ranks).collect::<Vec<_>>());
         }

@@ -1,10 +1,12 @@
-//! The newest checkpoint of a run, from the store to here, where there is none as new.
+//! What the store has of a run, from there to here: the newest checkpoint, where there is none as new; and for machines with
+//! folders of their own the newest that all of them have.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use checkpoint::disk::RealDisk;
-use checkpoint::reader;
+use checkpoint::reader::{self, Checkpoint};
 use checkpoint::store::{At, Remote, Seat};
 use checkpoint::{CheckpointError, Manifest, layout};
 use serde_json::json;
@@ -21,6 +23,8 @@ use crate::run::{Request, upload};
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Copies {
     step: u64,
+    /// The commit's name; empty for what one process alone wrote.
+    id: String,
     /// Whose folders are there, of one commit; the lowest first.
     seats: Vec<Seat>,
     /// Ranks of which nothing is there: their machine has not copied it.
@@ -28,8 +32,8 @@ struct Copies {
 }
 
 /// Looks into the store before a run begins. A new one must find nothing of its name there; one that goes on brings what is
-/// newer than all that is here, into a folder of its own if there is none. `rank` leads the folder, and `lead_of` says of each
-/// rank who leads its own.
+/// newer than all that is here, into a folder of its own if there is none; with folders of several machines also an older one,
+/// if it is the newest that the store has of all. `rank` leads the folder, and `lead_of` says of each rank who leads its own.
 ///
 /// # Errors
 /// A run of the name is there; what is newest there is damaged and nobody said that an earlier one will do; the store does
@@ -47,9 +51,8 @@ pub fn bring(request: &Request, rank: usize, lead_of: &[usize]) -> Result<()> {
         );
         return Err(Error::Run { name: name.clone(), what });
     }
-    let mine: BTreeSet<u64> =
-        reader::list(&runs.join(name).join("checkpoints"))?.into_iter().map(|(step, _)| step).collect();
-    let here = mine.last().copied();
+    let mine = mine(&runs.join(name).join("checkpoints"))?;
+    let here = mine.last_key_value().map(|(&step, _)| step);
     let there = match remote.list() {
         Ok(there) => there,
         Err(error) if here.is_some() => {
@@ -66,28 +69,46 @@ pub fn bring(request: &Request, rank: usize, lead_of: &[usize]) -> Result<()> {
     let enough = if apart && request.resume_from_earlier { 2 } else { 1 };
     let (mut incomplete, mut found) = (Vec::new(), 0);
     for step in steps.into_iter().rev() {
-        match copies(&remote, &there, step) {
-            Ok(copies) if copies.missing.is_empty() && mine.contains(&step) => found += 1,
-            Ok(copies) if copies.missing.is_empty() => match one(request, &remote, &copies, (rank, lead_of)) {
-                Err(Error::Checkpoint(error)) if error.is_damage() => damaged(request, step, &error)?,
-                other => {
-                    other?;
-                    found += 1;
+        // What may turn out not to be needed ends no run.
+        let is_needed = is_newer(step) && found == 0;
+        let copies = match copies(&remote, &there, step) {
+            Ok(copies) => copies,
+            Err(Error::Checkpoint(error)) if error.is_damage() && is_needed => {
+                damaged(request, step, &error)?;
+                continue;
+            }
+            Err(error) if is_needed => return Err(error),
+            Err(error) => {
+                say(&format!("run {name}: the copy of step {step} in the store is passed over: {error}"));
+                match error {
+                    Error::Checkpoint(error) if error.is_damage() => continue,
+                    // The next would not be answered either.
+                    _ => return Ok(()),
                 }
-            },
-            Ok(copies) if is_newer(step) => {
-                let Copies { step, missing, .. } = &copies;
+            }
+        };
+        if !copies.missing.is_empty() {
+            if is_newer(step) {
+                let missing = &copies.missing;
                 say(&format!(
                     "run {name}: the store lacks what ranks {missing:?} had of step {step}: looking further back"
                 ));
                 incomplete.push(copies);
             }
-            Ok(_) => {}
-            Err(error) if !is_newer(step) => {
-                say(&format!("run {name}: the copy of step {step} in the store is passed over: {error}"));
-            }
-            Err(Error::Checkpoint(error)) if error.is_damage() => damaged(request, step, &error)?,
-            Err(error) => return Err(error),
+            continue;
+        }
+        match mine.get(&step) {
+            Some(id) if *id == copies.id => found += 1,
+            // It was written again here since, and the others may have that one or an earlier.
+            Some(_) => {}
+            None => match one(request, &remote, &copies, (rank, lead_of)) {
+                Ok(()) => found += 1,
+                Err(Error::Checkpoint(error)) if error.is_damage() && is_needed => damaged(request, step, &error)?,
+                Err(error @ Error::Checkpoint(_)) if !is_needed => {
+                    say(&format!("run {name}: the copy of step {step} in the store is passed over: {error}"));
+                }
+                Err(error) => return Err(error),
+            },
         }
         if found == enough {
             return Ok(());
@@ -100,11 +121,18 @@ pub fn bring(request: &Request, rank: usize, lead_of: &[usize]) -> Result<()> {
     }
 }
 
+/// The steps that a folder has checkpoints of, and the name of each one's commit; of one that is damaged, nothing that any has.
+fn mine(checkpoints: &Path) -> Result<BTreeMap<u64, String>> {
+    let id = |path: PathBuf| Checkpoint::open(&path).map_or_else(|_| "damaged".into(), |it| it.manifest().id.clone());
+    Ok(reader::list(checkpoints)?.into_iter().map(|(step, path)| (step, id(path))).collect())
+}
+
 /// What there is of a step.
 fn copies(remote: &Remote, there: &[At], step: u64) -> Result<Copies> {
     let of_step = || there.iter().filter(|at| at.step == step);
     if of_step().any(|at| at.seat == Seat::Shared) {
-        return Ok(Copies { step, seats: vec![Seat::Shared], missing: Vec::new() });
+        let id = remote.manifest(At { step, seat: Seat::Shared })?.id;
+        return Ok(Copies { step, id, seats: vec![Seat::Shared], missing: Vec::new() });
     }
     let mut seats = Vec::new();
     let mut first: Option<Manifest> = None;
@@ -125,7 +153,8 @@ fn copies(remote: &Remote, there: &[At], step: u64) -> Result<Copies> {
         |&rank: &usize| [layout::shard(rank), layout::packed_shard(rank)].iter().any(|name| files.contains(name));
     // No run has more, whatever stands there.
     let missing = (0..ranks.min(parallel::mesh::RANKS_MAX as u64) as usize).filter(|rank| !is_there(rank)).collect();
-    Ok(Copies { step, seats, missing })
+    let id = first.map(|first| first.id).unwrap_or_default();
+    Ok(Copies { step, id, seats, missing })
 }
 
 /// Which copies this folder's lead brings: its own, or where it has none the first; and the lowest lead also those of

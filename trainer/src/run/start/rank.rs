@@ -337,7 +337,7 @@ fn connect(
     let seat = |rank: usize| if apart { Seat::Machine(rank) } else { Seat::Shared };
     let leads: BTreeSet<usize> = met.lead_of.iter().copied().collect();
     let seats = leads.into_iter().map(seat).collect();
-    let uploader = if member.lead { upload::start(request, checkpoints, seat(rank), seats)? } else { None };
+    let uploader = if member.lead { upload::start(request, checkpoints, (seat(rank), seats), from)? } else { None };
 
     let tracing = begin_trace(request, &path, rank, &plan, from)?;
     let trace = tracing.as_ref().map(Tracing::trace).cloned();
