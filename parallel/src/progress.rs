@@ -46,6 +46,7 @@ pub struct Progress {
     stage: AtomicU8,
     bucket: AtomicUsize,
     waits_for: Mutex<Option<String>>,
+    last_collective: Mutex<String>,
     numbers: Mutex<Option<Numbers>>,
 }
 
@@ -105,6 +106,17 @@ impl Progress {
     /// What it waits for, as far as that is known. A rank that says so waits, whatever its stage.
     pub fn waits_for(&self, what: Option<String>) {
         *self.waits_for.lock().unwrap_or_else(PoisonError::into_inner) = what;
+    }
+
+    /// A collective operation begins, or one that went on beside the computing is over.
+    pub fn collective(&self, what: String) {
+        *self.last_collective.lock().unwrap_or_else(PoisonError::into_inner) = what;
+    }
+
+    /// The last collective operation; empty before the first.
+    #[must_use]
+    pub fn last_collective(&self) -> String {
+        self.last_collective.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// What the last step took.

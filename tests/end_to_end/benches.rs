@@ -17,19 +17,20 @@ fn bench_aggregate_sends_the_formulas_bytes_with_every_codec_and_with_tls() {
     assert_eq!(codecs, ["fp32", "bf16", "int8", "sparse24-int8", "int4", "sparse24-int4"]);
     let number = |line: &Value, key: &str| line[key].as_f64().expect("a number");
     for line in &plain {
-        let (sent, formula) = (number(line, "wire_bytes_sent"), number(line, "formula_bytes"));
+        let (sent, formula) = (number(line, "bytes_sent"), number(line, "bytes_formula"));
         assert!(sent > formula && sent <= 1.01 * formula + 65_536.0, "{line}");
-        for key in ["seconds", "tcp_copy_seconds", "part_of_line_rate"] {
+        for key in ["median_s", "tcp_copy_s", "tcp_copy_ratio", "line_rate_ratio", "bytes_ratio"] {
             assert!(number(line, key) > 0.0, "{line}");
         }
-        assert_eq!(line["tls"], false);
+        assert_eq!((&line["tls"], &line["world"]), (&false.into(), &2.into()));
+        assert!((300_000..300_000 + 256).contains(&line["elements"].as_u64().expect("a number")), "{line}");
     }
-    assert!(number(&plain[0], "formula_bytes") > 3.9 * number(&plain[2], "formula_bytes"));
+    assert!(number(&plain[0], "bytes_formula") > 3.9 * number(&plain[2], "bytes_formula"));
     let mut secured = place.command(&[&arguments[..], &["--codec", "int8"]].concat());
     let secured = secured.env("TRIBUTARY_JOIN_SECRET", "a secret of enough bytes").output().expect("it runs");
     let secured = lines(&String::from_utf8_lossy(&secured.stdout));
     assert_eq!((secured.len(), &secured[0]["tls"]), (1, &Value::Bool(true)));
-    assert!(number(&secured[0], "wire_bytes_sent") > number(&plain[2], "wire_bytes_sent"), "every record has its tag");
+    assert!(number(&secured[0], "bytes_sent") > number(&plain[2], "bytes_sent"), "every record has its tag");
 }
 
 #[test]

@@ -270,7 +270,7 @@ fn a_kill_at_the_very_end() {
 #[test]
 fn a_stopped_worker_is_named_and_killed() {
     let ran = struck_and_resumed(Worker(1), Signal::STOP, &[], THIRTY_STEPS);
-    says(&ran, &["it was last seen at step ", "\n  rank 0 (host ", "waiting for the other ranks"]);
+    says(&ran, &["it was last seen at step ", "\n  rank 0 (host ", "waiting for the other ranks: rank 1's "]);
 }
 
 #[test]
@@ -295,6 +295,22 @@ fn a_worker_that_fails_by_itself_ends_all_with_its_error() {
     let (place, ran) = faulty("fail:1:20");
     ran.failed(1, &["error: rank 1 (host ", ") failed: step 20: it was told to fail"]);
     assert_eq!(place.summary("a")["status"], "failed");
+    resumes_bitwise(&place, 2);
+}
+
+#[test]
+fn those_who_wait_for_a_stopped_worker_say_for_which_bucket_and_parameter() {
+    let (place, ran) = faulty("halt:1:20");
+    let host = hostname();
+    says(&ran, &[&format!("error: rank 1 (host {host}, process "), ") has been silent for "]);
+    says(
+        &ran,
+        &[
+            &format!("\n  rank 0 (host {host}, process "),
+            "): step 20, waiting for the other ranks: rank 1's part of bucket 0, parameter ",
+        ],
+    );
+    assert_eq!(ran.code, Some(75));
     resumes_bitwise(&place, 2);
 }
 

@@ -117,6 +117,7 @@ fn the_launcher_serves_the_numbers_of_all_ranks_and_garbage_changes_nothing() {
             );
         }
         assert!(text.contains(&format!("tributary_place{{{own},host=")) && text.contains("at=\"step "), "{text}");
+        assert!(text.contains("collective=\"votes of step ") || text.contains("collective=\"sums of step "), "{text}");
     }
 
     // Nobody but loopback is served, and nothing but one page.

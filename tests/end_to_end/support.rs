@@ -124,6 +124,12 @@ impl Place {
         text.lines().map(line).collect()
     }
 
+    /// The lines of its metrics.
+    pub fn metrics(&self, run: &str) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.path(&format!("runs/{run}/metrics.jsonl"))).unwrap_or_default();
+        text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+    }
+
     pub fn events(&self, run: &str) -> Vec<Value> {
         let text = std::fs::read_to_string(self.path(&format!("runs/{run}/events.jsonl"))).unwrap_or_default();
         text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()

@@ -64,6 +64,31 @@ impl Picture {
     }
 }
 
+/// For how many of rank 0's steps the line of metrics has the seconds of encoding and the overlap that the picture shows. A
+/// step's gradients may end their way in the step after it.
+fn agrees(picture: &Picture, lines: &[Value]) -> (usize, usize) {
+    let waits: Vec<&Value> = picture.spans(0, "wait").collect();
+    let of = |step: u64, kind| picture.spans(0, kind).filter(move |span| span["args"]["step"] == step);
+    let drawn = |step: u64| {
+        let encode_s = of(step, "encode").filter_map(|span| span["dur"].as_u64()).sum::<u64>() as f64 / 1e6;
+        let first = of(step, "encode").filter_map(|span| span["ts"].as_u64()).min()?;
+        let last = of(step, "decode").map(end).max()?;
+        let within = |wait: &&Value| end(wait).min(last).saturating_sub(wait["ts"].as_u64().unwrap_or(last).max(first));
+        let waited: u64 = waits.iter().map(within).sum();
+        Some([encode_s, 1.0 - waited as f64 / (last - first).max(1) as f64])
+    };
+    let is_of = |line: &Value, [encode_s, overlap]: [f64; 2]| {
+        let number = |key: &str| line[key].as_f64().unwrap_or(f64::NAN);
+        (number("encode_s") / encode_s - 1.0).abs() < 0.1 && (number("overlap") - overlap).abs() < 0.05
+    };
+    let steps: Vec<u64> = steps(picture.spans(0, "step")).into_iter().collect();
+    let is_told = |step: u64| {
+        let near = lines.iter().filter(|line| line["step"] == step || line["step"] == step + 1);
+        drawn(step).is_some_and(|drawn| near.into_iter().any(|line| is_of(line, drawn)))
+    };
+    (steps.iter().filter(|&&step| is_told(step)).count(), steps.len())
+}
+
 fn end(span: &Value) -> u64 {
     span["ts"].as_u64().expect("a time") + span["dur"].as_u64().expect("a length")
 }
@@ -103,12 +128,27 @@ fn the_picture_of_two_ranks_shows_gradients_leave_during_the_backward_pass_and_l
         assert_eq!(own.ranks(), BTreeSet::from([rank as u64]));
     }
 
+    // The metrics tell what the picture shows; in a step or two the system may have stopped a thread between the two clocks.
+    let (told, all) = agrees(&picture, &place.metrics("traced"));
+    assert!(4 * told > 3 * all, "{told} of {all} steps");
+    // The control: those of other steps do not.
+    let mut others = place.metrics("traced");
+    others.iter_mut().for_each(|line| line["step"] = (line["step"].as_u64().expect("a step") + 3).into());
+    let (told, all) = agrees(&picture, &others);
+    assert!(4 * told < 3 * all, "{told} of {all} steps");
+
     // The control: gradients that wait for the end of the backward pass are seen to be late.
     place.train_with("late", "late", &[&RECIPE[..], &["--trace"]].concat()).ok();
     assert_eq!(place.summary("late")["parameter_hash"], place.summary("plain")["parameter_hash"]);
     let late = Picture::of(&place, "runs/late/trace.json");
     late.is_nested();
     assert_eq!([0, 1].map(|rank| (late.overlaps(rank), steps(late.spans(rank, "step")).len())), [(0, 20), (0, 20)]);
+    let overlap = |run: &str| {
+        let all: Vec<f64> = place.metrics(run).iter().filter_map(|line| line["overlap"].as_f64()).collect();
+        all.iter().sum::<f64>() / all.len() as f64
+    };
+    let (early, late) = (overlap("traced"), overlap("late"));
+    assert!(late < early, "by the metrics {late} of the way is hidden, {early} when gradients leave early");
 }
 
 #[test]

@@ -186,6 +186,12 @@ fn kept(recipe: &Recipe, data: usize) -> Kept {
     }
 }
 
+/// The bytes of the tensors in a checkpoint of this recipe's run.
+#[must_use]
+pub fn checkpoint_bytes_of(recipe: &Recipe, config: &Config) -> usize {
+    checkpoint_bytes(recipe, config, recipe.parallel.mesh(), recipe.optimizer.sharded)
+}
+
 /// Parameters and both moments once, replicas that are not the masters, and what ranks left out.
 fn checkpoint_bytes(recipe: &Recipe, config: &Config, mesh: Mesh, sharded: Option<Codec>) -> usize {
     let lossy: usize = config.parameters().iter().filter(|p| may_be_lossy(p)).map(|p| p.elements()).sum();

@@ -39,6 +39,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::Device;
 use checkpoint::store::{Settings, Uploader};
 use checkpoint::writer::Writer;
+use indicatif::DecimalBytes;
 use parallel::mesh::Axis;
 use parallel::transport::Counted;
 use parallel::wire::control::Numbers;
@@ -48,6 +49,7 @@ use crate::data::{Data, order};
 use crate::error::{Error, Result};
 use crate::log::RunLog;
 use crate::model::Config;
+use crate::plan;
 use crate::recipe::resolved::Parallel;
 use crate::recipe::{Raw, Recipe};
 use crate::state::State;
@@ -304,6 +306,9 @@ impl Run {
             self.data.train.text_bytes() as f64 / 1e6,
             self.recipe.device.backend
         ));
+        let packed = if self.recipe.checkpoint.zstd { " before packing" } else { "" };
+        let bytes = plan::checkpoint_bytes_of(&self.recipe, &self.config);
+        self.say(&format!("a checkpoint is {}{packed}", DecimalBytes(bytes as u64)));
     }
 
     /// This rank, and how many there are.
@@ -382,6 +387,7 @@ impl Run {
         let finite = |x: f64| x.is_finite().then_some(x);
         let line = Line {
             step: self.state.step,
+            skipped_steps: self.state.step - self.state.updates,
             loss: finite(report.loss),
             eval_loss: None,
             learning_rate: report.learning_rate,
@@ -424,6 +430,8 @@ impl Run {
             exposed_s: line.exposed_s,
             overlap: line.overlap,
             peers: self.group.as_ref().map_or_else(Vec::new, Group::bytes_by_rank),
+            skipped_steps: line.skipped_steps,
+            last_collective: self.stepper.progress().last_collective(),
         });
         line
     }

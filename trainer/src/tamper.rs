@@ -24,6 +24,8 @@ pub struct Tamper {
     drift: Vec<(usize, u64)>,
     /// This (rank, step) dies by its own hand, in the middle of its step.
     die: Vec<(usize, u64)>,
+    /// This (rank, step)'s process stops itself before its first backward pass.
+    halt: Vec<(usize, u64)>,
     /// This (rank, step) dies before its pass of this number, from 0, in the order of its stage's schedule.
     die_at: Vec<(usize, u64, usize)>,
     /// This (rank, step) ends with an error.
@@ -55,7 +57,7 @@ pub struct Tamper {
 }
 
 impl Tamper {
-    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,die-at:1:4:0,fail:1:4,garbage:1:4,old:1:4,no-feedback,late,
+    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,halt:1:4,die-at:1:4:0,fail:1:4,garbage:1:4,old:1:4,no-feedback,late,
     /// scale:1:1.0000001,
     /// backend:1:NAME,forget-owner,fold-twice,link:1e6,step:0.5,record:DIR,hashes:DIR`. What it does not know it refuses.
     ///
@@ -75,6 +77,7 @@ impl Tamper {
                 ("pulse", Some(place)) => tamper.pulse.push(place),
                 ("drift", Some(place)) => tamper.drift.push(place),
                 ("die", Some(place)) => tamper.die.push(place),
+                ("halt", Some(place)) => tamper.halt.push(place),
                 ("die-at", _) => {
                     let wrong = || format!("expected RANK:STEP:PASS: {item}");
                     let numbers: Vec<usize> = rest.split(':').filter_map(|number| number.parse().ok()).collect();
@@ -163,6 +166,9 @@ impl Tamper {
     pub fn loss(&self, rank: usize, step: u64, loss: Tensor<1>) -> Tensor<1> {
         if self.die.contains(&(rank, step)) {
             std::process::abort();
+        }
+        if self.halt.contains(&(rank, step)) {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
         }
         if self.nan.contains(&(rank, step)) {
             return loss.mul_scalar(f32::NAN);

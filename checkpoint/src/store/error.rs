@@ -19,7 +19,9 @@ pub(super) fn failed(operation: &'static str, url: &str) -> impl FnOnce(Error) -
 /// Whether what went wrong may be that nobody answered: where a store answered, and in a folder, such words are of a name.
 fn may_be_unanswered(all: &str) -> bool {
     let is_folder = all.starts_with("Generic LocalFileSystem error");
-    !is_folder && !all.contains("status code: ") && ["onnect", "dns error", "timed out"].iter().any(|text| all.contains(text))
+    !is_folder
+        && !all.contains("status code: ")
+        && ["onnect", "dns error", "timed out"].iter().any(|text| all.contains(text))
 }
 
 /// Whether nobody answered, or one that has trouble of its own.
@@ -29,15 +31,9 @@ fn is_away(all: &str) -> bool {
     if ["status code: 5", "status code: 408", "status code: 429"].iter().any(has) {
         return true;
     }
-    ![
-        "169.254.",
-        "metadata.google.internal",
-        "CA certificates",
-        "peer certificate",
-        "scheme is not allowed",
-    ]
-    .iter()
-    .any(has)
+    !["169.254.", "metadata.google.internal", "CA certificates", "peer certificate", "scheme is not allowed"]
+        .iter()
+        .any(has)
         && may_be_unanswered(all)
 }
 

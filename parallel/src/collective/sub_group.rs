@@ -235,6 +235,7 @@ impl SubGroup {
             site: site.to_owned(),
         };
         *sequence += 1;
+        self.mailbox().progress().collective(call.to_string());
         let turn = Turn { group: self, call };
         self.mailbox().check().and_then(|()| does(&turn)).inspect_err(|error| {
             if error.is_news() && !self.shared.has_refused.swap(true, Ordering::Relaxed) {

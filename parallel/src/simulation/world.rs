@@ -170,7 +170,7 @@ pub(super) struct World {
     events: BTreeMap<(Duration, u64), Event>,
     /// When the last word to and from each rank arrives: none overtakes another.
     last_words: Vec<[Duration; 2]>,
-    /// When the fault happened, and whether every rank was at its steps then.
+    /// When everybody concerned could know of the fault, and whether every rank was at its steps when it happened.
     struck: Option<(Duration, bool)>,
     story: Vec<String>,
 }
@@ -396,7 +396,8 @@ impl World {
             return self.after(Duration::from_millis(200), Event::Fault);
         }
         let all_run = self.ranks.iter().all(|rank| rank.doing != Doing::Starting);
-        self.struck = Some((self.now, all_run));
+        // On a slow line those who lose a connection hear of it behind what is under way.
+        self.struck = Some((self.now + self.network.under_way(), all_run));
         self.story.push(format!("{:?} {fault:?}", self.now));
         match fault {
             Fault::None | Fault::Slow(_) | Fault::Nan(..) => {}
@@ -440,7 +441,7 @@ impl World {
         let Some((struck, all_run)) = self.struck.filter(|_| !fault.is_harmless()) else {
             return Err(format!("ends without a reason: {:?}", self.story));
         };
-        let took = self.now - struck;
+        let took = self.now.saturating_sub(struck);
         if all_run && fault.is_told_at_once() && took > PEER_TIMEOUT + 4 * self.setting.quality.delay_max {
             return Err(format!("ends only after {took:?}: {:#?}", self.story));
         }

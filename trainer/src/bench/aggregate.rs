@@ -332,10 +332,10 @@ fn report(
     let (of_formula, of_copy) = (sent as f64 / formula as f64, copy_s / sum_s);
     let line = if options.json {
         json!({
-            "codec": codec.name(), "elements": elements, "ranks": ranks, "rounds": options.rounds,
-            "tls": matches!(security, Security::Tls(_)), "seconds": sum_s, "wire_bytes_sent": sent,
-            "formula_bytes": formula, "bytes_over_formula": of_formula, "tcp_copy_seconds": copy_s,
-            "tcp_copy_over_sum": of_copy, "part_of_line_rate": line_ratio,
+            "codec": codec.name(), "world": ranks, "elements": elements, "rounds": options.rounds,
+            "tls": matches!(security, Security::Tls(_)), "median_s": sum_s, "line_rate_ratio": line_ratio,
+            "bytes_sent": sent, "bytes_formula": formula, "bytes_ratio": of_formula, "tcp_copy_s": copy_s,
+            "tcp_copy_ratio": of_copy,
         })
         .to_string()
     } else {

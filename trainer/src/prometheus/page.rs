@@ -32,6 +32,7 @@ struct Place {
     host: String,
     pid: u32,
     at: String,
+    collective: String,
 }
 
 type Reals<L> = Family<L, Gauge<f64, AtomicU64>>;
@@ -60,8 +61,9 @@ const REALS: [Real; 13] = [
 ];
 
 #[rustfmt::skip]
-const WHOLES: [Whole; 3] = [
+const WHOLES: [Whole; 4] = [
     ("tokens", "predicted since the run began", None, |n| n.tokens),
+    ("skipped_steps", "since the run began, because something was not finite", None, |n| n.skipped_steps),
     ("wire_sent", "at the sockets since the process began", Some(Unit::Bytes), |n| n.wire_bytes_sent),
     ("wire_received", "at the sockets since the process began", Some(Unit::Bytes), |n| n.wire_bytes_received),
 ];
@@ -110,12 +112,17 @@ pub(super) fn page(ranks: &[RankNumbers]) -> String {
 /// Where every rank is.
 fn places(registry: &mut Registry, ranks: &[RankNumbers]) {
     let (place, waiting) = (Reals::<Place>::default(), Reals::<OfRank>::default());
-    for RankNumbers { rank, host, pid, at, waits, .. } in ranks {
-        let of = Place { rank: *rank, host: host.clone(), pid: *pid, at: at.clone() };
+    for RankNumbers { rank, host, pid, at, waits, numbers } in ranks {
+        let collective = numbers.as_ref().map(|numbers| numbers.last_collective.clone()).unwrap_or_default();
+        let of = Place { rank: *rank, host: host.clone(), pid: *pid, at: at.clone(), collective };
         place.get_or_create(&of).set(1.0);
         waiting.get_or_create(&OfRank { rank: *rank }).set(f64::from(*waits));
     }
-    registry.register("place", "where the rank is, and what of which rank it waits for", place);
+    registry.register(
+        "place",
+        "where the rank is, what of which rank it waits for, and the last collective operation up to its last step",
+        place,
+    );
     registry.register("waiting", "whether the rank waits for others", waiting);
 }
 
@@ -139,7 +146,16 @@ mod tests {
     #[test]
     fn every_rank_has_its_numbers_and_one_that_has_said_nothing_has_its_place_alone() {
         let peers = vec![PeerBytes { rank: 1, sent: 5, received: 6 }];
-        let numbers = Numbers { step: 3, step_s: 0.1, loss: Some(1.0 / 3.0), tokens: 64, peers, ..Numbers::default() };
+        let numbers = Numbers {
+            step: 3,
+            step_s: 0.1,
+            loss: Some(1.0 / 3.0),
+            tokens: 64,
+            peers,
+            skipped_steps: 2,
+            ..Numbers::default()
+        };
+        let numbers = Numbers { last_collective: "votes of step 3".into(), ..numbers };
         let rank = |rank, numbers| RankNumbers {
             rank,
             host: "a \"host\"".into(),
@@ -157,9 +173,11 @@ mod tests {
             "tributary_tokens_total{rank=\"0\"} 64",
             "tributary_peer_sent_bytes_total{rank=\"0\",peer=\"1\"} 5",
             "tributary_peer_received_bytes_total{rank=\"0\",peer=\"1\"} 6",
+            "tributary_skipped_steps_total{rank=\"0\"} 2",
             "tributary_waiting{rank=\"0\"} 0.0",
             "tributary_waiting{rank=\"1\"} 1.0",
-            "tributary_place{rank=\"1\",host=\"a \\\"host\\\"\",pid=\"7\",at=\"step 4,\\nwaiting\"} 1.0",
+            "tributary_place{rank=\"1\",host=\"a \\\"host\\\"\",pid=\"7\",at=\"step 4,\\nwaiting\",collective=\"\"} 1.0",
+            "tributary_place{rank=\"0\",host=\"a \\\"host\\\"\",pid=\"7\",at=\"step 4,\\nwaiting\",collective=\"votes of step 3\"} 1.0",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
         }

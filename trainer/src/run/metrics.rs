@@ -19,6 +19,9 @@ use crate::log::say;
 pub struct Line {
     /// Counted from 1.
     pub step: u64,
+    /// Steps since the start of the run that were skipped, this one included: something was not finite on some rank.
+    #[serde(default)]
+    pub skipped_steps: u64,
     /// Mean cross entropy of the step's tokens in nats, before the update; null when it was not finite.
     pub loss: Option<f64>,
     /// Mean cross entropy of held-out tokens in nats, after the update, where it was evaluated.
@@ -227,6 +230,7 @@ mod tests {
     fn line(step: u64) -> Line {
         Line {
             step,
+            skipped_steps: 0,
             loss: Some(1.0 / 3.0),
             eval_loss: None,
             learning_rate: 1e-3,

@@ -112,7 +112,8 @@ pub fn train(request: Request) -> Result<Left> {
         }
         let writer = Writer::new(Arc::new(RealDisk), folder.checkpoints(), specs, retention(&request.recipe))?;
         writer.pack(request.recipe.checkpoint.zstd);
-        let uploader = upload::start(&request, folder.checkpoints(), (Seat::Shared, vec![Seat::Shared]), begun.state.step)?;
+        let uploader =
+            upload::start(&request, folder.checkpoints(), (Seat::Shared, vec![Seat::Shared]), begun.state.step)?;
         let mut books = Books::open(&request, &folder, resumed.then_some(begun.state.step), &changed)?;
         books.set_aside(&set_aside);
         books.regained(&regained, begun.state.step);

@@ -377,6 +377,7 @@ impl Work {
         let (verdict, buffers) = lock(&self.exchange).close(&votes);
         (self.own, self.voted) = (None, true);
         self.progress.waits_for(None);
+        self.progress.collective(format!("votes of step {}", self.step));
         // Nothing goes before the sums any more.
         self.encoding(None, Exchange::pump);
         self.reply(Reply::Voted(Box::new(Voted { verdict, ballots, norm, buffers })))
@@ -413,6 +414,7 @@ impl Work {
         let packed = Packed { buckets: packed_buckets, changes };
         let (encode_s, first_encode, last_decode) = (self.encode_s, self.first_encode, Instant::now());
         self.progress.waits_for(None);
+        self.progress.collective(format!("sums of step {}", self.step));
         self.reply(Reply::Settled(Box::new(Settled { encode_s, first_encode, last_decode, packed })))
     }
 

@@ -27,8 +27,9 @@ impl Rank {
     fn new(side: Exchange) -> Self {
         // A zero below zero travels too.
         let at_first = |tensor| gradient(9, 99, tensor).into_iter().enumerate();
-        let replicas: Vec<Vec<f32>> =
-            (0..TENSORS).map(|tensor| at_first(tensor).map(|(i, x)| if i % 7 == 3 { -0.0 } else { x }).collect()).collect();
+        let replicas: Vec<Vec<f32>> = (0..TENSORS)
+            .map(|tensor| at_first(tensor).map(|(i, x)| if i % 7 == 3 { -0.0 } else { x }).collect())
+            .collect();
         let masters = (0..TENSORS).map(|tensor| replicas[tensor][side.owned(tensor)].to_vec()).collect();
         Self { side, replicas, masters, forgets: false }
     }
@@ -178,7 +179,8 @@ fn what_senders_leave_out_is_what_they_leave_out_without_it() {
         for number in 1..4 {
             plain(&mut sharded, number);
             super::step(&mut sides, number, |rank, tensor| gradient(rank, number, tensor), |_| 0);
-            for (tensor, (rank, side)) in (0..TENSORS).flat_map(|tensor| sharded.iter().zip(&sides).map(move |x| (tensor, x)))
+            for (tensor, (rank, side)) in
+                (0..TENSORS).flat_map(|tensor| sharded.iter().zip(&sides).map(move |x| (tensor, x)))
             {
                 let [sender, owner] = residuals(&rank.side, tensor);
                 assert_eq!(sender, residuals(side, tensor)[0], "{codec}");
