@@ -50,6 +50,8 @@ fn inspect_tells_all_that_a_checkpoint_holds() {
     let said = object(&place.run(&["inspect", newest, "--json", "--checksums"]).ok().stdout);
     assert_eq!((&said["step"], &said["state"]), (&json!(16), checkpoint.state()));
     let manifest = checkpoint.manifest();
+    let mesh = &said["state"]["mesh"];
+    assert_eq!([&mesh["data"], &mesh["pipeline"], &mesh["tensor"]], [&json!(2), &json!(1), &json!(1)], "{mesh}");
     for (said, (name, file)) in said["files"].as_array().expect("files").iter().zip(&manifest.files) {
         assert_eq!(*said, json!({ "name": name, "bytes": file.bytes, "blake3": file.blake3 }));
     }
@@ -60,6 +62,7 @@ fn inspect_tells_all_that_a_checkpoint_holds() {
         checkpoint.tensor(name, &entry.shape, &mut values).expect("whole");
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         assert_eq!((&said["name"], &said["shape"]), (&json!(name), &json!(entry.shape)));
+        assert_eq!((&said["dtype"], &said["elements"]), (&json!("F32"), &json!(values.len())));
         assert_eq!(said["crc32"], json!(crc32(&bytes)), "{name}");
     }
     place

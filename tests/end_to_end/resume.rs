@@ -48,6 +48,60 @@ fn the_number_of_threads_does_not_change_a_bit() {
     same_as_uninterrupted(&place, "three");
 }
 
+/// The steps that a TensorBoard event file has scalars of, and the step of its session log, if it has one. The records are
+/// those of TFRecord files; of the messages only the fields that matter here are looked at.
+fn events(path: &Path) -> (Vec<u64>, Option<u64>) {
+    let bytes = std::fs::read(path).expect("readable");
+    let (mut rest, mut steps, mut session) = (&bytes[..], Vec::new(), None);
+    while let Some((length, after)) = rest.split_first_chunk::<8>() {
+        let length = usize::try_from(u64::from_le_bytes(*length)).expect("small");
+        let record = &after[4..4 + length];
+        rest = &after[4 + length + 4..];
+        // Field 1, a double; then field 2, a varint, which is left out for 0.
+        let (mut step, mut at) = (0u64, 9);
+        if record.get(at) == Some(&0x10) {
+            let varint = record[at + 1..].iter().take_while(|&&byte| byte >= 0x80).count() + 1;
+            step = (0..varint).fold(0, |step, i| step | u64::from(record[at + 1 + i] & 0x7f) << (7 * i));
+            at += 1 + varint;
+        }
+        match record.get(at) {
+            Some(0x2a) => steps.push(step),
+            Some(0x3a) => session = Some(step),
+            _ => {}
+        }
+    }
+    (steps, session)
+}
+
+#[test]
+fn tensorboard_shows_every_step_of_a_run_that_was_killed_and_resumed_once() {
+    let place = Place::new();
+    // Steps 17 to 21 are taken twice.
+    let every = ["--set", "checkpoint.every=8"];
+    let ran = place.train_with("die:0:22", "a", &every);
+    assert_ne!(ran.code, Some(0), "{}", ran.stderr);
+    place.train("a", &[&every[..], &["--resume"]].concat()).ok();
+    let mut files: Vec<_> = std::fs::read_dir(place.path("runs/a"))
+        .expect("a folder")
+        .map(|entry| entry.expect("readable").path())
+        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("events.out.tfevents.")))
+        .collect();
+    files.sort();
+    // What TensorBoard shows: from a session's start on, what earlier files have of its step and later ones is dropped.
+    let (mut shown, mut all): (Vec<u64>, Vec<u64>) = (Vec::new(), Vec::new());
+    for file in &files {
+        let (mut steps, session) = events(file);
+        steps.dedup();
+        shown.retain(|&step| session.is_none_or(|session| step < session));
+        shown.extend(&steps);
+        all.extend(&steps);
+    }
+    let last = place.lines("a") as u64;
+    assert_eq!((files.len(), shown), (2, (1..=last).collect()));
+    // The control: without the session log steps would be shown twice.
+    assert!(all.len() > last as usize, "{all:?}");
+}
+
 #[test]
 fn after_a_clean_stop() {
     let place = Place::new();

@@ -37,6 +37,24 @@ pub(super) fn remains(disk: &SimulatedDisk, crash: usize) -> impl Iterator<Item 
     [disk.after_crash(), disk.after_kill()].into_iter().chain((0..DISORDERS).map(disorder))
 }
 
+/// The control of the tests of failures: a disk whose failing sync says nothing loses what was reported.
+#[test]
+fn a_failing_sync_that_says_nothing_is_noticed() {
+    for quiet in 0..6 {
+        let disk = base();
+        let syncs = AtomicUsize::new(0);
+        let hooked = hooked(&disk, move |call| match call {
+            Call::Sync | Call::SyncDir if syncs.fetch_add(1, Ordering::SeqCst) == quiet => Fate::Skip,
+            _ => Fate::Pass,
+        });
+        let newest = save(hooked, 2, 2.0, false).then_some((2, 2.0));
+        let found: Result<(), String> =
+            remains(&disk, quiet).try_for_each(|left| check(&left, &[(1, 1.0), (2, 2.0)], newest));
+        // That of the commit is of the same folder as the next one, of the older checkpoint's removal.
+        assert_eq!(found.is_err(), quiet != 4, "sync {quiet}: {found:?}");
+    }
+}
+
 /// What disks say: that they are full, and that they cannot read or write.
 pub(super) fn kinds() -> [io::ErrorKind; 2] {
     use rustix::io::Errno;
@@ -151,7 +169,13 @@ fn a_failure_at_any_operation_leaves_the_older_one_and_the_next_save_works() {
                 }
                 other => panic!("{other:?}"),
             };
-            check(&disk, &[(1, 1.0), (2, 2.0)], newest).unwrap_or_else(|fault| panic!("operation {index}: {fault}"));
+            let allowed = [(1, 1.0), (2, 2.0)];
+            check(&disk, &allowed, newest).unwrap_or_else(|fault| panic!("operation {index}: {fault}"));
+            // What was reported is durable, and so is what was there if nothing was.
+            for left in remains(&disk, index) {
+                check(&left, &allowed, newest)
+                    .unwrap_or_else(|fault| panic!("operation {index}, then a crash: {fault}"));
+            }
             if newest.is_none() {
                 assert!(disk.exists(&Path::new(FOLDER).join("step-00000001")).unwrap(), "the older one is intact");
             }

@@ -103,20 +103,25 @@ fn a_crash_after_any_left_out_sync_of_two_ranks_is_noticed() {
 
 #[test]
 fn a_failure_at_any_operation_of_two_ranks_leaves_the_older_one_and_the_next_save_works() {
-    kinds().into_iter().for_each(fail_everywhere);
+    kinds().into_iter().flat_map(|kind| [(kind, false), (kind, true)]).for_each(fail_everywhere);
 }
 
-fn fail_everywhere(kind: std::io::ErrorKind) {
+fn fail_everywhere((kind, packs): (std::io::ErrorKind, bool)) {
     let mut failed = 0;
     for index in 0.. {
         let disk = base();
         let shared: Arc<dyn Disk> = Arc::new(disk.clone());
         let mut writers = try_members(&shared, Path::new(FOLDER), 2, 1).unwrap();
+        writers.iter().for_each(|writer| writer.pack(packs));
         let start = disk.operations();
         disk.fail_at(start + index, kind);
         let newest = try_save(&mut writers, 2, 2.0).then_some((2, 2.0));
         failed += usize::from(newest.is_none());
-        check(&disk, &[(1, 1.0), (2, 2.0)], newest).unwrap_or_else(|fault| panic!("operation {index}: {fault}"));
+        let allowed = [(1, 1.0), (2, 2.0)];
+        check(&disk, &allowed, newest).unwrap_or_else(|fault| panic!("operation {index}: {fault}"));
+        for left in remains(&disk, index) {
+            check(&left, &allowed, newest).unwrap_or_else(|fault| panic!("operation {index}, then a crash: {fault}"));
+        }
         if disk.operations() <= start + index {
             break;
         }
@@ -124,7 +129,7 @@ fn fail_everywhere(kind: std::io::ErrorKind) {
         assert!(try_save(&mut writers, 2, 4.0), "operation {index}");
         check(&disk.after_crash(), &[(1, 1.0), (2, 4.0)], Some((2, 4.0))).unwrap();
         drop(writers);
-        assert!(save(&shared, 3, 3.0, false));
+        assert!(save(&shared, 3, 3.0, packs));
         assert_eq!(disk.list(Path::new(FOLDER)).unwrap(), ["step-00000003"]);
     }
     assert!(failed > 20, "a save by two has more operations than {failed}");
@@ -157,10 +162,15 @@ fn abandoning_after_a_failure_at_any_operation_leaves_nothing_of_the_step() {
 
 #[test]
 fn a_short_write_at_any_operation_of_two_ranks_costs_nothing() {
+    [false, true].into_iter().for_each(short_writes_cost_nothing);
+}
+
+fn short_writes_cost_nothing(packs: bool) {
     for index in 0.. {
         let disk = base();
         let shared: Arc<dyn Disk> = Arc::new(disk.clone());
         let mut writers = try_members(&shared, Path::new(FOLDER), 2, 1).unwrap();
+        writers.iter().for_each(|writer| writer.pack(packs));
         let start = disk.operations();
         disk.short_at(start + index);
         assert!(try_save(&mut writers, 2, 2.0), "operation {index}");

@@ -148,7 +148,7 @@ fn whoever_should_not_join_is_told_why_and_disturbs_nobody() {
         Job::spawn(&place, rank_command(&place, 1, port, &[&["--name", "b"], &more[..], sets].concat()))
     };
     let name = format!("rank 1 (host {}, process ", hostname());
-    let strangers: [(Job, Vec<&str>); 5] = [
+    let strangers: [(Job, Vec<&str>); 6] = [
         (run(&[]), vec!["refuses this worker", "the recipe's mesh has 2 ranks and all of them have joined"]),
         (
             run(&["--rank", "1"]),
@@ -164,6 +164,14 @@ fn whoever_should_not_join_is_told_why_and_disturbs_nobody() {
                 "optimizer.weight_decay: the coordinator has ",
                 "the worker 0.5",
                 "train.seed: the coordinator has ",
+            ],
+        ),
+        (
+            rank(&["--set", "parallel.data=1", "--set", "parallel.tensor=2"]),
+            vec![
+                "its recipe differs from the coordinator's",
+                "parallel.data: the coordinator has 2, the worker 1",
+                "parallel.tensor: the coordinator has 1, the worker 2",
             ],
         ),
     ];
