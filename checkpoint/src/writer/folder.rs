@@ -9,7 +9,7 @@ use super::thread::Target;
 use crate::disk::{self, Disk};
 use crate::error::CheckpointError;
 use crate::layout;
-use crate::manifest::Manifest;
+use crate::manifest::{FileEntry, Manifest};
 
 /// Puts the folder in order after a crash or a failed clean-up: what was half written or half removed goes, and a
 /// checkpoint that was set aside for one that never came takes its name back.
@@ -93,8 +93,12 @@ fn hash(disk: &dyn Disk, path: &Path) -> std::io::Result<String> {
 }
 
 /// Removes what `step` replaced and what retention does not keep. The checkpoint is committed by now: a failure
-/// here only leaves too much, and the next sweep removes it.
+/// here only leaves too much, and the next sweep removes it. Nothing goes for one that does not stand any more.
 pub(super) fn retain(target: &Target, step: u64) -> Vec<u64> {
+    if !stands(target, step) {
+        tracing::warn!(step, "a file of the checkpoint just committed is missing or cut: older ones stay");
+        return Vec::new();
+    }
     let try_to = || {
         let names = disk::names(&*target.disk, &target.folder)?;
         let verdicts = target.retention.judge(&scores(target, &layout::checkpoints(&names))?, step);
@@ -113,6 +117,17 @@ pub(super) fn retain(target: &Target, step: u64) -> Vec<u64> {
         tracing::warn!(step, %error, "older checkpoints could not be removed");
         Vec::new()
     })
+}
+
+/// Whether a checkpoint's manifest is intact and every file that it names there, as long as it says. Its bytes were hashed on
+/// their way and are synced; reading them again before each removal would cost what a save costs.
+fn stands(target: &Target, step: u64) -> bool {
+    let (disk, path) = (&*target.disk, target.folder.join(layout::committed(step)));
+    let file = path.join(layout::MANIFEST);
+    let manifest = disk.read(&file).ok().and_then(|text| Manifest::parse(&text, &file).ok());
+    let is_there =
+        |(name, entry): (&String, &FileEntry)| disk.size(&path.join(name)).is_ok_and(|size| size == entry.bytes);
+    manifest.is_some_and(|manifest| manifest.step == step && manifest.files.iter().all(is_there))
 }
 
 /// The checkpoints with their scores, which are looked for only where somebody asks. One whose manifest is damaged has none.

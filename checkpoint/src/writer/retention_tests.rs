@@ -8,6 +8,7 @@ use super::crash_tests::{FOLDER, remains};
 use super::member_tests::{commit, dumped, settle};
 use super::tests::specs;
 use super::*;
+use crate::disk::RealDisk;
 use crate::{Checkpoint, SimulatedDisk, list};
 
 const BEST: Retention = Retention { keep_last: 1, keep_every: 0, keep_best: 1 };
@@ -35,6 +36,31 @@ fn whole_steps(disk: &SimulatedDisk) -> Vec<u64> {
         step
     };
     list(&folder).unwrap().into_iter().map(verified).collect()
+}
+
+#[test]
+fn nothing_goes_for_a_checkpoint_that_has_lost_something() {
+    let root = tempfile::tempdir().unwrap();
+    let last = |keep| Writer::new(Arc::new(RealDisk), root.path().into(), specs(), Retention::last(keep)).unwrap();
+    let mut writer = last(0);
+    for step in 1..4 {
+        offer(&mut writer, step, 0.5);
+        assert!(matches!(writer.flush()[..], [Outcome::Committed { .. }]));
+    }
+    drop(writer);
+    let writer = last(1);
+    let steps = || list(root.path()).unwrap().into_iter().map(|(step, _)| step).collect::<Vec<_>>();
+    let newest = root.path().join("step-00000003");
+    for name in ["rank-0000.safetensors", "manifest.json"] {
+        let (file, kept) = (newest.join(name), std::fs::read(newest.join(name)).unwrap());
+        std::fs::write(&file, &kept[..kept.len() - 1]).unwrap();
+        assert_eq!((folder::retain(&writer.target, 3), steps()), (vec![], vec![1, 2, 3]), "{name} is cut");
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!((folder::retain(&writer.target, 3), steps()), (vec![], vec![1, 2, 3]), "{name} is missing");
+        std::fs::write(&file, &kept).unwrap();
+    }
+    // The control: one that is whole takes the place of the others.
+    assert_eq!((folder::retain(&writer.target, 3), steps()), (vec![1, 2], vec![3]));
 }
 
 #[test]
