@@ -204,7 +204,7 @@ pub(crate) fn fault(format: Format, planes: Planes<'_>, elements: usize) -> Opti
 }
 
 /// Whether whole blocks have nothing that looks like a fault, in wide passes over the planes; if not, blocks are looked at one
-/// by one.
+/// by one: where one of them is zeros, too, as in a table.
 #[inline(always)]
 pub(crate) fn is_plain(format: Format, planes: Planes<'_>, elements: usize) -> bool {
     let scales = (SCALE_MIN.to_bits() >> 16) as u16..=Scale::bits_max(format.width);
