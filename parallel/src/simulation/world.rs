@@ -132,7 +132,7 @@ impl Setting {
         if index == SHAPES.len() - 1 {
             // A step touches a fourth of its rows.
             let rows = values.chunks_mut(256).enumerate();
-            rows.filter(|(row, _)| (row + rank + step as usize) % 4 != 0).for_each(|(_, row)| row.fill(0.0));
+            rows.filter(|(row, _)| !(row + rank + step as usize).is_multiple_of(4)).for_each(|(_, row)| row.fill(0.0));
         }
         if self.fault == Fault::Nan(rank, step) {
             values[elements / 2] = f32::NAN;
