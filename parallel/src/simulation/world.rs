@@ -58,7 +58,8 @@ impl Setting {
         let ranks = 2 + random.below(7) as usize;
         let fault = Fault::drawn(&mut random, ranks);
         let mut one_of = |values: &[u64]| values[random.below(values.len() as u64) as usize];
-        let chunk_blocks = one_of(&[1, 7, 64, 512]) as usize;
+        // Frames of single blocks are so many here that handling a step's would take as long as a peer may be silent.
+        let chunk_blocks = one_of(&[2, 7, 64, 512]) as usize;
         Self {
             seed,
             ranks,
@@ -73,8 +74,8 @@ impl Setting {
             },
             compute: Duration::from_millis(one_of(&[0, 2, 30])),
             members: Self::divisor(ranks, random.below(4) as usize),
-            // Block by block and one at a time a step would take longer than a peer may.
-            window: if chunk_blocks == 1 { 1 << 20 } else { [1, 3, 1 << 20][random.below(3) as usize] },
+            // In the smallest frames and one at a time a step would take longer than a peer may.
+            window: if chunk_blocks == 2 { 1 << 20 } else { [1, 3, 1 << 20][random.below(3) as usize] },
             fault,
             fault_at: random.duration(Duration::from_millis(1500)),
             expects: fault,
