@@ -299,9 +299,18 @@ impl Work {
         self.shared.orders().waiting.extend(kept);
         // What stayed for a machine that was not done.
         if let Some((&step, _)) = scores.range(..=from).next_back().filter(|_| seats.len() > 1) {
-            retain::retain(&self.shelf, At { step, seat: *seat }, seats, retention).await?;
+            self.retain(At { step, seat: *seat }).await;
         }
         Ok(())
+    }
+
+    /// Removes what retention does not keep beside this copy. What cannot be removed is only too much, and stops no copy.
+    async fn retain(&self, at: At) -> Vec<u64> {
+        let Task { seats, retention, .. } = &self.task;
+        retain::retain(&self.shelf, at, seats, retention).await.unwrap_or_else(|error| {
+            tracing::warn!(step = at.step, %error, "older copies could not be removed from the store");
+            Vec::new()
+        })
     }
 
     /// Whether a complete copy is of the checkpoint that the folder has of this step. A run that went back writes a step again,
@@ -358,7 +367,7 @@ impl Work {
 
     async fn copy(&mut self, step: u64) -> Result<News, CheckpointError> {
         const GONE: &str = "retention has removed it from the run's folder before it was copied";
-        let Task { folder, disk, seat, seats, retention, .. } = &self.task;
+        let Task { folder, disk, seat, retention, .. } = &self.task;
         let start = Instant::now();
         let at = At { step, seat: *seat };
         let Some(name) = layout::checkpoints(&disk::names(&**disk, folder)?).remove(&step) else {
@@ -387,10 +396,7 @@ impl Work {
         self.newest = self.newest.max(step);
         // Also after an older one has followed, which makes one too many.
         let newest = At { step: self.newest, ..at };
-        let removed = retain::retain(&self.shelf, newest, seats, retention).await.unwrap_or_else(|error| {
-            tracing::warn!(step, %error, "older copies could not be removed from the store");
-            Vec::new()
-        });
+        let removed = self.retain(newest).await;
         let (url, seconds) = (at.below(&self.shelf.place).to_string(), start.elapsed().as_secs_f64());
         Ok(News::Uploaded { step, url, bytes, seconds, removed })
     }

@@ -58,7 +58,8 @@ impl Setting {
         let ranks = 2 + random.below(7) as usize;
         let fault = Fault::drawn(&mut random, ranks);
         let mut one_of = |values: &[u64]| values[random.below(values.len() as u64) as usize];
-        // Frames of single blocks are so many here that handling a step's would take as long as a peer may be silent.
+        // Time passes while engines are late. With frames of single blocks they have so many turns that a step may take as long as
+        // a peer may be silent.
         let chunk_blocks = one_of(&[2, 7, 64, 512]) as usize;
         Self {
             seed,
@@ -171,7 +172,7 @@ pub(super) struct World {
     events: BTreeMap<(Duration, u64), Event>,
     /// When the last word to and from each rank arrives: none overtakes another.
     last_words: Vec<[Duration; 2]>,
-    /// When everybody concerned could know of the fault, and whether every rank was at its steps when it happened.
+    /// When the fault happened, and whether every rank was at its steps then.
     struck: Option<(Duration, bool)>,
     story: Vec<String>,
 }
@@ -397,8 +398,7 @@ impl World {
             return self.after(Duration::from_millis(200), Event::Fault);
         }
         let all_run = self.ranks.iter().all(|rank| rank.doing != Doing::Starting);
-        // On a slow line those who lose a connection hear of it behind what is under way.
-        self.struck = Some((self.now + self.network.under_way(), all_run));
+        self.struck = Some((self.now, all_run));
         self.story.push(format!("{:?} {fault:?}", self.now));
         match fault {
             Fault::None | Fault::Slow(_) | Fault::Nan(..) => {}
@@ -442,7 +442,7 @@ impl World {
         let Some((struck, all_run)) = self.struck.filter(|_| !fault.is_harmless()) else {
             return Err(format!("ends without a reason: {:?}", self.story));
         };
-        let took = self.now.saturating_sub(struck);
+        let took = self.now - struck;
         if all_run && fault.is_told_at_once() && took > PEER_TIMEOUT + 4 * self.setting.quality.delay_max {
             return Err(format!("ends only after {took:?}: {:#?}", self.story));
         }

@@ -135,13 +135,6 @@ impl Network {
         }
     }
 
-    /// How long the last of what is under way now takes to arrive.
-    #[must_use]
-    pub fn under_way(&self) -> Duration {
-        let net = self.lock();
-        net.links.values().map(|link| link.last.saturating_sub(net.now)).max().unwrap_or_default()
-    }
-
     /// The connections between two ranks break. Part of what is under way still arrives, then both hear of it.
     pub fn cut(&self, a: usize, b: usize, why: &str) {
         let mut net = self.lock();

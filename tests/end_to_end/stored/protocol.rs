@@ -69,7 +69,11 @@ fn start_from(server: &Server, folder: &Path, retention: Retention, from: u64) -
 
 /// Copies what is not in the store, and says what became of it.
 pub fn upload(server: &Server, folder: &Path, retention: Retention) -> Vec<News> {
-    let uploader = start(server, folder, retention);
+    rest(&start(server, folder, retention))
+}
+
+/// All news of a thread up to its end, which it is asked for.
+pub fn rest(uploader: &Uploader) -> Vec<News> {
     uploader.finish();
     let mut all = Vec::new();
     while let Some(news) = uploader.wait(Duration::from_secs(60)) {
@@ -258,12 +262,7 @@ fn what_could_not_be_copied_is_tried_again_with_the_next_or_said() {
         server.rule(|_| Fate::Pass);
         write(here.path(), &[2], 300, 0.0);
         uploader.offer(2);
-        uploader.finish();
-        let mut all = Vec::new();
-        while let Some(news) = uploader.wait(Duration::from_secs(60)) {
-            all.extend(news);
-        }
-        let (uploaded, said) = told(&all);
+        let (uploaded, said) = told(&rest(&uploader));
         match keep_last {
             2 => assert_eq!((uploaded, said), (vec![2, 1], vec![]), "{then}: the newest first"),
             _ => assert!(uploaded == [2] && said.len() == 1 && said[0].contains(then), "{uploaded:?} {said:?}"),
@@ -318,11 +317,7 @@ fn what_is_later_here_than_the_run_goes_on_from_is_not_copied_and_pushes_nothing
     let uploader = start_from(&server, here.path(), Retention::last(1), 2);
     write(here.path(), &[3], 300, 0.5);
     uploader.offer(3);
-    uploader.finish();
-    let mut news = Vec::new();
-    while let Some(more) = uploader.wait(Duration::from_secs(60)) {
-        news.extend(more);
-    }
+    let news = rest(&uploader);
     let (mut copied, failed) = told(&news);
     copied.sort_unstable();
     assert!(failed.is_empty() && copied.ends_with(&[3]) && !copied.contains(&4) && !copied.contains(&5), "{news:?}");

@@ -9,7 +9,7 @@ use checkpoint::layout::{MANIFEST, committed, partial, shard};
 use checkpoint::writer::{Attachment, Retention, TensorSpec, Writer};
 use serde_json::Value;
 
-use super::protocol::{folder, is, look, next, start, told, upload, write};
+use super::protocol::{folder, is, look, next, rest, start, told, upload, write};
 use super::server::{Fate, Server};
 
 fn keys_of(server: &Server, step: u64) -> Vec<String> {
@@ -91,12 +91,7 @@ fn what_was_begun_and_is_wanted_no_more_goes() {
         }
         write(here.path(), &[2], 300, 0.0);
         uploader.offer(2);
-        uploader.finish();
-        let mut all = Vec::new();
-        while let Some(news) = uploader.wait(std::time::Duration::from_secs(60)) {
-            all.extend(news);
-        }
-        let (uploaded, said) = told(&all);
+        let (uploaded, said) = told(&rest(&uploader));
         assert!(uploaded == [2] && said.len() == 1 && said[0].contains(why), "{uploaded:?} {said:?}");
         assert_eq!(keys_of(&server, 1), [] as [String; 0]);
         assert_eq!(look(&server), (vec![2], vec![]));
@@ -115,11 +110,7 @@ fn an_older_copy_that_follows_the_newest_makes_room_for_itself() {
     server.rule(|_| Fate::Pass);
     write(here.path(), &[3], 300, 0.0);
     uploader.offer(3);
-    uploader.finish();
-    let mut uploaded = Vec::new();
-    while let Some(news) = uploader.wait(std::time::Duration::from_secs(60)) {
-        uploaded.extend(told(&news).0);
-    }
+    let (uploaded, _) = told(&rest(&uploader));
     assert_eq!((uploaded, look(&server)), (vec![3, 2], (vec![2, 3], vec![])));
 }
 

@@ -153,9 +153,9 @@ mod tests {
             tokens: 64,
             peers,
             skipped_steps: 2,
+            last_collective: "votes of step 3".into(),
             ..Numbers::default()
         };
-        let numbers = Numbers { last_collective: "votes of step 3".into(), ..numbers };
         let rank = |rank, numbers| RankNumbers {
             rank,
             host: "a \"host\"".into(),
