@@ -188,6 +188,21 @@ fn one_that_dies_in_a_step_ends_the_run_with_its_name_and_a_resume_goes_on() {
 }
 
 #[test]
+fn one_that_is_at_another_call_ends_the_run_and_it_is_said_who_is_where() {
+    let place = Place::with(RECIPE);
+    let sets = on((2, 2, false));
+    let args: Vec<&str> = sets.iter().map(String::as_str).chain(["--set", "parallel.peer_timeout_s=20"]).collect();
+    let ran = place.train_with("stray:3:11", "a", &args).failed(1, &["step 11: rank "]);
+    let host = format!("(host {}, process ", crate::dying::hostname());
+    // Whichever of the two notices first says both places, and then everybody's follows.
+    assert!(ran.stderr.contains("at all_reduce ") && ran.stderr.contains("of nowhere else"), "{}", ran.stderr);
+    for rank in 0..4 {
+        assert!(ran.stderr.contains(&format!("\n  rank {rank} {host}")), "{}", ran.stderr);
+    }
+    nobody_is_left(&place.path(""));
+}
+
+#[test]
 fn a_signal_stops_all_of_them_after_the_same_step_with_a_checkpoint() {
     let place = Place::with(RECIPE);
     let sets = on((1, 2, true));

@@ -188,4 +188,11 @@ impl Error {
             _ => 1,
         }
     }
+
+    /// Whether it is about what ranks are to each other, so that where all of them are belongs to it.
+    #[must_use]
+    pub const fn is_between_ranks(&self) -> bool {
+        use parallel::data::StreamError;
+        matches!(self, Self::Collective(_) | Self::Replicas { .. } | Self::Stream(StreamError::Engine(_)))
+    }
 }

@@ -340,6 +340,7 @@ impl Run {
         let word = self.word();
         let tamper = &self.tamper;
         tamper.before(rank, step)?;
+        tamper.stray(rank, step, self.stepper.replica())?;
         if let Some(group) = &self.group {
             tamper.disturb(rank, step, group.share.ranks, &*group.transport);
         }

@@ -10,6 +10,7 @@ use parallel::frame::HEADER_BYTES;
 use parallel::transport::Transport;
 
 use crate::error::{Error, Result};
+use crate::replica::Replica;
 use crate::state::State;
 use crate::step::Stepper;
 
@@ -28,6 +29,8 @@ pub struct Tamper {
     halt: Vec<(usize, u64)>,
     /// This (rank, step) dies before its pass of this number, from 0, in the order of its stage's schedule.
     die_at: Vec<(usize, u64, usize)>,
+    /// This (rank, step) makes a call with the others of its replica that they do not make.
+    stray: Vec<(usize, u64)>,
     /// This (rank, step) ends with an error.
     fail: Vec<(usize, u64)>,
     /// This (rank, step) sends noise to all others.
@@ -57,9 +60,8 @@ pub struct Tamper {
 }
 
 impl Tamper {
-    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,halt:1:4,die-at:1:4:0,fail:1:4,garbage:1:4,old:1:4,no-feedback,late,
-    /// scale:1:1.0000001,
-    /// backend:1:NAME,forget-owner,fold-twice,link:1e6,step:0.5,record:DIR,hashes:DIR`. What it does not know it refuses.
+    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,halt:1:4,die-at:1:4:0,stray:1:4,fail:1:4,garbage:1:4,old:1:4,
+    /// no-feedback,late,scale:1:1.0000001,backend:1:NAME,forget-owner,fold-twice,link:1e6,step:0.5,record:DIR,hashes:DIR`. What it does not know it refuses.
     ///
     /// # Errors
     /// The first item that is none.
@@ -84,6 +86,7 @@ impl Tamper {
                     let [rank, step, pass] = numbers.try_into().map_err(|_| wrong())?;
                     tamper.die_at.push((rank, step as u64, pass));
                 }
+                ("stray", Some(place)) => tamper.stray.push(place),
                 ("fail", Some(place)) => tamper.fail.push(place),
                 ("garbage", Some(place)) => tamper.garbage.push(place),
                 ("old", Some(place)) => tamper.old.push(place),
@@ -147,6 +150,17 @@ impl Tamper {
         match self.fail.contains(&(rank, step)) {
             true => Err(Error::Device { step, what: "it was told to fail".into() }),
             false => Ok(()),
+        }
+    }
+
+    /// Makes a call that the others do not make, if that is wanted.
+    ///
+    /// # Errors
+    /// They are at another one.
+    pub fn stray(&self, rank: usize, step: u64, replica: Option<&Replica>) -> Result<()> {
+        match replica.filter(|_| self.stray.contains(&(rank, step))) {
+            Some(replica) => replica.any("nowhere else", true).map(|_| ()),
+            None => Ok(()),
         }
     }
 

@@ -372,7 +372,8 @@ impl State {
                         // A failure never ends a run with the code of success.
                         let code = if code == 0 { FAILED } else { code };
                         let error = text(&error, ERROR_CHARS_MAX);
-                        self.end(format!("{} failed: {error}", self.name(rank)), code, out);
+                        let marks = if leaving.between_ranks { self.marks(now, None) } else { String::new() };
+                        self.end(format!("{} failed: {error}{marks}", self.name(rank)), code, out);
                     }
                     None => {
                         worker.left = Some(Left { hash: line(&leaving.parameter_hash, NAME_CHARS_MAX), code });

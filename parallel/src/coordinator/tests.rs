@@ -137,7 +137,7 @@ impl Worker {
     }
 
     fn leave(self, code: u32) -> Receiver<Ending> {
-        let leaving = Leaving { step: 3, parameter_hash: "abc".into(), error: None, code };
+        let leaving = Leaving { step: 3, parameter_hash: "abc".into(), code, ..Leaving::default() };
         self.control.leave(leaving);
         self.ended
     }
@@ -453,7 +453,7 @@ fn a_worker_that_is_dropped_without_a_word_is_named_to_the_others() {
 fn last_words_reach_everybody() {
     let coordinator = coordinator(2);
     let [first, second] = running(&coordinator);
-    let leaving = Leaving { step: 3, parameter_hash: String::new(), error: Some("disk full".into()), code: 1 };
+    let leaving = Leaving { step: 3, error: Some("disk full".into()), code: 1, ..Leaving::default() };
     second.control.leave(leaving);
     let ending = Ending { verdict: "rank 1 (host here, process 101) failed: disk full".into(), code: 1 };
     assert_eq!(coordinator.ending(GUARD), Some(ending.clone()));

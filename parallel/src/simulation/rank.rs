@@ -176,8 +176,8 @@ impl Rank {
             return;
         }
         if self.fails {
-            let (parameter_hash, error) = (String::new(), Some(FAILURE.to_owned()));
-            say(From::Leaving(Leaving { step: self.step, parameter_hash, error, code: 1 }));
+            let error = Some(FAILURE.to_owned());
+            say(From::Leaving(Leaving { step: self.step, error, code: 1, ..Leaving::default() }));
             self.doing = Doing::Explaining(FAILURE.into());
             return;
         }
@@ -213,9 +213,15 @@ impl Rank {
                 return;
             }
             Some(Err(error)) => {
-                let (parameter_hash, error) = (String::new(), Some(error.to_string()));
-                say(From::Leaving(Leaving { step: self.step, parameter_hash, error: error.clone(), code: 1 }));
-                self.doing = Doing::Explaining(error.unwrap_or_default());
+                let error = error.to_string();
+                say(From::Leaving(Leaving {
+                    step: self.step,
+                    error: Some(error.clone()),
+                    code: 1,
+                    between_ranks: true,
+                    ..Leaving::default()
+                }));
+                self.doing = Doing::Explaining(error);
                 return;
             }
         }
@@ -228,7 +234,7 @@ impl Rank {
         }
         self.transport.close(Duration::ZERO);
         let parameter_hash = hasher.finalize().to_string();
-        say(From::Leaving(Leaving { step: self.step, parameter_hash, error: None, code: 0 }));
+        say(From::Leaving(Leaving { step: self.step, parameter_hash, ..Leaving::default() }));
         self.doing = Doing::Done;
     }
 

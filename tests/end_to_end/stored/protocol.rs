@@ -313,19 +313,20 @@ fn a_run_that_was_rewound_copies_on_and_leaves_what_is_later() {
 
 #[test]
 fn what_is_later_here_than_the_run_goes_on_from_is_not_copied_and_pushes_nothing_out() {
-    let (server, here) = (Server::new(), folder(&[1, 2, 4, 5]));
-    let uploader = start_from(&server, here.path(), Retention::last(1), 2);
+    let (server, here) = (Server::new(), folder(&[2, 4, 5]));
+    let uploader = start_from(&server, here.path(), Retention::last(2), 2);
     write(here.path(), &[3], 300, 0.5);
     uploader.offer(3);
     let news = rest(&uploader);
     let (mut copied, failed) = told(&news);
     copied.sort_unstable();
-    assert!(failed.is_empty() && copied.ends_with(&[3]) && !copied.contains(&4) && !copied.contains(&5), "{news:?}");
-    assert_eq!(look(&server), (vec![3], vec![]));
+    // Either may be first: 3 is offered while the uploader looks through the folder.
+    assert_eq!((copied, failed), (vec![2, 3], vec![]), "{news:?}");
+    assert_eq!(look(&server), (vec![2, 3], vec![]));
     // The control: of a run that goes on from its last one they are copied.
     let control = Server::new();
     upload(&control, here.path(), Retention::last(0));
-    assert_eq!(look(&control), (vec![1, 2, 3, 4, 5], vec![]));
+    assert_eq!(look(&control), (vec![2, 3, 4, 5], vec![]));
 }
 
 #[test]

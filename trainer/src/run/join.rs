@@ -11,7 +11,7 @@ use parallel::progress::Progress;
 use parallel::transport::grpc::Listener;
 use parallel::transport::tls::Security;
 use parallel::wire::control::from_worker::What as From;
-use parallel::wire::control::{Held, Hello, Holds, Prepared, Property, Seen, Start};
+use parallel::wire::control::{Held, Hello, Holds, Leaving, Prepared, Property, Seen, Start};
 
 use super::ender::Ender;
 use super::folder::check_name;
@@ -241,10 +241,16 @@ pub fn addresses(start: &Start) -> Result<Vec<SocketAddr>> {
     start.peers.iter().map(|peer| parse(&peer.data_address)).collect()
 }
 
+/// What a worker says that cannot go on.
+#[must_use]
+pub fn failed(step: u64, error: &Error) -> Leaving {
+    let (code, between_ranks) = (error.exit_code().into(), error.is_between_ranks());
+    Leaving { step, error: Some(error.to_string()), code, between_ranks, ..Leaving::default() }
+}
+
 /// Tells the coordinator that this worker cannot go on.
 pub fn leave_with(control: Control, error: &Error) {
-    let (code, error) = (error.exit_code().into(), Some(error.to_string()));
-    control.leave(parallel::wire::control::Leaving { step: 0, parameter_hash: String::new(), error, code });
+    control.leave(failed(0, error));
 }
 
 /// A small file by which machines find out whether they share a folder.

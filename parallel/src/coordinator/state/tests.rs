@@ -77,11 +77,11 @@ fn part(step: u64, json: &str) -> From {
 }
 
 fn leaving(hash: &str, code: u32) -> From {
-    From::Leaving(Leaving { step: 3, parameter_hash: hash.into(), error: None, code })
+    From::Leaving(Leaving { step: 3, parameter_hash: hash.into(), code, ..Leaving::default() })
 }
 
 fn failing(error: &str, code: u32) -> From {
-    From::Leaving(Leaving { step: 3, parameter_hash: String::new(), error: Some(error.into()), code })
+    From::Leaving(Leaving { step: 3, error: Some(error.into()), code, ..Leaving::default() })
 }
 
 /// A coordinator, its clock, and all that it did. Worker `n` has connection `n`.

@@ -35,7 +35,7 @@ use crate::replica::Replica;
 use crate::run::codec::Codecs;
 use crate::run::folder::Folder;
 use crate::run::group::Group;
-use crate::run::join::{Joined, Met, addresses, leave_with};
+use crate::run::join::{Joined, Met, addresses, failed, leave_with};
 use crate::run::signals::TRY_AGAIN;
 use crate::run::trace::Tracing;
 use crate::run::{Ended, Left, Request, Run, upload};
@@ -76,7 +76,7 @@ pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
         Ok(result) => result,
         Err(panic) => {
             let error = Some("it panicked, which is a fault of the program: its standard error says where".to_owned());
-            group.leave(Leaving { step: run.state.step, parameter_hash: String::new(), error, code: 1 });
+            group.leave(Leaving { step: run.state.step, error, code: 1, ..Leaving::default() });
             std::panic::resume_unwind(panic)
         }
     };
@@ -89,6 +89,7 @@ pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
             parameter_hash: left.parameter_hash.clone(),
             error: None,
             code: if left.ended == Ended::Signalled { TRY_AGAIN.into() } else { 0 },
+            between_ranks: false,
         }),
         Err(Error::Verdict(verdict, _)) => {
             run.writer.abandon();
@@ -96,8 +97,7 @@ pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
         }
         Err(error) => {
             // Said before anything that may wait for a disk.
-            let (code, error) = (error.exit_code().into(), Some(error.to_string()));
-            group.leave(Leaving { step: run.state.step, parameter_hash: String::new(), error, code });
+            group.leave(failed(run.state.step, error));
             run.writer.abandon();
         }
     }
