@@ -5,6 +5,7 @@ use compression::ledger::{Exact, lost, lost_in_encoding};
 
 use super::*;
 use crate::data::Parameter;
+use crate::data::rules::may_leave_rows;
 
 mod ahead;
 mod frames;
