@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::*;
-use crate::wire::control::{Held, Holds, Leaving, Mark, Part, Prepared, Property, Seen};
+use crate::wire::control::{Held, Holds, Leaving, Mark, Part, Prepared, Property, Refused, Seen};
 
 mod checkpoints;
 mod codec;
