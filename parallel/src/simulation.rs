@@ -5,11 +5,13 @@
 //! what happens next is drawn from the seed, so a run that fails can be had again.
 //!
 //! - [`fault`]: what goes wrong, and what must be said of it.
+//! - [`setting`]: a run as a seed draws it.
 //! - [`rank`]: one rank's training thread and its line to the coordinator.
 //! - [`world`]: everything that happens, in order.
 
 mod fault;
 mod rank;
+mod setting;
 mod world;
 
 use std::collections::BTreeMap;
@@ -19,7 +21,8 @@ use compression::Codec;
 
 use crate::transport::simulated::Random;
 use fault::Fault;
-use world::{Setting, World};
+use setting::Setting;
+use world::World;
 
 /// Seeds that an ordinary test runs.
 const FEW: u64 = 150;

@@ -1,10 +1,13 @@
 //! Every decision of the coordinator, as a pure function of time and input: no sockets, no clock, no threads.
 //!
-//! - this file: who may join, what workers say, and how the run ends.
+//! - this file: what workers say, and how the run ends.
+//! - `join`: who may join, and as which rank.
 //! - `start`: from the first greeting to the first step.
 //! - `watch`: who is lost, and whose fault it is.
-//! - `worker`: what is known of one worker.
+//! - `worker`: what is known of one worker; `numbers`: what ranks last said of themselves.
 
+mod join;
+mod numbers;
 mod start;
 mod watch;
 mod worker;
@@ -16,7 +19,8 @@ use super::codec::Calibration;
 use super::saves::Saves;
 use crate::wire::control::from_worker::What as From;
 use crate::wire::control::to_worker::What as To;
-use crate::wire::control::{Abort, Hello, Numbers, Refused, Stop, Welcome};
+use crate::wire::control::{Abort, Hello, Stop};
+pub use numbers::RankNumbers;
 use worker::{Left, Worker};
 
 /// What the coordinator is to coordinate.
@@ -172,45 +176,12 @@ pub fn silence(peer_timeout: Duration) -> Duration {
     peer_timeout / 4 * 3
 }
 
-/// A worker that keeps being refused, or a stranger, may write so often into the log.
-const REFUSAL_LOGGED_EVERY: Duration = Duration::from_secs(1);
 /// The longest text of others that is kept and shown: a host, a version, where a rank is, and an error.
 const NAME_CHARS_MAX: usize = 64;
 const MARK_CHARS_MAX: usize = 300;
 const ERROR_CHARS_MAX: usize = 8000;
 
-/// What a rank last said of itself.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RankNumbers {
-    /// The rank.
-    pub rank: usize,
-    /// Its host.
-    pub host: String,
-    /// Its process id.
-    pub pid: u32,
-    /// Where it is, and whether it waits there for other ranks.
-    pub at: String,
-    /// See `at`.
-    pub waits: bool,
-    /// What its last step took; nothing before the first.
-    pub numbers: Option<Numbers>,
-}
-
 impl State {
-    /// What every rank last said of itself.
-    #[must_use]
-    pub fn numbers(&self) -> Vec<RankNumbers> {
-        let of = |(&rank, worker): (&usize, &Worker)| RankNumbers {
-            rank,
-            host: worker.host.clone(),
-            pid: worker.pid,
-            at: worker.place(),
-            waits: worker.mark.waits,
-            numbers: worker.mark.numbers.clone(),
-        };
-        self.workers.iter().map(of).collect()
-    }
-
     /// Nobody has joined yet.
     #[must_use]
     pub fn new(options: Options) -> Self {
@@ -264,69 +235,6 @@ impl State {
 
     fn rank_of(&self, connection: u64) -> Option<usize> {
         self.workers.iter().find(|(_, worker)| worker.connection == connection).map(|(&rank, _)| rank)
-    }
-
-    fn hello(&mut self, now: Duration, connection: u64, hello: &Hello, differences: &[String], out: &mut Vec<Output>) {
-        match self.place(hello, differences) {
-            Ok(rank) => {
-                let welcome = Welcome {
-                    rank: rank as u32,
-                    ranks: self.options.ranks as u32,
-                    recipe: self.options.recipe.clone(),
-                    name: self.options.name.clone(),
-                    resume: self.options.resume,
-                    resume_from_earlier: self.options.resume_from_earlier,
-                    resume_without_residuals: self.options.resume_without_residuals,
-                    peer_timeout_s: self.options.peer_timeout.as_secs_f64(),
-                    restart: self.options.restart,
-                    host: self.options.host.clone(),
-                    pid: self.options.pid,
-                    choose_codec_anew: self.options.choose_codec_anew,
-                    metrics_address: self.options.metrics_address.clone(),
-                };
-                out.push(Output::Send { connection, what: To::Welcome(welcome) });
-                self.workers.insert(rank, Worker::new(now, connection, line(&hello.host, NAME_CHARS_MAX), hello.pid));
-            }
-            Err((why, again)) => {
-                if self.refusal_logged.is_none_or(|at| now.saturating_sub(at) >= REFUSAL_LOGGED_EVERY) {
-                    self.refusal_logged = Some(now);
-                    tracing::warn!(host = line(&hello.host, NAME_CHARS_MAX), pid = hello.pid, why, "refused a worker");
-                }
-                out.push(Output::Send { connection, what: To::Refused(Refused { why, again }) });
-                out.push(Output::Close { connection });
-            }
-        }
-    }
-
-    /// The rank of a new worker, or why it has none, and whether it may be welcome later.
-    fn place(&self, hello: &Hello, differences: &[String]) -> Result<usize, (String, bool)> {
-        let ranks = self.options.ranks;
-        if self.ended.is_some() {
-            return Err(("the run is ending".into(), true));
-        }
-        if hello.version != self.options.version {
-            let (theirs, ours) = (line(&hello.version, NAME_CHARS_MAX), &self.options.version);
-            return Err((
-                format!("it is version {theirs}, the coordinator is {ours}: run the same build on every machine"),
-                false,
-            ));
-        }
-        if !differences.is_empty() {
-            return Err((format!("its recipe differs from the coordinator's:\n  {}", differences.join("\n  ")), false));
-        }
-        let wanted = hello.rank.map(|rank| rank as usize);
-        if let Some(rank) = wanted.filter(|&rank| rank >= ranks) {
-            return Err((format!("it asks for rank {rank}, the recipe's mesh has ranks 0 to {}", ranks - 1), false));
-        }
-        // A rank whose connection is gone ends the run in a moment; its successor is welcome to the next one.
-        let ending = self.workers.values().any(|worker| worker.closed.is_some());
-        match wanted.or_else(|| (0..ranks).find(|rank| !self.workers.contains_key(rank))) {
-            Some(rank) if !self.workers.contains_key(&rank) => Ok(rank),
-            Some(rank) => {
-                Err((format!("{} has joined already: give each worker a rank of its own", self.name(rank)), ending))
-            }
-            None => Err((format!("the recipe's mesh has {ranks} ranks and all of them have joined"), ending)),
-        }
     }
 
     fn message(&mut self, now: Duration, rank: usize, what: From, out: &mut Vec<Output>) {

@@ -1,23 +1,17 @@
 //! Coordinator and workers over sockets of the loopback, with strangers at the door.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 use std::sync::mpsc::RecvTimeoutError;
-
-use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::transport::{Endpoint, Server};
-use tonic::{Request, Response, Status, Streaming};
 
 use super::state::TRY_AGAIN;
 use super::*;
 use crate::control::{Control, ControlError, Join};
 use crate::progress::Progress;
-use crate::wire::control::coordinator_client::CoordinatorClient;
-use crate::wire::control::coordinator_server::Coordinator as Service;
 use crate::wire::control::from_worker::What as From;
-use crate::wire::control::{FromWorker, Hello, Holds, Leaving, Prepared, Seen, Start, ToWorker, Welcome};
+use crate::wire::control::{Hello, Holds, Leaving, Prepared, Seen, Start};
 
+mod gone;
 mod secured;
+mod strangers;
 
 /// Only so that a fault does not hang the suite: nothing here should take this long.
 const GUARD: Duration = Duration::from_secs(60);
@@ -217,221 +211,6 @@ fn workers_that_do_not_fit_are_refused_by_name_while_the_others_go_on() {
     start(&workers.each_ref());
     refused(hello(None), "the recipe's mesh has 2 ranks and all of them have joined");
     finish(&coordinator, workers);
-}
-
-/// Sends bytes and reads until the coordinator closes the connection.
-fn knock(address: SocketAddr, bytes: &[u8]) {
-    let mut stream = TcpStream::connect(address).expect("it listens");
-    stream.set_read_timeout(Some(GUARD)).expect("a socket");
-    // It may be closed before all was written.
-    let _ = stream.write_all(bytes);
-    loop {
-        match stream.read(&mut [0; 4096]) {
-            Ok(0) => return,
-            Ok(_) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => panic!("the connection stays open"),
-            // Reset: it did not even read all.
-            Err(_) => return,
-        }
-    }
-}
-
-#[test]
-fn strangers_do_not_disturb_a_run() {
-    let coordinator = coordinator(2);
-    let address = coordinator.address();
-    let idle = TcpStream::connect(address).expect("it listens");
-    let first = join(&coordinator, 0);
-    knock(address, b"GET / HTTP/1.1\r\nHost: here\r\n\r\n");
-    let second = join(&coordinator, 1);
-    start(&[&first, &second]);
-    let mut x = 1u64;
-    let mut random = || {
-        x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (x >> 56) as u8
-    };
-    for length in [24, 1000, 100_000] {
-        let noise: Vec<u8> = (0..length).map(|_| random()).collect();
-        knock(address, &noise);
-    }
-    // HTTP/2 without gRPC: its preface, and then noise.
-    knock(address, &[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), vec![0xff; 100]].concat());
-    drop(TcpStream::connect(address).expect("it listens"));
-    finish(&coordinator, [first, second]);
-    drop(idle);
-}
-
-/// Calls the coordinator and says this first; then waits for the end of what it answers while the call stays open.
-fn call(address: SocketAddr, first: Option<From>, then: Option<FromWorker>) -> (Vec<To>, Result<(), String>) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let talk = async {
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("an address");
-        let mut client = CoordinatorClient::new(endpoint.connect().await.expect("it listens"));
-        let (out, outgoing) = mpsc::unbounded_channel();
-        out.send(FromWorker { what: first }).expect("open");
-        let mut messages = client.join(UnboundedReceiverStream::new(outgoing)).await.expect("answers").into_inner();
-        let mut heard = Vec::new();
-        let mut then = then.into_iter();
-        loop {
-            match messages.message().await {
-                Ok(Some(ToWorker { what: Some(To::Beat(_)) })) => {}
-                Ok(Some(message)) => {
-                    heard.extend(message.what);
-                    then.next().into_iter().for_each(|then| out.send(then).expect("open"));
-                }
-                Ok(None) => return (heard, Ok(())),
-                Err(status) => return (heard, Err(status.message().to_owned())),
-            }
-        }
-    };
-    runtime.block_on(async { tokio::time::timeout(GUARD, talk).await.expect("no hang") })
-}
-
-#[test]
-fn calls_that_are_no_worker_are_ended_by_the_coordinator() {
-    let coordinator = coordinator(2);
-    let address = coordinator.address();
-    let first = join(&coordinator, 0);
-    let no_greeting = Err("expected a worker's greeting first: run the same build on every machine".to_owned());
-    assert_eq!(call(address, Some(From::Holds(Holds::default())), None), (vec![], no_greeting.clone()));
-    assert_eq!(call(address, None, None), (vec![], no_greeting));
-    // One that is refused does not keep its place by keeping its call open.
-    let (heard, end) = call(address, Some(From::Hello(hello(Some(9)))), None);
-    assert!(matches!(&heard[..], [To::Refused(refused)] if refused.why.contains("rank 9")), "{heard:?}");
-    assert_eq!(end, Ok(()));
-    let second = join(&coordinator, 1);
-    start(&[&first, &second]);
-    finish(&coordinator, [first, second]);
-}
-
-#[test]
-fn a_worker_that_speaks_another_language_is_named() {
-    let coordinator = coordinator(2);
-    let first = join(&coordinator, 0);
-    let address = coordinator.address();
-    let (heard, _) = guarded(move || call(address, Some(From::Hello(hello(Some(1)))), Some(FromWorker { what: None })));
-    assert!(matches!(&heard[..], [To::Welcome(_), ..]), "{heard:?}");
-    let ending = coordinator.ending(GUARD).expect("the run ends");
-    let verdict = "rank 1 (host here, process 101) is gone: it sent a message that this version does not know";
-    assert!(ending.verdict.starts_with(verdict), "{}", ending.verdict);
-    assert_eq!(verdicts(&first.ended), [ending]);
-}
-
-fn not_there(address: &str) -> String {
-    let within = Duration::from_millis(300);
-    match try_join(address.to_owned(), within, hello(None)).map(|_| ()) {
-        Err(ControlError::NotThere { address: at, within_s, why }) => {
-            assert_eq!((&*at, within_s), (address, 0.3));
-            why
-        }
-        other => panic!("{other:?}"),
-    }
-}
-
-#[test]
-fn who_finds_no_coordinator_is_told_what_was_there() {
-    let bind = || TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
-    let address = |listener: &TcpListener| listener.local_addr().expect("bound").to_string();
-    let free = address(&bind());
-    assert_eq!(not_there(&free), "connection refused");
-    // The system accepts, but nobody answers.
-    let silent = bind();
-    assert_eq!(not_there(&address(&silent)), "it did not answer");
-    // A server of another protocol.
-    let other = bind();
-    let at = address(&other);
-    std::thread::spawn(move || {
-        let mut open = Vec::new();
-        for stream in other.incoming() {
-            let mut stream = stream.expect("accepts");
-            // The caller may have gone.
-            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n");
-            open.push(stream);
-        }
-    });
-    let why = not_there(&at);
-    assert!(!why.is_empty() && !why.contains('\n'), "{why}");
-    assert_eq!(not_there("127.0.0.1"), "that is not HOST:PORT");
-    assert_eq!(not_there("127.0.0.1:notaport"), "that is not HOST:PORT");
-}
-
-#[test]
-fn who_comes_when_a_run_ends_is_not_refused_for_good() {
-    let coordinator = coordinator(1);
-    let worker = join(&coordinator, 0);
-    start(&[&worker]);
-    let _ = worker.leave(0);
-    assert_eq!(coordinator.ending(GUARD).map(|ending| ending.code), Some(0));
-    assert_eq!(not_there(&coordinator.address().to_string()), "it says: the run is ending");
-}
-
-#[test]
-fn a_coordinator_that_ends_is_named_once_to_each_worker() {
-    let coordinator = coordinator(2);
-    let address = coordinator.address();
-    let workers = running(&coordinator);
-    drop(coordinator);
-    let verdict = format!(
-        "the coordinator at {address} (host here, process 1) closed the connection; this worker was at starting"
-    );
-    for worker in &workers {
-        assert_eq!(verdicts(&worker.ended), [Ending { verdict: verdict.clone(), code: TRY_AGAIN }]);
-        assert_eq!(worker.control.ending(Duration::ZERO).verdict, verdict);
-        assert_eq!(worker.control.poll(GUARD).map(|_| ()).expect_err("ended").to_string(), verdict);
-    }
-}
-
-/// A coordinator that welcomes everybody and then says nothing, or says it in vain.
-struct Mute {
-    lines: Mutex<Vec<mpsc::UnboundedSender<Result<ToWorker, Status>>>>,
-}
-
-#[tonic::async_trait]
-impl Service for Mute {
-    type JoinStream = UnboundedReceiverStream<Result<ToWorker, Status>>;
-
-    async fn join(&self, _: Request<Streaming<FromWorker>>) -> Result<Response<Self::JoinStream>, Status> {
-        let (line, outgoing) = mpsc::unbounded_channel();
-        let welcome = Welcome { ranks: 1, peer_timeout_s: 0.5, ..Welcome::default() };
-        line.send(Ok(ToWorker { what: Some(To::Welcome(welcome)) })).expect("open");
-        self.lines.lock().expect("no panic").push(line);
-        Ok(Response::new(UnboundedReceiverStream::new(outgoing)))
-    }
-}
-
-fn mute() -> SocketAddr {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
-    let address = listener.local_addr().expect("bound");
-    std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        runtime.block_on(async {
-            listener.set_nonblocking(true).expect("a socket");
-            let listener = tokio::net::TcpListener::from_std(listener).expect("a socket");
-            let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
-            let mute = Mute { lines: Mutex::default() };
-            Server::builder().add_service(CoordinatorServer::new(mute)).serve_with_incoming(incoming).await
-        })
-    });
-    address
-}
-
-#[test]
-fn a_silent_coordinator_is_named() {
-    let address = mute();
-    let worker = try_join(address.to_string(), GUARD, hello(None)).expect("welcome");
-    let all = verdicts(&worker.ended);
-    let [Ending { verdict, code: TRY_AGAIN }] = &all[..] else { panic!("{all:?}") };
-    assert!(
-        verdict.starts_with(&format!("the coordinator at {address} (host , process 0) has been silent for ")),
-        "{verdict}"
-    );
-}
-
-#[test]
-fn a_dropped_worker_lets_go_even_of_a_coordinator_that_takes_no_notice() {
-    let worker = try_join(mute().to_string(), GUARD, hello(None)).expect("welcome");
-    drop(worker.control);
-    assert_eq!(verdicts(&worker.ended), []);
 }
 
 #[test]

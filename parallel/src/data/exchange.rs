@@ -32,6 +32,7 @@
 mod error;
 mod group;
 mod missing;
+mod new;
 mod parameters;
 mod place;
 mod queue;
@@ -39,6 +40,7 @@ mod residual;
 mod send;
 mod sum;
 mod untouched;
+mod vote;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -48,7 +50,7 @@ use compression::{BLOCK, Codec, Payload, Workers};
 
 use super::norm::SquaredNorm;
 use super::plan::Plan;
-use super::rules::{codec_of, may_leave_rows};
+use super::rules::codec_of;
 use super::shard::shard;
 use crate::frame::{Header, PAYLOAD_BYTES_MAX, Phase};
 
@@ -56,6 +58,7 @@ pub use error::ExchangeError;
 pub use group::Group;
 use queue::{Job, Queue};
 use untouched::Untouched;
+pub use vote::{Verdict, Vote};
 
 /// A frame that is to be sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,24 +71,6 @@ pub struct Outgoing {
     pub phase: Phase,
     /// Header and payload. The frames of one sum to all ranks share their bytes.
     pub frame: Bytes,
-}
-
-/// What a rank found in a step; every rank sends its vote to all.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Vote {
-    /// The step.
-    pub step: u64,
-    /// Whether everything was finite: gradients, sums and encodes.
-    pub finite: bool,
-}
-
-/// What all ranks do with the step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// The sum counts, and so do the new residuals.
-    Commit,
-    /// Nothing of this step counts.
-    Skip,
 }
 
 /// The most blocks of a chunk: as `fp32` they fill a frame.
@@ -187,92 +172,6 @@ struct Bucket {
 }
 
 impl Exchange {
-    /// A side that has left out nothing yet.
-    ///
-    /// # Panics
-    /// When the rank is not in the group, nodes do not divide it, chunks are empty or larger than a frame, or the window is
-    /// closed.
-    #[must_use]
-    pub fn new(plan: Arc<Plan>, group: Group, codec: Codec) -> Self {
-        assert!(group.rank < group.ranks && (1..=CHUNK_BLOCKS_MAX).contains(&group.chunk_blocks), "{group:?}");
-        assert!(group.members > 0 && group.ranks.is_multiple_of(group.members) && group.window > 0, "{group:?}");
-        let nodes = group.nodes();
-        let tensors = plan.parts().iter().map(|part| {
-            let elements = part.region.len();
-            let chunks = |owner| chunks(shard(elements, owner, group.ranks), group.chunk_blocks).count();
-            // A rank without mates waits for none.
-            let places = if nodes.members > 1 { nodes.members } else { 0 };
-            let inner = Inner { parts: vec![None; places], summed: false };
-            Tensor {
-                codec: codec_of(&part.whole, codec),
-                may_leave_rows: may_leave_rows(&part.whole),
-                inner: (0..nodes.count()).map(|node| vec![inner.clone(); chunks(nodes.peer(node))]).collect(),
-                owner: Vec::new(),
-                reduced: Vec::new(),
-                added: vec![false; chunks(group.rank)],
-                parts: vec![vec![None; nodes.count()]; chunks(group.rank)],
-                arrived: vec![Vec::new(); chunks(group.rank)],
-                sum: vec![0.0; elements],
-                done: (0..group.ranks).map(|owner| vec![false; chunks(owner)]).collect(),
-                missing: 0,
-            }
-        });
-        let tensors: Vec<Tensor> = tensors.collect();
-        let longest = tensors.iter().map(|tensor| tensor.sum.len()).max().unwrap_or(0);
-        Self {
-            buckets: plan.buckets().iter().map(|_| Bucket::default()).collect(),
-            zeros: vec![0.0; longest.min(group.chunk_blocks * BLOCK)],
-            plan,
-            group,
-            step: 0,
-            codec,
-            flush: Flush::No,
-            tensors,
-            finite: true,
-            missing: 0,
-            own_missing: 0,
-            unsent: 0,
-            queues: (0..group.ranks).map(|_| Queue::default()).collect(),
-            parameters: None,
-            broken: false,
-            norm: SquaredNorm::default(),
-            decided: false,
-            completed: Vec::new(),
-            payload: Vec::new(),
-            scratch: Vec::new(),
-            workers: Workers::none(),
-            untouched: Untouched::default(),
-            feedback: true,
-            by_arrival: false,
-        }
-    }
-
-    /// A side that forgets what it left out: the control of error feedback's proofs, and of no other use.
-    #[must_use]
-    pub const fn without_feedback(mut self) -> Self {
-        self.feedback = false;
-        self
-    }
-
-    /// A side that adds parts in the order of their arrival: the control of equal bits' proofs, and of no other use.
-    #[must_use]
-    pub const fn in_order_of_arrival(mut self) -> Self {
-        self.by_arrival = true;
-        self
-    }
-
-    /// A side that encodes, adds and decodes with these threads, to the same bits.
-    #[must_use]
-    pub fn with_workers(mut self, workers: Workers) -> Self {
-        self.workers = workers;
-        self
-    }
-
-    /// Forgets what this rank left out as an owner: the control of a test, and of no other use.
-    pub fn forget_owner(&mut self) {
-        self.tensors.iter_mut().for_each(|tensor| tensor.owner = Vec::new());
-    }
-
     /// What it sums.
     #[must_use]
     pub const fn plan(&self) -> &Arc<Plan> {
@@ -418,12 +317,6 @@ impl Exchange {
         Ok(header.phase)
     }
 
-    /// Whether every sum that this rank owns is reduced, and everything that it sends is encoded, so that it can vote.
-    #[must_use]
-    pub const fn is_reduced(&self) -> bool {
-        self.own_missing == 0 && self.unsent == 0
-    }
-
     /// Whether the whole sum is here.
     #[must_use]
     pub const fn is_complete(&self) -> bool {
@@ -444,42 +337,6 @@ impl Exchange {
     /// The tensors whose whole sum is here since the last call, in the order in which they were complete.
     pub fn take_completed(&mut self) -> Vec<usize> {
         std::mem::take(&mut self.completed)
-    }
-
-    /// What the sums that this rank owns add to the squared norm; of all ranks together it is the gradient's. A part that
-    /// others hold too is counted by one of them. It is whole once the sums are [reduced](Self::is_reduced).
-    #[must_use]
-    pub const fn norm(&self) -> SquaredNorm {
-        self.norm
-    }
-
-    /// What this rank found. To be sent once its last owned chunk is reduced.
-    #[must_use]
-    pub const fn vote(&self) -> Vote {
-        Vote { step: self.step, finite: self.finite && !self.broken }
-    }
-
-    /// Decides the step as the votes of all ranks of the run say, which may be more than those of the group, and gives back buffers for the next gradients, one a bucket. They may be
-    /// empty, and hold whatever they hold. Every rank has reduced what it owns by then, so that nobody needs a gradient any
-    /// more; sums may still be on their way, in either direction.
-    ///
-    /// # Panics
-    /// When something of this rank is not reduced or encoded, or the votes are not one of each rank for this step.
-    pub fn close(&mut self, votes: &[Vote]) -> (Verdict, Vec<Vec<f32>>) {
-        assert!(self.is_reduced(), "{} chunks are not reduced, {} not encoded", self.own_missing, self.unsent);
-        assert!(votes.len() >= self.group.ranks && votes.iter().all(|vote| vote.step == self.step), "{votes:?}");
-        self.decided = true;
-        let verdict = if votes.iter().all(|vote| vote.finite) { Verdict::Commit } else { Verdict::Skip };
-        if verdict == Verdict::Commit {
-            if self.flush == Flush::Now {
-                self.flush = Flush::No;
-            }
-            self.commit();
-        } else if self.parameters.is_some() {
-            self.expect_nothing();
-        }
-        let buffers = self.buckets.iter_mut().map(|bucket| bucket.given.take().unwrap_or_default());
-        (verdict, buffers.collect())
     }
 
     /// The sum of one tensor over all ranks, the same bits on each; where parameters travel, what came of them.

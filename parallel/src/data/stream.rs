@@ -10,6 +10,8 @@
 //! just before it needs it, and `settle` for all that is left. The next step begins after that. `finish` is `vote` and
 //! `settle` at once.
 
+mod buckets;
+mod error;
 mod outcome;
 mod owned;
 
@@ -17,12 +19,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use burn::Tensor;
-use burn::tensor::DType;
 use compression::BLOCK;
 use rayon::prelude::*;
-use thiserror::Error;
 
-use super::engine::{self, Engine, EngineError};
+use super::engine::{self, Engine};
 use super::exchange::Verdict;
 use super::norm::SquaredNorm;
 use super::owed::Owed;
@@ -30,6 +30,8 @@ use super::plan::Plan;
 use crate::note::Ballot;
 use crate::transport::Counted;
 
+use buckets::{State, read};
+pub use error::StreamError;
 use outcome::Lies;
 pub use outcome::{Complete, Finished, Sum, Timing, Voted};
 
@@ -41,48 +43,6 @@ pub enum Gradient<'a> {
     Device(Box<Tensor<1>>),
 }
 
-/// Why a step's gradients do not add up. All but the last are faults of the program, not of the data.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum StreamError {
-    /// The gradient has not the parameter's number of elements.
-    #[error("step {step}, parameter {parameter}: the gradient has {found} elements, the parameter has {expected}")]
-    Size {
-        /// The step.
-        step: u64,
-        /// The parameter's logical name.
-        parameter: String,
-        /// Elements of the parameter.
-        expected: usize,
-        /// Elements that came.
-        found: usize,
-    },
-    /// A parameter gave its gradient twice in one micro-batch, as a weight does that is tapped at two places.
-    #[error(
-        "step {step}, parameter {parameter}: a second gradient in micro-batch {micro_batch}; tap a tied weight once"
-    )]
-    Twice {
-        /// The step.
-        step: u64,
-        /// The parameter's logical name.
-        parameter: String,
-        /// Which micro-batch.
-        micro_batch: usize,
-    },
-    /// A device tensor could not be read back as f32.
-    #[error("step {step}, parameter {parameter}: the gradient could not be read as f32: {why}")]
-    Read {
-        /// The step.
-        step: u64,
-        /// The parameter's logical name.
-        parameter: String,
-        /// What the backend said.
-        why: String,
-    },
-    /// The other ranks.
-    #[error(transparent)]
-    Engine(#[from] EngineError),
-}
-
 /// Takes gradients in any order within a micro-batch and hands back their sum by parameter.
 #[derive(Debug)]
 pub struct GradientStream {
@@ -92,28 +52,6 @@ pub struct GradientStream {
     engine: Option<Engine>,
     /// What several ranks left out before this one was alone. Taken after the state, where both are.
     owed: Mutex<Owed>,
-}
-
-#[derive(Debug)]
-struct State {
-    step: u64,
-    /// One buffer a bucket, kept from step to step. The engine has those that are complete.
-    buffers: Vec<Vec<f32>>,
-    /// For each parameter, one past the last micro-batch that gave a gradient; 0 for none in this step, and then its place
-    /// in the buffer holds whatever it holds.
-    given: Vec<usize>,
-    /// For each bucket, parameters that the last micro-batch has not given yet.
-    missing: Vec<usize>,
-    micro_batch: usize,
-    micro_batches: usize,
-    /// A copy of each complete bucket, where somebody wants it.
-    own: Option<Vec<Vec<f32>>>,
-    /// Whether complete buckets wait for the end of the backward pass.
-    late: bool,
-    /// Buckets in the order in which they became complete.
-    complete: Vec<usize>,
-    /// The first fault of the step. `add` runs inside the backward pass, from which nothing can be returned.
-    fault: Option<StreamError>,
 }
 
 impl GradientStream {
@@ -406,78 +344,6 @@ impl GradientStream {
         // A panic while the lock is held ends the step; `begin` makes the state whole again.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-impl State {
-    /// What gave no gradient in this step has zeros.
-    fn fill(&mut self, plan: &Plan, bucket: usize) {
-        for &index in plan.buckets()[bucket].parameters.iter().filter(|&&index| self.given[index] == 0) {
-            self.buffers[bucket][plan.slot(index).range.clone()].fill(0.0);
-        }
-    }
-
-    fn unreadable(&self, parameter: &str, why: String) -> StreamError {
-        StreamError::Read { step: self.step, parameter: parameter.to_owned(), why }
-    }
-
-    fn take(&mut self, plan: &Plan, bucket: usize) -> Vec<f32> {
-        self.fill(plan, bucket);
-        let values = std::mem::take(&mut self.buffers[bucket]);
-        if let Some(own) = &mut self.own {
-            own[bucket].clone_from(&values);
-        }
-        values
-    }
-
-    fn add(&mut self, plan: &Plan, index: usize, gradient: Gradient<'_>) -> Result<(), StreamError> {
-        let name = || plan.parameters()[index].name.clone();
-        if self.given[index] > self.micro_batch {
-            return Err(StreamError::Twice { step: self.step, parameter: name(), micro_batch: self.micro_batch });
-        }
-        let slot = plan.slot(index);
-        let sum = &mut self.buffers[slot.bucket][slot.range.clone()];
-        let is_first = self.given[index] == 0;
-        let found = match gradient {
-            Gradient::Host(values) => add_to(sum, values, is_first),
-            Gradient::Device(tensor) => {
-                let step = self.step;
-                let unreadable = |why| StreamError::Read { step, parameter: name(), why };
-                read(*tensor, |values| add_to(sum, values, is_first)).map_err(unreadable)?
-            }
-        };
-        if let Err(found) = found {
-            return Err(StreamError::Size { step: self.step, parameter: name(), expected: slot.range.len(), found });
-        }
-        self.given[index] = self.micro_batch + 1;
-        if self.micro_batch + 1 == self.micro_batches {
-            self.missing[slot.bucket] -= 1;
-            if self.missing[slot.bucket] == 0 {
-                self.complete.push(slot.bucket);
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The elements of a tensor on any device, as f32.
-fn read<R>(tensor: Tensor<1>, with: impl FnOnce(&[f32]) -> R) -> Result<R, String> {
-    let data = tensor.try_into_data().map_err(|error| format!("{error:?}"))?;
-    let data = if data.dtype() == DType::F32 { data } else { data.convert::<f32>() };
-    data.as_slice::<f32>().map(with).map_err(|error| format!("{error:?}"))
-}
-
-/// `sum += values`, from zero on when they are the first; or the number of values when it is not the number expected.
-fn add_to(sum: &mut [f32], values: &[f32], is_first: bool) -> Result<(), usize> {
-    if sum.len() != values.len() {
-        return Err(values.len());
-    }
-    if is_first {
-        // Zero plus the value, so that there is no negative zero.
-        sum.iter_mut().zip(values).for_each(|(sum, value)| *sum = 0.0 + value);
-    } else {
-        sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -21,7 +21,8 @@ use crate::wire::control::from_worker::What as From;
 use crate::wire::control::{Hello, Holds, Leaving, Lost, Prepared, Seen};
 
 use super::fault::FAILURE;
-use super::world::{JOIN_WITHIN, PEER_TIMEOUT, Setting};
+use super::setting::Setting;
+use super::world::{JOIN_WITHIN, PEER_TIMEOUT};
 
 /// What a rank is at.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -151,7 +151,7 @@ impl State {
     }
 
     /// Where everybody is, but for one.
-    fn marks(&self, now: Duration, but: Option<usize>) -> String {
+    pub(super) fn marks(&self, now: Duration, but: Option<usize>) -> String {
         let others = self.workers.iter().filter(|&(&rank, _)| Some(rank) != but);
         let quiet = |worker: &Worker| {
             let quiet = now.saturating_sub(worker.heard);

@@ -1,5 +1,6 @@
 //! Workers with a secret, and those that do not know it.
 
+use super::strangers::knock;
 use super::*;
 use crate::transport::tls::{Keys, Mismatch};
 

@@ -1,4 +1,10 @@
 //! What the engine's thread does: one event after the other.
+//!
+//! - `incoming`: what other ranks' messages do.
+//! - `answers`: what the thread says once it knows.
+
+mod answers;
+mod incoming;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,18 +18,15 @@ use super::burst::Burst;
 use super::events::Events;
 use super::packing::Packing;
 use super::replies::Reply;
-use super::{EngineError, Event, Members, Packed, Settled, Voted};
-use crate::data::exchange::{Exchange, Group, Outgoing, Vote};
+use super::{EngineError, Event, Members};
+use crate::data::exchange::{Exchange, Group, Outgoing};
 use crate::data::nodes::Nodes;
 use crate::data::norm::SquaredNorm;
-use crate::frame::{PAYLOAD_BYTES_MAX, Phase, peek};
-use crate::note::{Ballot, Note, is_note};
+use crate::frame::{PAYLOAD_BYTES_MAX, Phase};
+use crate::note::{Ballot, Note};
 use crate::progress::Progress;
 use crate::trace::{Label, Trace, Track};
 use crate::transport::{Incoming, Loss, Transport};
-
-/// Gathered messages that a rank may be ahead.
-const VALUES_AHEAD_MAX: usize = 4;
 
 pub(super) struct Work {
     exchange: Arc<Mutex<Exchange>>,
@@ -250,172 +253,6 @@ impl Work {
             let label = Label { bucket: of, bytes: Some(bytes), ..Label::new("encode", self.step) };
             trace.span(Track::Gradients, start, label);
         }
-    }
-
-    fn message(&mut self, from: usize, bytes: Bytes) -> Result<(), EngineError> {
-        let step = self.step;
-        if is_note(&bytes) {
-            return self.note(from, bytes);
-        }
-        if !self.open || peek(&bytes).is_some_and(|(of, ..)| of == step + 1) {
-            return self.keep(from, bytes);
-        }
-        let start = self.trace.as_ref().map(|_| Instant::now());
-        let Some(index) = self.members.index_of(from) else {
-            let what = format!("a gradient, and this rank sums its own with ranks {:?}", self.members.members());
-            return Err(EngineError::OutOfTurn { from, step, what });
-        };
-        let phase = lock(&self.exchange).take(index, &bytes).map_err(|error| error.sent_by(from))?;
-        self.progress.advance();
-        if let (Some(trace), Some(start)) = (&self.trace, start) {
-            let name = match phase {
-                Phase::Scatter | Phase::Inner => "reduce",
-                Phase::Gather => "decode",
-            };
-            trace.span(Track::Gradients, start, Label { of_rank: Some(from), ..Label::of(name, &bytes) });
-        }
-        self.encoding(None, Exchange::pump);
-        Ok(())
-    }
-
-    fn note(&mut self, from: usize, bytes: Bytes) -> Result<(), EngineError> {
-        let (note, epoch, number) =
-            Note::read(&bytes).map_err(|error| EngineError::Note { from, step: self.step, error })?;
-        let out_of_turn = |what: String| Err(EngineError::OutOfTurn { from, step: self.step, what });
-        if epoch != self.group.epoch || from >= self.members.ranks() || from == self.members.rank() {
-            return out_of_turn(format!("a message of epoch {epoch}, expected epoch {}", self.group.epoch));
-        }
-        match note {
-            Note::Values(values) => {
-                let queue = &mut self.values[from];
-                if number != queue.back().map_or(self.round, |(last, _)| last + 1) || queue.len() >= VALUES_AHEAD_MAX {
-                    return out_of_turn(format!("numbers of round {number}, this rank is at round {}", self.round));
-                }
-                queue.push_back((number, values));
-                Ok(())
-            }
-            Note::Filler => {
-                // Of a rank that sums with others no note is due.
-                let from = self.members.index_of(from).unwrap_or(usize::MAX);
-                match self.burst.take(from, number, Instant::now()) {
-                    Ok(()) => {
-                        self.progress.advance();
-                        Ok(())
-                    }
-                    Err(what) => out_of_turn(what),
-                }
-            }
-            Note::Ballot(..) if !self.open || number == self.step + 1 => self.keep(from, bytes),
-            Note::Ballot(ballot, norm) if number == self.step && self.ballots[from].is_none() => {
-                self.ballots[from] = Some((ballot, norm));
-                self.trace_vote(from);
-                Ok(())
-            }
-            Note::Ballot(..) => out_of_turn(format!("a ballot of step {number}")),
-        }
-    }
-
-    /// Keeps what came for the next step.
-    fn keep(&mut self, from: usize, bytes: Bytes) -> Result<(), EngineError> {
-        let sum = self.early_bytes.get_mut(from).map(|sum| {
-            *sum += bytes.len();
-            *sum
-        });
-        if sum.is_none_or(|sum| sum > self.early_bytes_max) {
-            let what = format!("more than the {} bytes that a step may send", self.early_bytes_max);
-            return Err(EngineError::OutOfTurn { from, step: self.step, what });
-        }
-        self.early.push((from, bytes));
-        Ok(())
-    }
-
-    /// Says what is known now and was not before.
-    fn answer(&mut self) -> Result<(), EngineError> {
-        self.vote()?;
-        self.tell_sums()?;
-        let round = |queue: &VecDeque<(u64, Vec<f64>)>| queue.front().is_some_and(|&(round, _)| round == self.round);
-        if self.gathering && self.values.iter().all(round) {
-            self.gathering = false;
-            self.round += 1;
-            let values = self.values.iter_mut().filter_map(VecDeque::pop_front).map(|(_, values)| values).collect();
-            return self.reply(Reply::Gathered(values));
-        }
-        if self.bursting
-            && let Some(bytes_per_s) = self.burst.bytes_per_s()
-        {
-            self.bursting = false;
-            self.burst = Burst::new(self.group);
-            return self.reply(Reply::Burst(bytes_per_s));
-        }
-        Ok(())
-    }
-
-    /// Votes when everything that the vote is about is known, and decides the step when all have.
-    fn vote(&mut self) -> Result<(), EngineError> {
-        let Some((ballot, sent)) = self.own else { return Ok(()) };
-        let rank = self.members.rank();
-        if !sent {
-            let exchange = lock(&self.exchange);
-            if !exchange.is_reduced() {
-                return Ok(());
-            }
-            let (ballot, norm) =
-                (Ballot { finite: ballot.finite && exchange.vote().finite, ..ballot }, exchange.norm());
-            drop(exchange);
-            self.own = Some((ballot, true));
-            self.ballots[rank] = Some((ballot, norm));
-            self.trace_vote(rank);
-            self.to_all(&Note::Ballot(ballot, norm).write(self.group.epoch, self.step));
-        }
-        if self.ballots.iter().any(Option::is_none) {
-            return Ok(());
-        }
-        let mut norm = SquaredNorm::default();
-        let (ballots, norms): (Vec<Ballot>, Vec<SquaredNorm>) = self.ballots.iter().copied().flatten().unzip();
-        norms.iter().for_each(|part| norm.merge(part));
-        let votes: Vec<Vote> = ballots.iter().map(|ballot| Vote { step: self.step, finite: ballot.finite }).collect();
-        let (verdict, buffers) = lock(&self.exchange).close(&votes);
-        (self.own, self.voted) = (None, true);
-        self.progress.waits_for(None);
-        self.progress.collective(format!("votes of step {}", self.step));
-        // Nothing goes before the sums any more.
-        self.encoding(None, Exchange::pump);
-        self.reply(Reply::Voted(Box::new(Voted { verdict, ballots, norm, buffers })))
-    }
-
-    /// Once all have voted, tells which sums are here; and with the last of them the step is over.
-    fn tell_sums(&mut self) -> Result<(), EngineError> {
-        if !self.voted {
-            return Ok(());
-        }
-        let mut exchange = lock(&self.exchange);
-        let completed = exchange.take_completed();
-        let is_complete = exchange.is_complete();
-        if is_complete {
-            let mut way = Way {
-                transport: &*self.transport,
-                handed: &self.handed,
-                members: &self.members,
-                packing: &mut self.packing,
-                nodes: self.group.nodes(),
-            };
-            exchange.release(&mut |out| way.hand(out));
-        }
-        drop(exchange);
-        completed.into_iter().try_for_each(|index| self.reply(Reply::Sum(index)))?;
-        if !is_complete {
-            return Ok(());
-        }
-        (self.voted, self.open) = (false, false);
-        let (packed_buckets, changes) = match &mut self.packing {
-            Some(packing) => (packing.packed(), packing.take_changes()),
-            None => (0, Vec::new()),
-        };
-        let packed = Packed { buckets: packed_buckets, changes };
-        let (encode_s, first_encode, last_decode) = (self.encode_s, self.first_encode, Instant::now());
-        self.progress.waits_for(None);
-        self.progress.collective(format!("sums of step {}", self.step));
-        self.reply(Reply::Settled(Box::new(Settled { encode_s, first_encode, last_decode, packed })))
     }
 
     fn trace_vote(&self, of_rank: usize) {

@@ -1,14 +1,18 @@
 //! Groups of ranks in one thread; frames are delivered in whatever order the test says.
 
+use compression::Side;
 use compression::ledger::{Exact, lost, lost_in_encoding};
-use compression::{Region, Side};
 
 use super::*;
 use crate::data::Parameter;
+use crate::data::rules::may_leave_rows;
 
 mod ahead;
+mod frames;
+mod left_out;
 mod meshes;
 mod nodes;
+mod order;
 mod parameters;
 mod untouched;
 mod window;
@@ -117,81 +121,6 @@ fn sums(side: &Exchange) -> Vec<u32> {
 
 fn state(side: &Exchange) -> Vec<u32> {
     (0..TENSORS).flat_map(|tensor| residuals(side, tensor).concat()).map(f32::to_bits).collect()
-}
-
-#[test]
-fn fp32_over_ranks_is_the_sum_in_rank_order_bitwise() {
-    for ranks in [1, 2, 3, 4] {
-        let mut sides: Vec<_> = (0..ranks).map(|rank| side(rank, ranks, 7, Codec::Fp32)).collect();
-        let (verdict, _) = step(&mut sides, 1, |rank, tensor| gradient(rank, 1, tensor), |n| n - 1);
-        assert_eq!(verdict, Verdict::Commit);
-        for tensor in 0..TENSORS {
-            let mut expected = vec![0.0f32; gradient(0, 1, tensor).len()];
-            for rank in 0..ranks {
-                expected.iter_mut().zip(gradient(rank, 1, tensor)).for_each(|(sum, g)| *sum += g);
-            }
-            assert_eq!(sides[0].sum(tensor), expected);
-        }
-        // The control: another order of ranks gives other bits, so the order is what makes them equal.
-        if ranks == 3 {
-            let [a, b, c] = [0, 1, 2].map(|rank| gradient(rank, 1, 0));
-            let other: Vec<f32> = a.iter().zip(&b).zip(&c).map(|((a, b), c)| (c + b) + a).collect();
-            assert_ne!(sides[0].sum(0), other);
-        }
-    }
-}
-
-/// All orders of some ranks.
-fn orders(ranks: &[usize]) -> Vec<Vec<usize>> {
-    if ranks.is_empty() {
-        return vec![Vec::new()];
-    }
-    let first = |&first: &usize| {
-        let rest: Vec<usize> = ranks.iter().copied().filter(|&rank| rank != first).collect();
-        orders(&rest).into_iter().map(move |rest| [vec![first], rest].concat())
-    };
-    ranks.iter().flat_map(first).collect()
-}
-
-#[test]
-fn every_order_in_which_four_ranks_can_arrive_gives_the_same_bits() {
-    let sums_of = |codec: Codec, order: &[usize], chunk_blocks: usize, by_arrival: bool| {
-        let side = |rank| side(rank, 4, chunk_blocks, codec);
-        let side = |rank| if by_arrival { side(rank).in_order_of_arrival() } else { side(rank) };
-        let mut sides: Vec<_> = (0..4).map(side).collect();
-        sides.iter_mut().for_each(|side| side.begin(1));
-        let mut waiting = Vec::new();
-        for bucket in 0..sides[0].plan().buckets().len() {
-            for (rank, side) in sides.iter_mut().enumerate() {
-                give(side, bucket, |tensor| gradient(rank, 1, tensor), &mut |out| waiting.push((rank, out)));
-            }
-        }
-        // Everything of one rank comes before anything of the next one, and the sums last.
-        waiting.sort_by_key(|(from, _)| order.iter().position(|rank| rank == from));
-        let mut sums_sent = Vec::new();
-        for (from, out) in waiting {
-            sides[out.to].receive(from, &out.frame, &mut |next| sums_sent.push((out.to, next))).expect("good frames");
-        }
-        for (from, out) in sums_sent {
-            sides[out.to].receive(from, &out.frame, &mut |_| panic!("nothing follows")).expect("good frames");
-        }
-        sides.iter().map(sums).collect::<Vec<_>>()
-    };
-    let all = orders(&[0, 1, 2, 3]);
-    assert_eq!(all.len(), 24);
-    // Each order with chunks of another size, from one block to a whole shard and more.
-    let mut chance = 5u32;
-    let mut chunk_blocks = || {
-        chance = chance.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        1 + (chance >> 16) as usize % (1 << (1 + (chance >> 24) % 9))
-    };
-    for codec in Codec::ALL {
-        let found: Vec<_> = all.iter().map(|order| sums_of(codec, order, chunk_blocks(), false)).collect();
-        assert!(found.iter().flatten().all(|sums| *sums == found[0][0]), "{codec}");
-    }
-    // The control: added in the order of arrival, they differ.
-    let found: Vec<_> = all.iter().map(|order| sums_of(Codec::Fp32, order, 32, true)).collect();
-    assert!(found.iter().any(|sums| sums[0] != found[0][0]));
 }
 
 #[test]
@@ -345,54 +274,6 @@ fn the_ledger_of_all_ranks_and_both_stages_balances_over_a_run_with_a_skip() {
 }
 
 #[test]
-fn what_is_sent_is_the_formula_and_a_header_a_frame() {
-    use crate::data::shard::payload_bytes_sent;
-    use crate::frame::HEADER_BYTES;
-    for codec in Codec::ALL {
-        let mut sides: Vec<_> = (0..3).map(|rank| side(rank, 3, 64, codec)).collect();
-        let (_, sent) = step(&mut sides, 1, |rank, tensor| dense(rank, 1, tensor), |_| 0);
-        let tensors: Vec<(usize, Codec)> =
-            plan().parameters().iter().map(|p| (p.shape.iter().product(), codec_of(p, codec))).collect();
-        for (rank, sent) in sent.into_iter().enumerate() {
-            let frames = |owner: usize| -> usize {
-                tensors.iter().map(|&(elements, _)| chunks(shard(elements, owner, 3), 64).count()).sum()
-            };
-            let others: usize = (0..3).filter(|&owner| owner != rank).map(frames).sum();
-            let headers = HEADER_BYTES * (others + 2 * frames(rank));
-            assert_eq!(sent, payload_bytes_sent(&tensors, rank, 3) + headers, "{codec}, rank {rank}");
-        }
-    }
-}
-
-#[test]
-fn frames_without_a_place_are_refused_by_name_and_change_nothing() {
-    let mut sides: Vec<_> = (0..2).map(|rank| side(rank, 2, 64, Codec::Int8)).collect();
-    let mut other: Vec<_> = (0..2).map(|rank| side(rank, 2, 64, Codec::Bf16)).collect();
-    for side in sides.iter_mut().chain(&mut other) {
-        side.begin(1);
-    }
-    let frames = |side: &mut Exchange| {
-        let mut frames = Vec::new();
-        give(side, 2, |tensor| gradient(1, 1, tensor), &mut |out| frames.push(out.frame));
-        frames
-    };
-    let (frames, foreign) = (frames(&mut sides[1]), frames(&mut other[1]));
-    let to_zero = &mut sides[0];
-    let mut take = |from: usize, frame: &Bytes| to_zero.receive(from, frame, &mut |_| {}).map_err(|e| e.to_string());
-    take(1, &frames[0]).expect("the first");
-    assert!(take(1, &frames[0]).expect_err("again").contains("a second frame for one chunk"));
-    assert!(take(1, &foreign[1]).expect_err("bf16").contains("expected int8, found bf16"));
-    assert!(take(7, &frames[1]).expect_err("no rank").contains("expected another rank of 2"));
-    let mut damaged = frames[1].to_vec();
-    damaged[100] ^= 1;
-    assert!(take(1, &damaged.into()).expect_err("damaged").contains("checksum"));
-    take(1, &frames[1]).expect("nothing was taken from the bad ones");
-    to_zero.begin(2);
-    let stale = to_zero.receive(1, &frames[1], &mut |_| {}).expect_err("of step 1").to_string();
-    assert!(stale.contains("expected epoch 1, step 2; a frame of epoch 1, step 1 came"), "{stale}");
-}
-
-#[test]
 fn error_does_not_grow_with_the_number_of_ranks() {
     // Invariant 6: the relative error of one step's sum, without feedback from earlier steps.
     let error = |ranks: usize, codec: Codec| {
@@ -409,88 +290,4 @@ fn error_does_not_grow_with_the_number_of_ranks() {
         let (two, eight) = (error(2, codec), error(8, codec));
         assert!(eight < 1.5 * two, "{codec}: {two} {eight}");
     }
-}
-
-#[test]
-fn a_flush_sends_everything_that_was_left_out_and_all_residuals_are_zero() {
-    for codec in [Codec::Int8, Codec::Sparse24Int4] {
-        let mut sides: Vec<_> = (0..3).map(|rank| side(rank, 3, 64, codec)).collect();
-        let given = |number: u64| move |rank, tensor| gradient(rank, number, tensor);
-        step(&mut sides, 1, given(1), |_| 0);
-        assert!(sides.iter().all(|side| state(side).iter().any(|bits| *bits != 0)), "there is something to flush");
-        let before: Vec<_> = sides.iter().map(|side| residuals(side, 0)).collect();
-        sides.iter_mut().for_each(Exchange::flush);
-        // A step that is skipped flushes nothing.
-        let poisoned = |rank, tensor| vec![if rank == 0 { f32::NAN } else { 1.0 }; gradient(rank, 1, tensor).len()];
-        assert_eq!(step(&mut sides, 2, poisoned, |_| 0).0, Verdict::Skip);
-        assert_eq!(sides.iter().map(|side| residuals(side, 0)).collect::<Vec<_>>(), before);
-        step(&mut sides, 3, |rank, tensor| vec![0.0; gradient(rank, 1, tensor).len()], |_| 0);
-        for (rank, side) in sides.iter().enumerate() {
-            assert!(state(side).iter().all(|bits| *bits == 0), "{codec}");
-            // The sum of zeros is what was left out: by all senders, and by the owner.
-            let owned = shard(side.sum(0).len(), rank, 3);
-            let sent = |at: usize| before.iter().map(|[sender, _]| sender[at]).fold(0.0, |sum, x| sum + x);
-            let expected: Vec<f32> =
-                owned.clone().zip(&before[rank][1]).map(|(at, owner)| (sent(at) + owner) + 0.0).collect();
-            assert_eq!(sides[0].sum(0)[owned], expected);
-        }
-        step(&mut sides, 4, given(4), |_| 0);
-        assert!(state(&sides[0]).iter().any(|bits| *bits != 0), "the codec is back");
-    }
-}
-
-/// Three ranks become two with other buckets, chunks and another codec; what is remembered is folded and goes on.
-fn ledger_over_a_change_of_mesh(forget: bool) -> Exact {
-    let mut exact = Exact::default();
-    let mut sides: Vec<_> = (0..3).map(|rank| side(rank, 3, 32, Codec::Sparse24Int8)).collect();
-    for number in 1..3 {
-        booked(&mut exact, &mut sides, number, |rank, tensor| gradient(rank, number, tensor));
-    }
-    let other = Arc::new(Plan::new(plan().parameters().to_vec(), 1 << 30).expect("small"));
-    let mut fewer: Vec<_> = (0..2).map(|rank| Exchange::new(other.clone(), group(rank, 2, 100), Codec::Int4)).collect();
-    for (tensor, parameter) in plan().parameters().iter().enumerate() {
-        let whole = Region::whole(&parameter.shape).expect("small");
-        let owned = [0, 1].map(|rank| shard(whole.len(), rank, 2));
-        let regions = owned.map(|owned| Region { flat_start: owned.start, flat_end: owned.end, ..whole.clone() });
-        let kept: Vec<_> = sides.iter().flat_map(|side| side.residuals(tensor)).collect();
-        // What an addition rounds away is missing from its result.
-        let cut = compression::residual::recut(&parameter.shape, &kept, &regions, |x| exact.add(x)).expect("they fit");
-        for (side, owner) in fewer.iter_mut().zip(cut) {
-            side.restore(tensor, &vec![0.0; whole.len()], owner).expect("its shard");
-        }
-    }
-    for number in 3..5 {
-        booked(&mut exact, &mut fewer, number, |rank, tensor| gradient(rank, number, tensor));
-    }
-    remembered(&mut exact, &fewer, forget);
-    exact
-}
-
-#[test]
-fn nothing_is_lost_when_the_mesh_the_buckets_and_the_codec_change() {
-    assert!(ledger_over_a_change_of_mesh(false).is_zero());
-    assert!(!ledger_over_a_change_of_mesh(true).is_zero(), "the control: one owner forgets");
-}
-
-#[test]
-fn residuals_of_another_shape_are_refused_and_nothing_changes() {
-    let mut side = side(0, 2, 64, Codec::Int8);
-    let owned = side.owned(0).len();
-    let error = side.restore(0, &[0.0; 3], vec![0.0; owned]).expect_err("three elements").to_string();
-    assert!(error.contains("a residual of 76800 elements was expected, 3 found") || error.contains("76800"), "{error}");
-    assert!(side.restore(0, &vec![1.0; 76_800], vec![0.0; owned + 1]).is_err());
-    assert!(side.residuals(0).is_empty());
-}
-
-#[test]
-fn residuals_take_no_memory_where_nothing_is_left_out() {
-    let mut sides: Vec<_> = (0..2).map(|rank| side(rank, 2, 64, Codec::Fp32)).collect();
-    step(&mut sides, 1, |rank, tensor| gradient(rank, 1, tensor), |_| 0);
-    assert!(sides.iter().all(|side| side.residuals(0).is_empty()));
-    sides.iter_mut().for_each(|side| side.set_codec(Codec::Int4));
-    step(&mut sides, 2, |rank, tensor| gradient(rank, 2, tensor), |_| 0);
-    assert!(sides.iter().all(|side| side.residuals(0).len() == 2));
-    sides.iter_mut().for_each(|side| side.set_codec(Codec::Fp32));
-    step(&mut sides, 3, |rank, tensor| gradient(rank, 3, tensor), |_| 0);
-    assert!(sides.iter().all(|side| side.residuals(0).is_empty()), "fp32 has sent them");
 }

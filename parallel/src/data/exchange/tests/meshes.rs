@@ -1,6 +1,6 @@
 //! Runs whose ranks change on the way: their number, and how many of them are a machine.
 
-use compression::Residual;
+use compression::{Region, Residual};
 use proptest::prelude::*;
 
 use super::nodes::booked_of_nodes;

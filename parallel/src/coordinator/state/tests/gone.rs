@@ -1,0 +1,112 @@
+//! Connections and processes that end, with last words and without.
+
+use super::*;
+
+#[test]
+fn a_closed_connection_without_a_word_is_blamed_after_a_moment() {
+    let run = |word: Option<From>| {
+        let mut scene = Scene::running(2);
+        scene.pass(ms(500), busy);
+        scene.closes(1);
+        scene.pass(ms(200), busy_but(1));
+        scene.goes_on();
+        if let Some(word) = word {
+            scene.says(1, word);
+        }
+        scene.pass(BEAT, busy_but(1));
+        scene
+    };
+    let scene = run(None);
+    scene.ended(
+        "rank 1 (host box, process 101) is gone: it closed its connection without a word; it was last seen at in the \
+         forward pass\n  rank 0 (host box, process 100): in the forward pass",
+        75,
+    );
+    // Nothing is sent to a connection that is gone.
+    assert_eq!(scene.aborted(), [0]);
+    run(Some(leaving("abc", 0))).goes_on();
+}
+
+#[test]
+fn a_process_that_a_signal_ended_is_blamed_at_once() {
+    let mut scene = Scene::running(2);
+    scene.exits(1, "was killed by SIGKILL", None);
+    scene.ended("rank 1 (host box, process 101) was killed by SIGKILL\n  rank 0 (host box, process 100): joining", 75);
+}
+
+#[test]
+fn a_process_of_the_same_number_on_another_host_is_not_blamed() {
+    let mut scene = Scene::running(2);
+    scene.state.options.host = "another box".into();
+    scene.exits(1, "was killed by SIGKILL", None);
+    scene.ended("process 101 was killed by SIGKILL before it had joined", 75);
+}
+
+#[test]
+fn the_signal_is_named_also_when_the_connection_was_seen_first() {
+    let mut scene = Scene::running(2);
+    scene.closes(1);
+    scene.now += ms(50);
+    scene.exits(1, "was killed by SIGSEGV", None);
+    assert!(scene.endings[0].verdict.starts_with("rank 1 (host box, process 101) was killed by SIGSEGV"));
+}
+
+#[test]
+fn last_words_win_over_an_exit_code_and_without_them_the_code_is_named() {
+    let run = |word: Option<From>, closed_first: bool| {
+        let mut scene = Scene::running(2);
+        if closed_first {
+            scene.closes(1);
+            scene.now += ms(100);
+        }
+        scene.exits(1, "exited with code 1", Some(1));
+        scene.pass(ms(100), busy_but(1));
+        scene.goes_on();
+        if let Some(word) = word {
+            scene.says(1, word);
+        }
+        scene.pass(ms(200), busy_but(1));
+        scene
+    };
+    for closed_first in [false, true] {
+        run(Some(failing("disk full: /data", 1)), closed_first)
+            .ended("rank 1 (host box, process 101) failed: disk full: /data", 1);
+        let verdict = "rank 1 (host box, process 101) exited with code 1\n  rank 0 (host box, process 100): in the \
+                       forward pass";
+        run(None, closed_first).ended(verdict, 75);
+        // It left in good order: how its process ends does not matter any more.
+        run(Some(leaving("abc", 0)), closed_first).goes_on();
+    }
+}
+
+#[test]
+fn a_failure_is_never_a_success() {
+    let check = |code: u32, expected: u8| {
+        let mut scene = Scene::running(2);
+        scene.says(0, failing("disk full", code));
+        scene.ended("rank 0 (host box, process 100) failed: disk full", expected);
+        assert_eq!(scene.aborted(), [0, 1]);
+    };
+    check(1, 1);
+    check(2, 2);
+    check(75, 75);
+    check(0, 1);
+    check(256, 1);
+    check(u32::MAX, 1);
+}
+
+#[test]
+fn a_local_process_that_ends_before_it_has_joined_ends_the_start() {
+    let check = |code: Option<i32>, expected: u8| {
+        let mut scene = Scene::new(options(2));
+        scene.join(0, None);
+        scene.exits(5, "has ended", code);
+        scene.ended("process 105 has ended before it had joined", expected);
+        assert_eq!(scene.aborted(), [0]);
+    };
+    check(Some(2), 2);
+    check(Some(0), 75);
+    check(Some(-1), 75);
+    check(Some(256), 75);
+    check(None, 75);
+}
