@@ -3,10 +3,12 @@
 //!
 //! - `asked`: signals that ask for an end, and restarts.
 //! - `each`: every rank, killed and stopped.
+//! - `memory`: what the others hold for a rank that stands still.
 //! - `rounds`: random victims, random moments.
 
 mod asked;
 mod each;
+mod memory;
 pub mod rounds;
 
 use std::collections::BTreeMap;
@@ -301,14 +303,14 @@ fn a_worker_that_fails_by_itself_ends_all_with_its_error() {
 
 #[test]
 fn those_who_wait_for_a_stopped_worker_say_for_which_bucket_and_parameter() {
-    let (place, ran) = faulty("halt:1:20");
+    let (place, ran) = faulty("halt:1:21");
     let host = hostname();
     says(&ran, &[&format!("error: rank 1 (host {host}, process "), ") has been silent for "]);
     says(
         &ran,
         &[
             &format!("\n  rank 0 (host {host}, process "),
-            "): step 20, waiting for the other ranks: rank 1's part of bucket 0, parameter ",
+            "): step 21, waiting for the other ranks: rank 1's part of bucket 0, parameter ",
         ],
     );
     assert_eq!(ran.code, Some(75));

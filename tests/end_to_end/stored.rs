@@ -130,9 +130,13 @@ fn training_goes_on_whatever_the_store_does_and_what_was_missed_is_copied_later(
     assert!(of_kind(&events, "upload_failed").contains(&60), "{events:?}");
     assert_eq!(of_kind(&events, "uploaded"), [] as [u64; 0]);
     assert!(ran.stderr.contains("the checkpoint of step 60 was not uploaded: could not write s3://"), "{}", ran.stderr);
-    let not_tried =
-        "the checkpoint of step 56 was not uploaded: the store did not take another one, and it was not tried";
-    assert!(ran.stderr.contains(not_tried), "{}", ran.stderr);
+    // Besides 60 one more may be tried while the run waits at its end, and then it is said why that failed.
+    let not_tried = |step| {
+        format!(
+            "the checkpoint of step {step} was not uploaded: the store did not take another one, and it was not tried"
+        )
+    };
+    assert!([48, 56].iter().any(|step| ran.stderr.contains(&not_tried(step))), "{}", ran.stderr);
     assert_eq!(place.summary("a")["parameter_hash"], expected);
     server.rule(|_| Fate::Pass);
     run(&place, &server, "a", &["--resume"]).ok();

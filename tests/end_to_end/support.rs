@@ -109,6 +109,13 @@ impl Place {
         self.command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts")
     }
 
+    /// What is in a file up to its last end of a line: a run that goes on may be writing the next.
+    fn whole_lines(&self, file: &str) -> String {
+        let mut text = std::fs::read_to_string(self.path(file)).unwrap_or_default();
+        text.truncate(text.rfind('\n').map_or(0, |end| end + 1));
+        text
+    }
+
     pub fn summary(&self, run: &str) -> Value {
         let text = std::fs::read(self.path(&format!("runs/{run}/run.json"))).expect("run.json");
         serde_json::from_slice(&text).expect("JSON")
@@ -116,7 +123,7 @@ impl Place {
 
     /// `(step, loss, eval_loss, grad_norm)` of every line, as they are written.
     pub fn curve(&self, run: &str) -> Vec<[String; 4]> {
-        let text = std::fs::read_to_string(self.path(&format!("runs/{run}/metrics.jsonl"))).unwrap_or_default();
+        let text = self.whole_lines(&format!("runs/{run}/metrics.jsonl"));
         let line = |line: &str| {
             let value: Value = serde_json::from_str(line).expect("JSON");
             ["step", "loss", "eval_loss", "grad_norm"].map(|key| value[key].to_string())
@@ -126,17 +133,17 @@ impl Place {
 
     /// The lines of its metrics.
     pub fn metrics(&self, run: &str) -> Vec<Value> {
-        let text = std::fs::read_to_string(self.path(&format!("runs/{run}/metrics.jsonl"))).unwrap_or_default();
+        let text = self.whole_lines(&format!("runs/{run}/metrics.jsonl"));
         text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
     }
 
     pub fn events(&self, run: &str) -> Vec<Value> {
-        let text = std::fs::read_to_string(self.path(&format!("runs/{run}/events.jsonl"))).unwrap_or_default();
+        let text = self.whole_lines(&format!("runs/{run}/events.jsonl"));
         text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
     }
 
     pub fn lines(&self, run: &str) -> usize {
-        let text = std::fs::read_to_string(self.path(&format!("runs/{run}/metrics.jsonl"))).unwrap_or_default();
+        let text = self.whole_lines(&format!("runs/{run}/metrics.jsonl"));
         text.lines().count()
     }
 

@@ -18,6 +18,12 @@ pub fn most() -> usize {
     MOST.load(Relaxed)
 }
 
+/// The bytes that are allocated now.
+#[must_use]
+pub fn now() -> usize {
+    NOW.load(Relaxed)
+}
+
 fn more(bytes: usize) {
     let now = NOW.fetch_add(bytes, Relaxed) + bytes;
     if now > MOST.load(Relaxed) {

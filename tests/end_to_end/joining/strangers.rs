@@ -79,14 +79,22 @@ fn a_command_line_that_cannot_work_is_named() {
 
 #[test]
 fn a_rank_that_does_not_come_is_named() {
-    let place = Place::with(RANKS);
-    let (job, address) = coordinator(&place, &["--set", "parallel.join_timeout_s=1"]);
-    let one = worker(&place, &address, &["--rank", "0"]).end();
-    let said = ["the run has not started within 1 s (parallel.join_timeout_s):\n  rank 1 has not joined"];
-    one.failed(75, &said);
-    job.end().failed(75, &said);
-    nobody_is_left(&place.path(""));
-    assert_eq!(place.names("runs/a"), [] as [&str; 0]);
+    // On a busy machine rank 0 may need more than a second to be ready.
+    for within in [1, 5, 25] {
+        let place = Place::with(RANKS);
+        let (job, address) = coordinator(&place, &["--set", &format!("parallel.join_timeout_s={within}")]);
+        let [one, all] = [worker(&place, &address, &["--rank", "0"]).end(), job.end()];
+        nobody_is_left(&place.path(""));
+        assert_eq!(place.names("runs/a"), [] as [&str; 0]);
+        if within < 25 && all.stderr.contains("\n  rank 0 ") {
+            continue;
+        }
+        let late =
+            format!("the run has not started within {within} s (parallel.join_timeout_s):\n  rank 1 has not joined");
+        one.failed(75, &[&late]);
+        all.failed(75, &[&late]);
+        return;
+    }
 }
 
 /// Strangers on a port: none of them gets an answer that goes on, and the last one stays on the line.
@@ -133,7 +141,7 @@ fn of_another_version(address: &str) -> ControlError {
 #[test]
 fn whoever_should_not_join_is_told_why_and_disturbs_nobody() {
     // Long enough that the run outlives all of them.
-    let more = ["--set", "train.steps=600", "--set", "checkpoint.every=100"];
+    let more = ["--set", "train.steps=1500", "--set", "checkpoint.every=250"];
     let control = Place::with(RANKS);
     control.train("whole", &more).ok();
 
@@ -185,7 +193,7 @@ fn whoever_should_not_join_is_told_why_and_disturbs_nobody() {
     let open: BTreeSet<Listening> = all.iter().flat_map(|process| ports(process.pid)).collect();
     assert_eq!(open.len(), 3, "{open:?} of {all:?}");
     let held: Vec<TcpStream> = open.into_iter().map(strange).collect();
-    assert!(place.lines("a") < 600, "the run ended too soon to prove anything");
+    assert!(place.lines("a") < 1500, "the run ended too soon to prove anything");
 
     workers.into_iter().for_each(|job| _ = job.end().ok());
     job.end().ok();

@@ -238,7 +238,7 @@ pub fn next(uploader: &Uploader) -> Vec<News> {
 #[test]
 fn what_stays_in_the_store_is_what_retention_says() {
     let (server, here) = (Server::new(), tempfile::tempdir().expect("a folder"));
-    let uploader = start(&server, here.path(), Retention { keep_last: 1, keep_every: 3, keep_best: 1 });
+    let uploader = start_from(&server, here.path(), Retention { keep_last: 1, keep_every: 3, keep_best: 1 }, 0);
     for step in 1..=5 {
         write(here.path(), &[step], 300, 0.0);
         uploader.offer(step);

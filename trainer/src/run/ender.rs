@@ -83,8 +83,9 @@ impl Ender {
         let (ender, ending) = (self.clone(), ending.clone());
         std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(ender.0.grace_ms.load(Ordering::Relaxed)));
-            ender.tidy_up();
+            // Before anything that may wait for a disk.
             ender.say(&ending.verdict);
+            ender.tidy_up();
             std::process::exit(i32::from(ending.code));
         });
     }

@@ -33,7 +33,7 @@ fn workers_that_do_not_know_the_secret_are_told_why_and_the_others_go_on() {
 fn a_secret_finds_no_coordinator_where_one_is_plain() {
     let coordinator = coordinator(1);
     let address = coordinator.address().to_string();
-    let secured = try_join_with(address, Duration::from_millis(300), hello(None), keys("a secret of this worker"));
+    let secured = try_join_with(address, Duration::from_secs(2), hello(None), keys("a secret of this worker"));
     match secured.map(drop).expect_err("it is plain") {
         ControlError::NotThere { why, .. } => assert_eq!(why, Mismatch::Plain.to_string()),
         other => panic!("{other}"),

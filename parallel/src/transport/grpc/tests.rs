@@ -320,23 +320,27 @@ fn a_rank_that_cannot_be_connected_is_named() {
     let check = |there: SocketAddr, words: &[&str]| {
         let here = listen();
         let mut group = group(0, &[here.local_address(), there]);
-        group.connect_within = Duration::from_millis(300);
+        group.connect_within = Duration::from_secs(1);
         let begun = std::time::Instant::now();
         let error = here.connect(&group, sink().0).map(drop).expect_err("nobody there").to_string();
         assert!(begun.elapsed() < HANG / 10, "{:?}", begun.elapsed());
-        let named = error.contains(&format!("rank 1 at {there}")) && error.contains("within 300ms");
-        assert!(named && words.iter().any(|words| error.contains(words)), "{error}");
+        let named = error.contains(&format!("rank 1 at {there}")) && error.contains("within 1s");
+        assert!(named, "{error}");
+        (words.iter().any(|words| error.contains(words)), error)
     };
     let gone = listen();
     let address = gone.local_address();
     drop(gone);
-    check(address, &["could not reach", "connection refused"]);
+    let (is_said, error) = check(address, &["could not reach", "connection refused"]);
+    assert!(is_said, "{error}");
     let mute = listen();
-    check(mute.local_address(), &["did not open its stream to rank 0"]);
+    let (is_said, error) = check(mute.local_address(), &["did not open its stream to rank 0"]);
+    assert!(is_said, "{error}");
     let rude = std::net::TcpListener::bind((LOOPBACK, 0)).expect("a port");
     let address = rude.local_addr().expect("an address");
     thread::spawn(move || rude.incoming().for_each(drop));
-    check(address, &["connection closed", "connection reset"]);
+    // The time may be over just when it has let somebody in and not yet closed the door.
+    assert!((0..10).any(|_| check(address, &["connection closed", "connection reset"]).0));
     let mut group = group(2, &[address, address]);
     group.connect_within = Duration::ZERO;
     let error = listen().connect(&group, sink().0).map(drop).expect_err("no such rank").to_string();
@@ -347,7 +351,7 @@ fn a_rank_that_cannot_be_connected_is_named() {
 fn a_rank_lost_while_the_others_connect_is_named() {
     let (here, there, never) = (listen(), listen(), listen());
     let addresses = [here.local_address(), there.local_address(), never.local_address()];
-    let impatient = Group { connect_within: Duration::from_millis(500), ..group(1, &addresses) };
+    let impatient = Group { connect_within: Duration::from_secs(2), ..group(1, &addresses) };
     let there = thread::spawn(move || there.connect(&impatient, sink().0).map(drop));
     let error = here.connect(&group(0, &addresses), sink().0).map(drop).expect_err("rank 1 gave up").to_string();
     assert!(error.starts_with(&format!("rank 1 at {} was lost", addresses[1])), "{error}");

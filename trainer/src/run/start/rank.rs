@@ -92,8 +92,8 @@ pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
             between_ranks: false,
         }),
         Err(Error::Verdict(verdict, _)) => {
-            run.writer.abandon();
             ender.say(verdict);
+            run.writer.abandon();
         }
         Err(error) => {
             // Said before anything that may wait for a disk.

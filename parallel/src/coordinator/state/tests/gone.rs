@@ -110,3 +110,18 @@ fn a_local_process_that_ends_before_it_has_joined_ends_the_start() {
     check(Some(256), 75);
     check(None, 75);
 }
+
+#[test]
+fn what_lies_between_ranks_ends_a_run_with_where_all_are_and_other_failures_do_not() {
+    let run = |between_ranks| {
+        let mut scene = Scene::running(2);
+        scene.pass(ms(100), busy);
+        let error = Some("rank 1 is at a, rank 0 at b".to_owned());
+        scene.says(1, From::Leaving(Leaving { error, code: 1, between_ranks, ..Leaving::default() }));
+        scene
+    };
+    let failed = "rank 1 (host box, process 101) failed: rank 1 is at a, rank 0 at b";
+    let all = "\n  rank 0 (host box, process 100): in the forward pass\n  rank 1 (host box, process 101): in the forward pass";
+    run(true).ended(&format!("{failed}{all}"), 1);
+    run(false).ended(failed, 1);
+}
