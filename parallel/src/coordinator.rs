@@ -106,8 +106,13 @@ impl Coordinator {
 
     /// Tells it what it cannot see: that a process ended, or that somebody asks for a stop. Cheap to call.
     pub fn tell(&self, input: Input) {
-        // After the end nobody listens.
-        let _ = self.inputs.send(input);
+        self.teller()(input);
+    }
+
+    /// What [tells](Self::tell) it from another thread, also when it is gone: then nobody listens.
+    pub fn teller(&self) -> impl Fn(Input) + Send + Sync + 'static {
+        let inputs = self.inputs.clone();
+        move |input| _ = inputs.send(input)
     }
 
     /// How the run ended, waiting at most so long; `None` while it goes on.

@@ -50,6 +50,7 @@ def tributary(args, rate, runs, codec):
     ranks = f" --set parallel.data={args.hosts} --set compression.codec={{}}" + ("" if args.tls else " --trusted-network")
     sets += " --set parallel.data=1" if alone else ranks.format(codec.removesuffix("+zstd"))
     sets += f" --set device.backend={args.backend} --set device.threads=1" if args.backend != "flex" else ""
+    sets += "".join(f" --set {key}" for key in args.set)
     sets += " --set compression.zstd=auto" if codec and codec.endswith("+zstd") else ""
     sent = hosts(args, rate, f"{over}exec {args.tributary} train {args.recipe} --name {name} {sets}", runs)
     with open(os.path.join(runs, "alone-0" if alone else "both", "metrics.jsonl")) as file:
@@ -90,6 +91,7 @@ def main():
     parser.add_argument("--python", required=True)
     parser.add_argument("--recipe", default="recipes/two-hosts.toml")
     parser.add_argument("--backend", default="flex")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of our recipe")
     parser.add_argument("--rates", nargs="+", default=["200mbit", "1gbit"])
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--tls", action="store_true")

@@ -31,20 +31,29 @@ pub fn is_host(backend: &str) -> bool {
     matches!(backend, "flex" | "libtorch" | "cpu")
 }
 
-/// Sets the number of threads that compute. Must be called before anything computes; 0 leaves the choice to the
-/// backend, which takes every core.
-pub fn set_threads(threads: usize) {
-    if threads == 0 {
-        return;
+/// Of a thread that computes: what the main thread of a process has.
+const STACK_BYTES: usize = 8 << 20;
+
+/// Does the work on one of so many threads that compute, 0 being one for each core, and the others help. Whoever computes
+/// is one of them, and not beside them: operation by operation a hand-over to the pool and back costs more than it
+/// looks, on one core most of all. Must be called before anything computes.
+pub fn compute<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
+    if threads > 0 {
+        // What other threads do, as those that write checkpoints. It fails only when their pool is already running.
+        if let Err(error) = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global() {
+            tracing::debug!("device.threads = {threads} is not for threads that do not compute: {error}");
+        }
+        #[cfg(feature = "libtorch")]
+        tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
     }
-    // It fails only when the pool is already running, which leaves the number of threads as it was.
-    if let Err(error) = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global() {
-        tracing::warn!("device.threads = {threads} has no effect: {error}");
-    }
-    #[cfg(feature = "libtorch")]
-    {
-        let threads = i32::try_from(threads).unwrap_or(i32::MAX);
-        tch::set_num_threads(threads);
+    let name = |index| format!("compute-{index}");
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(name).stack_size(STACK_BYTES).build();
+    match pool {
+        Ok(pool) => pool.install(work),
+        Err(error) => {
+            tracing::warn!("no threads of its own for what computes, so it shares those of everything else: {error}");
+            work()
+        }
     }
 }
 

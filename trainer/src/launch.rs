@@ -28,7 +28,7 @@ use crate::run::join::{host, permit, random, remove_nonces};
 use crate::run::signals::{Manner, Stop, TRY_AGAIN};
 use crate::run::{Request, start};
 
-use children::{Children, Worker};
+use children::{Children, End, Hears, Worker};
 
 /// Where the ranks of a run are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,8 +74,11 @@ pub struct Orders {
 const PANICKED: i32 = 101;
 /// How long children have to end by themselves when nobody was lost.
 const END_WITHIN: Duration = Duration::from_secs(10);
-/// How often the launcher looks after its children.
-const LOOK: Duration = Duration::from_millis(20);
+/// How often the launcher looks after its children. It shares a core with one of them, and a coordinator hears of their ends at
+/// once in another way.
+const LOOK: Duration = Duration::from_millis(100);
+/// Between two looks at what others are taking away.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Runs the ranks to their end, again after a lost peer if that is wanted, and returns the exit code.
 ///
@@ -179,9 +182,14 @@ fn attempt(orders: &Orders, restart: u32, family: &Children, stop: &Stop) -> Res
         trace_steps: request.trace_steps,
         within_s: recipe.parallel.join_timeout_s,
     };
+    let hears = coordinator.as_ref().map(|coordinator| {
+        let tell = coordinator.teller();
+        let hears = move |end: End| tell(Input::Exited { pid: end.pid, how: end.how, code: end.code });
+        Arc::new(hears) as Hears
+    });
     for (index, &rank) in ranks.iter().enumerate() {
         let cores = (recipe.parallel.pin && ranks.len() > 1).then_some((index, ranks.len()));
-        if let Err(error) = family.start(&worker, rank, cores) {
+        if let Err(error) = family.start(&worker, rank, cores, hears.as_ref()) {
             family.kill_all();
             return Err(error);
         }
@@ -235,9 +243,7 @@ fn watch(coordinator: Option<&Coordinator>, family: &Children, stop: &Stop, peer
         let ends = family.look();
         match coordinator {
             Some(coordinator) => {
-                for end in ends {
-                    coordinator.tell(Input::Exited { pid: end.pid, how: end.how, code: end.code });
-                }
+                // It has heard of their ends already.
                 if stop.asked() && !told {
                     told = true;
                     coordinator.tell(Input::Stop);
@@ -382,7 +388,7 @@ fn tidy(runs: &Path, name: &str, pids: &[u32], code: u8) {
         give_up_all(&RealDisk, &checkpoints, std::process::id() as usize);
         // A rank of another machine that shares the folder may have been at it.
         while checkpoints.is_dir() && left_over(&checkpoints) && Instant::now() < until {
-            std::thread::sleep(LOOK);
+            std::thread::sleep(LOOK_AGAIN);
             give_up_all(&RealDisk, &checkpoints, std::process::id() as usize);
         }
     }

@@ -63,7 +63,10 @@ pub struct Step {
 /// A backend that this build lacks, a shape that is none, a device that fails.
 pub fn step(args: &Step) -> Result<()> {
     device::available(&args.backend).map_err(|why| Error::Usage(format!("--backend: {why}")))?;
-    device::set_threads(args.threads);
+    device::compute(args.threads, || timed(args))
+}
+
+fn timed(args: &Step) -> Result<()> {
     let text = format!(
         "[model]\nhidden_size = {}\nintermediate_size = {}\nnum_hidden_layers = {}\nnum_attention_heads = {}\n\
          tie_word_embeddings = false\n[tokenizer]\nvocab_size = {}\n[data]\nsource = 'text'\ntrain = ['none']\n\

@@ -116,7 +116,9 @@ pub(super) fn plan(args: &Args) -> Result<ExitCode> {
         }
     }
     let flops_per_s = match args.calibrate {
-        Some(steps) => Some(calibrate::flops_per_s(&recipe, &config, steps)?),
+        Some(steps) => {
+            Some(device::compute(recipe.device.threads, || calibrate::flops_per_s(&recipe, &config, steps))?)
+        }
         None => args.flops,
     };
     if flops_per_s.is_none() && args.link.is_some() {
@@ -130,7 +132,7 @@ pub(super) fn plan(args: &Args) -> Result<ExitCode> {
     let plan = Plan::new(&recipe, &config, shape, figures.as_ref())?;
     let split = match args.calibrate {
         Some(passes) if plan.layers.len() > 1 => {
-            let costs = calibrate::layer_costs(&recipe, &config, passes)?;
+            let costs = device::compute(recipe.device.threads, || calibrate::layer_costs(&recipe, &config, passes))?;
             let split = split(&costs, plan.layers.len()).map_err(|error| Error::Usage(format!("plan: {error}")))?;
             Some((costs, split.iter().map(ExactSizeIterator::len).collect::<Vec<_>>()))
         }

@@ -4,10 +4,11 @@ use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::AsFd as _;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
@@ -41,6 +42,9 @@ pub struct End {
     pub code: Option<i32>,
 }
 
+/// Who wants to hear at once that a child has ended.
+pub type Hears = Arc<dyn Fn(End) + Send + Sync>;
+
 /// The worker processes of this launcher. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Children(Arc<Mutex<Vec<Running>>>);
@@ -53,11 +57,18 @@ struct Running {
 }
 
 impl Children {
-    /// Starts the worker of a rank, on its share of this process's cores: `(index, of)`.
+    /// Starts the worker of a rank, on its share of this process's cores: `(index, of)`. Whoever hears of its end does so on
+    /// another thread, before or after it is seen by [`look`](Self::look).
     ///
     /// # Errors
     /// The system refuses the process.
-    pub fn start(&self, worker: &Worker, rank: usize, cores: Option<(usize, usize)>) -> Result<()> {
+    pub fn start(
+        &self,
+        worker: &Worker,
+        rank: usize,
+        cores: Option<(usize, usize)>,
+        hears: Option<&Hears>,
+    ) -> Result<()> {
         let program = std::env::current_exe().map_err(Error::io("find", "this program"))?;
         let mut command = Command::new(&program);
         command.args(["worker", "--supervised", "--rank", &rank.to_string()]);
@@ -83,7 +94,12 @@ impl Children {
         let spawned = std::thread::spawn(spawn).join().unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into()));
         let child = spawned.map_err(Error::io("start", program))?;
         let pipe = child.stdin.as_ref().map(|pipe| pipe.as_fd().try_clone_to_owned());
+        let pid = Pid::from_child(&child);
         self.lock().push(Running { child, stopped: None });
+        if let Some(hears) = hears.cloned() {
+            let wait = move || end_of(pid).into_iter().for_each(|end| hears(end));
+            std::thread::Builder::new().name("child".into()).spawn(wait).map_err(Error::io("start", "a thread"))?;
+        }
         if let Some(pipe) = pipe {
             let mut pipe = File::from(pipe.map_err(Error::io("open", "the pipe to a worker"))?);
             let recipe = worker.recipe.clone();
@@ -102,7 +118,7 @@ impl Children {
         let mut ends = Vec::new();
         self.lock().retain_mut(|running| match running.child.try_wait() {
             Ok(Some(status)) => {
-                let (how, code) = how(status);
+                let (how, code) = how(status.code(), status.signal());
                 ends.push(End { pid: running.child.id(), how, code });
                 false
             }
@@ -168,9 +184,23 @@ impl Children {
     }
 }
 
+/// Waits for the end of a child, and leaves it to others to take it away; `None` if they have.
+fn end_of(child: Pid) -> Option<End> {
+    loop {
+        return match waitid(WaitId::Pid(child), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {
+            Err(Errno::INTR) => continue,
+            Err(_) | Ok(None) => None,
+            Ok(Some(status)) => {
+                let (how, code) = how(status.exit_status(), status.terminating_signal());
+                Some(End { pid: child.as_raw_nonzero().get().cast_unsigned(), how, code })
+            }
+        };
+    }
+}
+
 /// How a process ended, for people.
-fn how(status: ExitStatus) -> (String, Option<i32>) {
-    match (status.code(), status.signal()) {
+fn how(code: Option<i32>, signal: Option<i32>) -> (String, Option<i32>) {
+    match (code, signal) {
         (Some(code), _) => (format!("ended with exit code {code}"), Some(code)),
         (None, Some(signal)) => (format!("was killed by {}", signal_name(signal)), None),
         (None, None) => ("ended".into(), None),
@@ -182,7 +212,7 @@ fn signal_name(signal: i32) -> String {
 }
 
 /// Whether the child was stopped, or went on, since this was asked last; of several such changes the last. A system call
-/// each, as this is asked fifty times a second on a core that the model may be using; its end is for others to see.
+/// each, as this is asked ten times a second on a core that the model may be using; its end is for others to see.
 fn stopped_or_continued(child: &Child) -> Option<bool> {
     let changes = WaitIdOptions::STOPPED | WaitIdOptions::CONTINUED | WaitIdOptions::NOHANG;
     let ask = || waitid(WaitId::Pid(Pid::from_child(child)), changes).ok().flatten();

@@ -40,7 +40,6 @@ fn alone(recipe: &Recipe) -> Recipe {
 /// # Errors
 /// A device that cannot be opened, or fails.
 pub fn flops_per_s(recipe: &Recipe, config: &Config, steps: u32) -> Result<f64> {
-    device::set_threads(recipe.device.threads);
     let stepper = Stepper::new(config, &device::open(&recipe.device)?, recipe.parallel.bucket_bytes_max)?;
     let mut state = State::initial(config, 1);
     let alone = alone(recipe);

@@ -65,7 +65,10 @@ use restart::Restart;
 /// Everything that can go wrong; the run's folder then says `failed`, and its checkpoints are as they were.
 pub fn train(request: Request) -> Result<Left> {
     let started = Instant::now();
-    device::set_threads(request.recipe.device.threads);
+    device::compute(request.recipe.device.threads, || train_alone(request, started))
+}
+
+fn train_alone(request: Request, started: Instant) -> Result<Left> {
     let stop = Stop::default();
     let manner = Manner { grace_s: request.recipe.checkpoint.grace_s, second_ends: true };
     stop.listen(manner, || {}).map_err(Error::io("listen for signals in", "this process"))?;

@@ -50,7 +50,10 @@ use crate::step::Stepper;
 /// Everything that can go wrong here or at another rank. The coordinator is told what went wrong here.
 pub fn train_rank(request: Request, joined: Joined) -> Result<Left> {
     let started = Instant::now();
-    device::set_threads(request.recipe.device.threads);
+    device::compute(request.recipe.device.threads, || train_as(request, joined, started))
+}
+
+fn train_as(request: Request, joined: Joined, started: Instant) -> Result<Left> {
     let runs = request.recipe.metrics.runs_dir.clone();
     let rank = joined.rank();
     let mut folder = None;
