@@ -78,7 +78,9 @@ def train(rank, port, hook, seed, steps, path, told):
     cut = len(text) * 9 // 10
     torch.manual_seed(seed)
     model = Llama()
-    ddp = nn.parallel.DistributedDataParallel(model)
+    # One bucket: with several of them at a time Gloo ends most runs of PowerSGD's hook with "Received data size doesn't match
+    # expected size".
+    ddp = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=64)
     if hook == "bf16":
         ddp.register_comm_hook(None, default_hooks.bf16_compress_hook)
     elif hook.startswith("powersgd"):

@@ -35,19 +35,24 @@ pub fn is_host(backend: &str) -> bool {
 const STACK_BYTES: usize = 8 << 20;
 
 /// Does the work on one of so many threads that compute, 0 being one for each core, and the others help. Whoever computes
-/// is one of them, and not beside them: operation by operation a hand-over to the pool and back costs more than it
-/// looks, on one core most of all. Must be called before anything computes.
+/// is one of them, and not beside them: handing over operation by operation to a pool and waiting for it costs time. Must be
+/// called before anything computes.
 pub fn compute<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
+    let builder = || rayon::ThreadPoolBuilder::new().num_threads(threads);
+    let pool = builder().thread_name(|index| format!("compute-{index}")).stack_size(STACK_BYTES).build();
     if threads > 0 {
-        // What other threads do, as those that write checkpoints. It fails only when their pool is already running.
-        if let Err(error) = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global() {
+        // For what other threads do, as those that write checkpoints. It fails only when their pool is already running.
+        if let Err(error) = builder().build_global() {
             tracing::debug!("device.threads = {threads} is not for threads that do not compute: {error}");
         }
-        #[cfg(feature = "libtorch")]
-        tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
     }
-    let name = |index| format!("compute-{index}");
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(name).stack_size(STACK_BYTES).build();
+    let work = move || {
+        #[cfg(feature = "libtorch")]
+        if threads > 0 {
+            tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
+        }
+        work()
+    };
     match pool {
         Ok(pool) => pool.install(work),
         Err(error) => {

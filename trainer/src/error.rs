@@ -192,7 +192,13 @@ impl Error {
     /// Whether it is about what ranks are to each other, so that where all of them are belongs to it.
     #[must_use]
     pub const fn is_between_ranks(&self) -> bool {
+        use parallel::collective::CollectiveError;
         use parallel::data::StreamError;
-        matches!(self, Self::Collective(_) | Self::Replicas { .. } | Self::Stream(StreamError::Engine(_)))
+        use parallel::data::engine::EngineError;
+        match self {
+            Self::Collective(error) => !matches!(error, CollectiveError::Call { .. }),
+            Self::Stream(StreamError::Engine(error)) => !matches!(error, EngineError::Gone),
+            other => matches!(other, Self::Replicas { .. }),
+        }
     }
 }

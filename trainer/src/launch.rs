@@ -75,7 +75,7 @@ const PANICKED: i32 = 101;
 /// How long children have to end by themselves when nobody was lost.
 const END_WITHIN: Duration = Duration::from_secs(10);
 /// How often the launcher looks after its children. It shares a core with one of them, and a coordinator hears of their ends at
-/// once in another way.
+/// once.
 const LOOK: Duration = Duration::from_millis(100);
 /// Between two looks at what others are taking away.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
@@ -243,7 +243,9 @@ fn watch(coordinator: Option<&Coordinator>, family: &Children, stop: &Stop, peer
         let ends = family.look();
         match coordinator {
             Some(coordinator) => {
-                // It has heard of their ends already.
+                for end in ends {
+                    coordinator.tell(Input::Exited { pid: end.pid, how: end.how, code: end.code });
+                }
                 if stop.asked() && !told {
                     told = true;
                     coordinator.tell(Input::Stop);

@@ -58,7 +58,7 @@ struct Running {
 
 impl Children {
     /// Starts the worker of a rank, on its share of this process's cores: `(index, of)`. Whoever hears of its end does so on
-    /// another thread, before or after it is seen by [`look`](Self::look).
+    /// another thread and at once, unless a [`look`](Self::look) has seen it already.
     ///
     /// # Errors
     /// The system refuses the process.
@@ -97,7 +97,10 @@ impl Children {
         let pid = Pid::from_child(&child);
         self.lock().push(Running { child, stopped: None });
         if let Some(hears) = hears.cloned() {
-            let wait = move || end_of(pid).into_iter().for_each(|end| hears(end));
+            let family = self.clone();
+            // Whoever is not there any more was seen by a look, or killed because nobody is to hear of it.
+            let is_there = move |end: &End| family.pids().contains(&end.pid);
+            let wait = move || end_of(pid).filter(is_there).into_iter().for_each(|end| hears(end));
             std::thread::Builder::new().name("child".into()).spawn(wait).map_err(Error::io("start", "a thread"))?;
         }
         if let Some(pipe) = pipe {

@@ -135,5 +135,5 @@ fn program(recipe: &Recipe, data: usize, codec: Option<Codec>) -> usize {
     let chunk = recipe.parallel.chunk_elements.next_multiple_of(BLOCK);
     // Zeros, a node's sum, what waits of a table, and a payload.
     let chunks = codec.map_or(0, |codec| 3 * size_of::<f32>() * chunk + codec.payload_bytes(chunk));
-    PROGRAM_BYTES + (threads + 1) * PRODUCT_BYTES + chunks
+    PROGRAM_BYTES + threads * PRODUCT_BYTES + chunks
 }

@@ -95,13 +95,14 @@ impl Ender {
         if self.0.said.swap(true, Ordering::Relaxed) {
             return;
         }
-        tracing::info!("the run ended: {verdict}");
+        // A log is a file on a disk, which may be what hangs.
         match (self.0.quiet, self.0.alone.load(Ordering::Relaxed)) {
             (true, false) => {}
             // Its brothers write to the same terminal.
             (true, true) => say(&format!("error: process {}: {verdict}", std::process::id())),
             (false, _) => say(&format!("error: {verdict}")),
         }
+        tracing::info!("the run ended: {verdict}");
     }
 }
 
