@@ -25,7 +25,8 @@ use crate::frame::{codec_number, codec_of_number};
 
 const MAGIC: [u8; 4] = *b"TRIN";
 const VERSION: u16 = 3;
-const HEADER_BYTES: usize = 28;
+/// Bytes before the payload.
+pub const HEADER_BYTES: usize = 28;
 const BALLOT_BYTES: usize = 49 + 4 * DIGITS;
 /// The most values that one message carries.
 pub const VALUES_MAX: usize = 1 << 18;

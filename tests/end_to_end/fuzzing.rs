@@ -7,6 +7,7 @@ use compression::{Codec, Found, Level, Payload, Stores};
 // Where the targets look for them: the other crate that they are part of has only these of `parallel`.
 use parallel::collective::message;
 use parallel::frame;
+use parallel::note;
 
 use targets::Seen;
 
@@ -33,6 +34,11 @@ fn whatever_the_bytes_are_a_frame_is_refused_or_is_what_it_says() {
 #[test]
 fn whatever_the_bytes_are_a_collective_message_is_refused_or_is_what_it_says() {
     replay("collective", targets::collective);
+}
+
+#[test]
+fn whatever_the_bytes_are_a_note_is_refused_or_is_what_it_says() {
+    replay("note", targets::note);
 }
 
 /// The control of what is above: each target with something wrong in it.
@@ -68,6 +74,16 @@ fn a_wrong_decoder_encoder_or_reader_is_noticed() {
         })
     };
     assert!(is_noticed("collective", |data| targets::collective_with(data, reduction_forgotten)));
+
+    let asked_to_stop = |data: &[u8]| {
+        note::Note::read(data).map(|(mut note, epoch, step)| {
+            if let note::Note::Ballot(ballot, _) = &mut note {
+                ballot.stop = true;
+            }
+            (note, epoch, step)
+        })
+    };
+    assert!(is_noticed("note", |data| targets::note_with(data, asked_to_stop)));
 }
 
 /// Runs the corpus of a target, all of which is taken, and mutations of it, of which at least a twentieth is taken and

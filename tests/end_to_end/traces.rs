@@ -72,7 +72,7 @@ fn agrees(picture: &Picture, lines: &[Value]) -> (usize, usize) {
     let drawn = |step: u64| {
         let encode_s = of(step, "encode").filter_map(|span| span["dur"].as_u64()).sum::<u64>() as f64 / 1e6;
         let first = of(step, "encode").filter_map(|span| span["ts"].as_u64()).min()?;
-        let last = of(step, "decode").map(end).max()?;
+        let last = of(step, "keep").map(end).max()?;
         let within = |wait: &&Value| end(wait).min(last).saturating_sub(wait["ts"].as_u64().unwrap_or(last).max(first));
         let waited: u64 = waits.iter().map(within).sum();
         Some([encode_s, 1.0 - waited as f64 / (last - first).max(1) as f64])
@@ -112,7 +112,9 @@ fn the_picture_of_two_ranks_shows_gradients_leave_during_the_backward_pass_and_l
         let other = 1 - rank;
         let (send, receive) = (format!("send to rank {other}"), format!("receive from rank {other}"));
         assert_eq!(picture.tracks(rank), ["compute", "gradients", &send, &receive]);
-        for kind in ["step", "forward", "backward", "wait", "update", "encode", "reduce", "decode", "send", "receive"] {
+        for kind in
+            ["step", "forward", "backward", "wait", "update", "encode", "reduce", "keep", "decode", "send", "receive"]
+        {
             let steps = steps(picture.spans(rank, kind));
             assert!((1..=15).all(|step| steps.contains(&step)), "rank {rank}, {kind}: {steps:?}");
             let compute = ["step", "forward", "backward", "wait", "update"].contains(&kind);

@@ -9,14 +9,16 @@ counted at rank 0's interface for a step, everything of the run included. `alone
 (two of them at once, each on its core, so that both share the machine's memory as two ranks do) over the step of two
 together: 1 would be communication that costs nothing. `slowest_ratio` has in place of it the median of the slower of the two steps
 of the hosts alone, one by one: ranks that step together wait for the slower one whatever connects them. With `--hosts 4` it is four of them at once, pinned as four together.
+`--at-once` is for machines with cores for all: in each round all contenders run at the same time, each on cores of its own, one
+place further on in the next round, so that all of them meet the same minutes and, after as many rounds as contenders, the same cores.
 `--tls` secures ours by a join secret. With `--backend libtorch`, and a binary that has it, ours computes there.
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import secrets
-import shutil
 import statistics
 import subprocess
 import sys
@@ -28,11 +30,14 @@ CODECS = ["fp32", "bf16", "int8", "int8+zstd", "sparse24-int8", "int4", "sparse2
 HOOKS = ["none", "bf16", "powersgd"]
 
 
-def hosts(args, rate, command, out):
+def hosts(args, rate, place, alone, command, out):
     env = dict(os.environ, OUT_DIR=out)
     if args.tls:
         env["TRIBUTARY_JOIN_SECRET"] = secrets.token_hex(32)
-    line = [args.hosts_sh, "--hosts", str(args.hosts), "--rate", rate, "--", "bash", "-c", command]
+    # hosts.sh pins rank r to core r.
+    pinned = f"taskset -c $(({place * args.hosts} + RANK)) " if args.at_once else ""
+    alone = "export -n RANK WORLD_SIZE; " if alone else ""
+    line = [args.hosts_sh, "--hosts", str(args.hosts), "--rate", rate, "--", "bash", "-c", f"{alone}exec {pinned}{command}"]
     for attempt in range(args.tries):
         ran = subprocess.run(line, env=env, capture_output=True, text=True, timeout=900)
         if ran.returncode == 0:
@@ -42,17 +47,16 @@ def hosts(args, rate, command, out):
     return None
 
 
-def tributary(args, rate, runs, codec):
+def tributary(args, rate, place, runs, codec):
     alone = codec is None
     name = "alone-$RANK" if alone else "both"
-    over = "export -n RANK WORLD_SIZE; " if alone else ""
     sets = f"--set metrics.runs_dir={runs} --set data.cache_dir={runs}/cache --set train.steps={args.warmup + args.steps}"
     ranks = f" --set parallel.data={args.hosts} --set compression.codec={{}}" + ("" if args.tls else " --trusted-network")
     sets += " --set parallel.data=1" if alone else ranks.format(codec.removesuffix("+zstd"))
     sets += f" --set device.backend={args.backend} --set device.threads=1" if args.backend != "flex" else ""
     sets += "".join(f" --set {key}" for key in args.set)
     sets += " --set compression.zstd=auto" if codec and codec.endswith("+zstd") else ""
-    sent = hosts(args, rate, f"{over}exec {args.tributary} train {args.recipe} --name {name} {sets}", runs)
+    sent = hosts(args, rate, place, alone, f"{args.tributary} train {args.recipe} --name {name} {sets}", runs)
     with open(os.path.join(runs, "alone-0" if alone else "both", "metrics.jsonl")) as file:
         lines = [json.loads(line) for line in file]
     # The last step waits for all of its sums at once, which no other does.
@@ -71,11 +75,9 @@ def tributary(args, rate, runs, codec):
     return statistics.median(seconds), sent, medians
 
 
-def torch(args, rate, out, hook):
-    alone = hook is None
-    over = "export -n RANK WORLD_SIZE; " if alone else ""
-    command = f"{over}exec {args.python} {args.peer} --threads 1 --hook {hook or 'none'} --steps {args.steps} --warmup {args.warmup}"
-    sent = hosts(args, rate, command, out)
+def torch(args, rate, place, out, hook):
+    command = f"{args.python} {args.peer} --threads 1 --hook {hook or 'none'} --steps {args.steps} --warmup {args.warmup}"
+    sent = hosts(args, rate, place, hook is None, command, out)
     if sent is None:
         return None
     with open(os.path.join(out, "rank-0.log")) as file:
@@ -94,6 +96,7 @@ def main():
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of our recipe")
     parser.add_argument("--rates", nargs="+", default=["200mbit", "1gbit"])
     parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--at-once", action="store_true", help="all contenders of all rates at the same time, on cores of their own")
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
@@ -109,23 +112,32 @@ def main():
     contenders = [row for row in contenders if row[0] in args.who]
     if args.only:
         contenders = [row for row in contenders if (row[2] or "alone") in args.only]
+    at_once = [(rate, row) for rate in args.rates for row in contenders if row[2] or rate == args.rates[0] or not args.at_once]
+    if args.at_once and (wanted := len(at_once) * args.hosts) > os.cpu_count():
+        parser.error(f"--at-once: {len(at_once)} contenders of {args.hosts} hosts want {wanted} cores, and here are {os.cpu_count()}")
+    found = {}
+
+    def once(rate, contender, place):
+        who, measure, how = contender
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(args, rate, place, folder, how)
+        if result:
+            found.setdefault((rate, who, how), []).append(result)
+
+    for turn in range(args.rounds):
+        with concurrent.futures.ThreadPoolExecutor(len(at_once) if args.at_once else 1) as together:
+            runs = [together.submit(once, rate, row, (index + turn) % len(at_once)) for index, (rate, row) in enumerate(at_once)]
+            for run in runs:
+                run.result()
     for rate in args.rates:
-        found = {}
-        for _ in range(args.rounds):
-            for who, measure, how in contenders:
-                folder = tempfile.mkdtemp()
-                try:
-                    result = measure(args, rate, folder, how)
-                    if result:
-                        found.setdefault((who, how), []).append(result)
-                finally:
-                    shutil.rmtree(folder)
-        for (who, how), results in found.items():
+        for (of, who, how), results in found.items():
+            if of != rate:
+                continue
             step = statistics.median(seconds for seconds, _, _ in results)
             row = {"hosts": args.hosts, "rate": rate, "who": who, "how": how or "alone", "step_s": round(step, 4)}
             row["steps_s"] = [round(seconds, 4) for seconds, _, _ in results]
             # A busy machine is busy for minutes: the ratios of each round say more than those of the medians.
-            alone = found.get((who, None), [])
+            alone = found.get((args.rates[0] if args.at_once else rate, who, None), [])
             if alone:
                 row["alone_ratios"] = [round(one / both, 3) for (one, _, _), (both, _, _) in zip(alone, results)]
             if how:

@@ -135,6 +135,38 @@ impl<B: AsRef<[u8]>> Payload<B> {
         Level::best().par_add(self.codec, self.planes(), sum);
     }
 
+    /// Replaces `out` by as many elements from `start` on, which begin a block and end one, or end with the last.
+    ///
+    /// # Panics
+    /// When there are not so many, or they begin or end within a block.
+    pub fn decode_part(&self, start: usize, out: &mut [f32]) {
+        let end = start + out.len();
+        let ends = end.is_multiple_of(BLOCK) || end == self.elements;
+        assert!(start.is_multiple_of(BLOCK) && ends && end <= self.elements, "{start}..{end} of {}", self.elements);
+        let (_, rest) = self.planes().split_at(self.codec, start);
+        let (planes, _) = rest.split_at(self.codec, out.len());
+        Level::best().decode(self.codec, Stores::for_bytes(size_of_val(out)), planes, out);
+    }
+
+    /// A copy whose bytes are in `buffer`.
+    #[must_use]
+    pub fn copy_to(&self, mut buffer: Vec<u8>) -> Payload<Vec<u8>> {
+        buffer.clear();
+        buffer.extend_from_slice(self.bytes.as_ref());
+        Payload { codec: self.codec, elements: self.elements, bytes: buffer }
+    }
+
+    /// The bytes.
+    pub const fn bytes(&self) -> &B {
+        &self.bytes
+    }
+
+    /// The bytes alone.
+    #[must_use]
+    pub fn into_bytes(self) -> B {
+        self.bytes
+    }
+
     pub(crate) fn planes(&self) -> Planes<'_> {
         Planes::of(self.codec, self.bytes.as_ref(), self.elements)
     }

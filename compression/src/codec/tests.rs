@@ -6,6 +6,7 @@
 //! - `descent`: what error feedback is for (invariant 3).
 //! - `ranks`: sums over many ranks (invariant 6).
 //! - `finite`: what cannot be sent is found, what can be sent stays finite.
+//! - `parts`: a payload read in parts.
 //! - `refused`: payloads that no encoder writes.
 
 mod descent;
@@ -13,6 +14,7 @@ mod exact;
 mod finite;
 mod format;
 pub(crate) mod inputs;
+mod parts;
 mod ranks;
 mod refused;
 

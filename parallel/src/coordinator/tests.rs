@@ -203,6 +203,12 @@ fn workers_that_do_not_fit_are_refused_by_name_while_the_others_go_on() {
     refused(other_version, "it is version 0.9, the coordinator is 1.0: run the same build on every machine");
     let other_recipe = Hello { recipe: Some("steps = 4".into()), ..hello(Some(1)) };
     refused(other_recipe, "its recipe differs from the coordinator's:\n  train.steps: steps = 4, here steps = 3");
+    // One byte more than is read, none of which is compared; and as many as are.
+    let large = |bytes: usize| Hello { recipe: Some("x".repeat(bytes)), ..hello(Some(1)) };
+    let much = "its recipe differs from the coordinator's:\n  it has 1048577 bytes, at most 1048576 are read";
+    refused(large((1 << 20) + 1), much);
+    let error = try_join(address.clone(), GUARD, large(1 << 20)).map(|_| ()).expect_err("refused").to_string();
+    assert!(error.contains("train.steps: xxxx"), "it was compared: {}", &error[..200]);
     let same_rank = "rank 0 (host here, process 100) has joined already: give each worker a rank of its own";
     refused(hello(Some(0)), same_rank);
     let same_recipe = Hello { recipe: Some("steps = 3".into()), ..hello(None) };

@@ -1,10 +1,11 @@
 //! The thread that moves gradients between ranks while the backward pass computes.
 //!
 //! It owns one rank's [`Exchange`]: full buckets come from the backward pass, frames from the other ranks; it encodes,
-//! hands frames to the transport, decodes, adds, votes. The thread that trains meets it so in a step:
+//! hands frames to the transport, adds, votes. The thread that trains meets it so in a step:
 //! [`Engine::begin`], [`Engine::give`] for each full bucket, [`Engine::vote`], and [`Engine::voted`], which waits until all
 //! ranks have voted. From then on it is known what becomes of the step, and sums may still be on their way:
-//! [`Engine::wait_for`] waits for one, as the next forward pass needs it, and [`Engine::settled`] for all. The next step
+//! [`Engine::wait_for`] waits for one, as the next forward pass needs it, [`Engine::read`] decodes it, and [`Engine::settled`]
+//! waits for all. The next step
 //! begins after that. With a sharded optimiser parameters take the place of sums: [`Engine::publish`] sends those that this
 //! rank owns, after the votes.
 //!
@@ -37,7 +38,7 @@ use super::exchange::{Exchange, ExchangeError, Group, Verdict};
 use super::norm::SquaredNorm;
 use crate::note::{Ballot, NoteError};
 use crate::progress::Progress;
-use crate::trace::Trace;
+use crate::trace::{Label, Trace, Track};
 use crate::transport::{Counted, Incoming, Loss, Sink, Transport};
 
 /// Why a step cannot be completed. Every later request fails with the same.
@@ -150,6 +151,7 @@ pub struct Engine {
     handed: Arc<AtomicU64>,
     progress: Arc<Progress>,
     members: Members,
+    trace: Option<Arc<Trace>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -242,12 +244,12 @@ impl Engine {
             progress: progress.clone(),
             handed: handed.clone(),
             members: members.clone(),
-            trace,
+            trace: trace.clone(),
         };
         let work = work::Work::new(shared, answer);
         let tensors = exchange.lock().unwrap_or_else(PoisonError::into_inner).plan().parameters().len();
         let replies = Mutex::new(Replies::new(replies, tensors));
-        (Self { events, replies, exchange, transport, handed, progress, members, thread: None }, work, incoming)
+        (Self { events, replies, exchange, transport, handed, progress, members, trace, thread: None }, work, incoming)
     }
 
     /// Starts a step. The one before it is [settled](Self::settled).
@@ -287,6 +289,22 @@ impl Engine {
     /// As [`voted`](Self::voted).
     pub fn wait_for(&self, index: usize) -> Result<(), EngineError> {
         self.replies().wait(|replies| replies.sum(index))
+    }
+
+    /// Decodes the sum of parameter `index` from `start` on, which begins a block, to the end of a block or of the parameter; by all
+    /// threads of the caller's pool. It is there once one has [waited for](Self::wait_for) it.
+    ///
+    /// # Panics
+    /// When it has no such part.
+    pub fn read(&self, index: usize, start: usize, out: &mut [f32]) {
+        let begun = self.trace.as_ref().map(|_| Instant::now());
+        let exchange = self.exchange();
+        exchange.read(index, start, out);
+        if let (Some(trace), Some(begun)) = (&self.trace, begun) {
+            let (bytes, bucket) = (Some(size_of_val(out)), Some(exchange.plan().slot(index).bucket));
+            let label = Label { bucket, parameter: Some(index), bytes, ..Label::new("decode", exchange.step()) };
+            trace.span(Track::Compute, begun, label);
+        }
     }
 
     /// Waits until the whole sum of every parameter is here, once the step was [voted](Self::voted) about.

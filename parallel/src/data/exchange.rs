@@ -10,7 +10,8 @@
 //! 3. The owner waits until a chunk has come from every node, adds them **in the order of the nodes**, whatever the order
 //!    of their arrival, and encodes the sum with what it left out before (its residual as an owner).
 //! 4. gather: the owner sends the encoded sum to its mates and to its peer in every other node, which hands the same bytes
-//!    on to its mates. All go on with what a decoder reads, the owner too. So all ranks have the same bits.
+//!    on to its mates. All go on with what a decoder reads, the owner too. So all ranks have the same bits. It is kept as it
+//!    came (`held`), and decoded where it is read.
 //!
 //! A rank votes as soon as its own shards are reduced: if any rank found a value that is not finite, in what it encodes or in
 //! what it has added, all skip the step, and no residual changes. With the vote travels what a rank's own shards add to the
@@ -31,6 +32,7 @@
 
 mod error;
 mod group;
+mod held;
 mod missing;
 mod new;
 mod parameters;
@@ -56,6 +58,7 @@ use crate::frame::{Header, PAYLOAD_BYTES_MAX, Phase};
 
 pub use error::ExchangeError;
 pub use group::Group;
+use held::Held;
 use queue::{Job, Queue};
 use untouched::Untouched;
 pub use vote::{Verdict, Vote};
@@ -108,6 +111,8 @@ pub struct Exchange {
     payload: Vec<u8>,
     /// A node's sum of a chunk.
     scratch: Vec<f32>,
+    /// What all ranks make of a chunk of ours.
+    decoded: Vec<f32>,
     workers: Workers,
     untouched: Untouched,
     /// As long as the longest chunk.
@@ -146,7 +151,7 @@ struct Tensor {
     /// For each of them, the nodes in the order in which their parts came; kept for a control only.
     arrived: Vec<Vec<usize>>,
     /// The sum, or what came of the parameters, as far as `done` says.
-    sum: Vec<f32>,
+    sum: Held,
     /// For each chunk of each shard, whether that is here, and how many are not.
     done: Vec<Vec<bool>>,
     missing: usize,
@@ -194,6 +199,12 @@ impl Exchange {
     /// zero after it.
     pub const fn flush(&mut self) {
         self.flush = Flush::Asked;
+    }
+
+    /// The step under way, or the last one.
+    #[must_use]
+    pub const fn step(&self) -> u64 {
+        self.step
     }
 
     /// What tensors travel in from the next step on, where their kind allows it.
@@ -307,7 +318,7 @@ impl Exchange {
             }
             Phase::Gather => {
                 let start = range.start;
-                self.workers.decode(&payload, &mut tensor.sum[range]);
+                tensor.sum.put_copy(owner, chunk, &payload);
                 self.arrived(index, owner, chunk);
                 if nodes.adds(owner) == nodes.rank {
                     nodes.mates().for_each(|mate| self.queues[mate].push(Job::Ready(index, start, frame.clone())));
@@ -341,8 +352,19 @@ impl Exchange {
 
     /// The sum of one tensor over all ranks, the same bits on each; where parameters travel, what came of them.
     #[must_use]
-    pub fn sum(&self, index: usize) -> &[f32] {
-        &self.tensors[index].sum
+    pub fn sum(&self, index: usize) -> Vec<f32> {
+        let mut sum = vec![0.0; self.tensors[index].sum.len()];
+        self.read(index, 0, &mut sum);
+        sum
+    }
+
+    /// Decodes that sum from `start` on, which begins a block, to the end of a block or of the tensor; by all threads of the
+    /// caller's pool.
+    ///
+    /// # Panics
+    /// When it has no such part.
+    pub fn read(&self, index: usize, start: usize, out: &mut [f32]) {
+        self.tensors[index].sum.read(start, out);
     }
 
     /// The elements of a tensor that this rank owns.

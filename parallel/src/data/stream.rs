@@ -15,6 +15,7 @@ mod error;
 mod outcome;
 mod owned;
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -52,6 +53,8 @@ pub struct GradientStream {
     engine: Option<Engine>,
     /// What several ranks left out before this one was alone. Taken after the state, where both are.
     owed: Mutex<Owed>,
+    /// A part of a sum, while somebody reads it.
+    decoded: Mutex<Vec<f32>>,
 }
 
 impl GradientStream {
@@ -81,7 +84,7 @@ impl GradientStream {
             complete: Vec::with_capacity(plan.buckets().len()),
             fault: None,
         };
-        Self { plan, state: Mutex::new(state), engine, owed: Mutex::default() }
+        Self { plan, state: Mutex::new(state), engine, owed: Mutex::default(), decoded: Mutex::default() }
     }
 
     /// From the next step on, keeps a copy of this rank's own gradient, which the way to the other ranks uses up.
@@ -118,7 +121,7 @@ impl GradientStream {
     pub fn last_sum(&self, index: usize) -> Vec<f32> {
         let slot = self.plan.slot(index);
         match &self.engine {
-            Some(engine) => engine.exchange().sum(index).to_vec(),
+            Some(engine) => engine.exchange().sum(index),
             None => self.lock().buffers[slot.bucket][slot.range.clone()].to_vec(),
         }
     }
@@ -249,22 +252,41 @@ impl GradientStream {
         })
     }
 
-    /// Gives `with` the sum of parameter `index` over all micro-batches and ranks, row-major, once it is here; the same bits
-    /// on every rank. To be called after the [vote](Self::vote), whose verdict was to commit.
+    /// Gives `with` a part of the sum of parameter `index` over all micro-batches and ranks, row-major, once it is here; the same
+    /// bits on every rank. To be called after the [vote](Self::vote), whose verdict was to commit.
+    ///
+    /// Between ranks the part is decoded for it, by all threads of the caller's pool, into memory that is used again: what has a few
+    /// hundred KiB stays in a cache.
     ///
     /// # Errors
     /// A rank is lost or sends what makes no sense, or the run was aborted.
-    pub fn with_sum<R>(&self, index: usize, with: impl FnOnce(&[f32]) -> R) -> Result<R, StreamError> {
+    ///
+    /// # Panics
+    /// When the parameter has no such part, or it does not begin and end with blocks of 128 elements or with the parameter.
+    pub fn with_sum<R>(
+        &self,
+        index: usize,
+        part: Range<usize>,
+        with: impl FnOnce(&[f32]) -> R,
+    ) -> Result<R, StreamError> {
         match &self.engine {
             Some(engine) => {
                 engine.wait_for(index)?;
-                Ok(with(engine.exchange().sum(index)))
+                Ok(self.decoded(engine, index, part, with))
             }
             None => {
                 let slot = self.plan.slot(index);
-                Ok(with(&self.lock().buffers[slot.bucket][slot.range.clone()]))
+                Ok(with(&self.lock().buffers[slot.bucket][slot.range.clone()][part]))
             }
         }
+    }
+
+    fn decoded<R>(&self, engine: &Engine, index: usize, part: Range<usize>, with: impl FnOnce(&[f32]) -> R) -> R {
+        // It holds whatever a panic elsewhere left in it.
+        let mut decoded = self.decoded.lock().unwrap_or_else(PoisonError::into_inner);
+        decoded.resize(part.len(), 0.0);
+        engine.read(index, part.start, &mut decoded);
+        with(&decoded)
     }
 
     /// Waits until the whole sum is here: the step is over.
@@ -307,7 +329,8 @@ impl GradientStream {
     #[cfg(test)]
     pub(crate) fn try_with_sum(&self, index: usize, with: impl FnOnce(&[f32])) -> Option<Result<(), StreamError>> {
         let engine = self.engine()?;
-        Some(engine.try_sum(index)?.map(|()| with(engine.exchange().sum(index))).map_err(StreamError::from))
+        let all = 0..self.plan.parts()[index].region.len();
+        Some(engine.try_sum(index)?.map(|()| self.decoded(engine, index, all, with)).map_err(StreamError::from))
     }
 
     /// As [`settle`](Self::settle), without waiting: `None` while something is missing.

@@ -9,13 +9,18 @@ use std::path::Path;
 use bytes::Bytes;
 use compression::{Codec, Found};
 use fuzz::call::{Call, Dtype, Operation, Reduction};
+use fuzz::data::norm::SquaredNorm;
 use fuzz::frame::{Header, Packer, Phase, pack};
 use fuzz::message::{Body, Leg, Message};
+use fuzz::note::{Ballot, Note};
 use fuzz::targets;
 
 fn main() -> std::io::Result<()> {
     for (name, message) in messages() {
         write_file("collective", name, &message.write())?;
+    }
+    for (name, note) in notes() {
+        write_file("note", &name, &note.write(3, 40))?;
     }
     let mut packer = Packer::new()?;
     for (number, codec) in Codec::ALL.into_iter().enumerate() {
@@ -85,6 +90,27 @@ fn messages() -> Vec<(&'static str, Message)> {
         ("refusal", refusal(call(AllReduce, Dtype::F32, Some(Reduction::Sum)), "rank 1 is at barrier 3 of élan")),
         ("refusal-empty", refusal(nowhere(Barrier), "")),
     ]
+}
+
+/// Ballots of all kinds, and numbers. No filler: 256 KiB without a meaning.
+fn notes() -> Vec<(String, Note)> {
+    let plain = Ballot { finite: true, stop: false, busy: false, loss: 2.5, compute_s: 0.125, parameters: None, codec: None };
+    let mut norm = SquaredNorm::default();
+    norm.add(&[1.5, -2e9, 1e-20]);
+    let ballots = [
+        ("plain", plain),
+        ("stop", Ballot { stop: true, ..plain }),
+        ("busy", Ballot { busy: true, ..plain }),
+        ("skip", Ballot { finite: false, loss: f64::NAN, ..plain }),
+        ("hash", Ballot { parameters: Some(std::array::from_fn(|at| at as u8)), ..plain }),
+    ];
+    let ballots = ballots.map(|(name, ballot)| (name.to_owned(), Note::Ballot(ballot, norm)));
+    let chosen = Codec::ALL.map(|codec| {
+        (format!("codec-{codec}"), Note::Ballot(Ballot { codec: Some(codec), ..plain }, SquaredNorm::default()))
+    });
+    let values = [("values", vec![1.5, -0.0, f64::INFINITY]), ("values-none", Vec::new())];
+    let values = values.map(|(name, values)| (name.to_owned(), Note::Values(values)));
+    ballots.into_iter().chain(chosen).chain(values).collect()
 }
 
 fn write(target: &str, codec: Codec, name: &str, bytes: &[u8]) -> std::io::Result<()> {

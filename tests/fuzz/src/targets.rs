@@ -12,6 +12,7 @@ use compression::{BLOCK, Codec, Found, Level, Part, Payload, Stores};
 
 use super::frame::{FrameError, HEADER_BYTES, Header, PAYLOAD_BYTES_MAX};
 use super::message::{self, Body, Message, MessageError, REFUSAL_BYTES_MAX, SITE_BYTES_MAX};
+use super::note::{self, FILLER_BYTES, Note, NoteError, VALUES_MAX};
 
 /// The longest slice that is tried: longer ones only repeat whole blocks.
 pub const ELEMENTS_MAX: usize = 1024;
@@ -221,6 +222,57 @@ pub fn collective_with(data: &[u8], read: impl Fn(&[u8]) -> Result<Message, Mess
     }
     assert_eq!(message.write()[..], mended[..], "a message has one way to be written");
     Seen::Taken
+}
+
+/// Any bytes as a note, its checksum mended.
+///
+/// It is refused, or is what its bytes say: written again it is these bytes, but for those that do not count, which are zeros
+/// then.
+pub fn note(data: &[u8]) -> Seen {
+    note_with(data, Note::read)
+}
+
+/// As [`note`], with this reader.
+pub fn note_with(data: &[u8], read: impl Fn(&[u8]) -> Result<(Note, u32, u64), NoteError>) -> Seen {
+    let mut mended = data.to_vec();
+    mend(&mut mended);
+    if mended != data {
+        assert!(read(data).is_err(), "a checksum that does not fit");
+    }
+    let (note, epoch, step) = match read(&mended) {
+        Ok(note) => note,
+        Err(error) => {
+            assert!(!error.to_string().is_empty());
+            return Seen::Refused;
+        }
+    };
+    let payload = &mut mended[note::HEADER_BYTES..];
+    match &note {
+        Note::Ballot(ballot, _) => {
+            if ballot.parameters.is_none() {
+                payload[16..48].fill(0);
+            }
+            if ballot.codec.is_none() {
+                payload[48] = 0;
+            }
+        }
+        Note::Values(values) => assert!(values.len() <= VALUES_MAX, "{} values", values.len()),
+        Note::Filler => {
+            assert_eq!(payload.len(), FILLER_BYTES);
+            payload.fill(0);
+        }
+    }
+    mend(&mut mended);
+    assert_eq!(note.write(epoch, step)[..], mended[..], "{note:?}");
+    Seen::Taken
+}
+
+/// Puts the checksum of a note right.
+fn mend(bytes: &mut [u8]) {
+    if let Some((header, rest)) = bytes.split_at_mut_checked(note::HEADER_BYTES) {
+        let (covered, checksum) = header.split_at_mut(note::HEADER_BYTES - 4);
+        checksum.copy_from_slice(&crc32c([covered, rest]).to_le_bytes());
+    }
 }
 
 /// CRC-32C, bit by bit, so that it is not the one that is tried.

@@ -4,6 +4,7 @@
 //! plain copy of as many bytes over TCP, from every rank to the next one at the same time, so that both meet the same
 //! network; what counts is the median of each over the rounds.
 
+use std::hint::black_box;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
@@ -30,6 +31,8 @@ use crate::run::trace::Tracing;
 
 /// Elements of a tensor, and so of a bucket; the last one may be smaller.
 const TENSOR: usize = 1 << 20;
+/// Elements of a sum that are read at a time, as an optimiser does.
+const PIECE: usize = 1 << 17;
 const CONNECT_WITHIN: Duration = Duration::from_secs(60);
 /// A plain copy on which nothing moves for so long has failed.
 const STILL: Duration = Duration::from_secs(60);
@@ -73,6 +76,18 @@ pub struct Options {
     /// One JSON object a line
     #[arg(long)]
     json: bool,
+}
+
+/// Votes, and reads every sum once, piece by piece as it comes.
+fn take(stream: &GradientStream, ballot: Ballot) -> std::result::Result<(), StreamError> {
+    stream.vote(ballot)?;
+    for (index, parameter) in stream.plan().parameters().iter().enumerate() {
+        for start in (0..parameter.elements()).step_by(PIECE) {
+            let part = start..(start + PIECE).min(parameter.elements());
+            stream.with_sum(index, part, |piece| _ = black_box(piece))?;
+        }
+    }
+    stream.settle().map(drop)
 }
 
 fn rate(text: &str) -> std::result::Result<f64, String> {
@@ -225,7 +240,7 @@ impl Place {
                         parameters: None,
                         codec: None,
                     };
-                    stream.finish(ballot).map(drop).map_err(Error::from)
+                    take(&stream, ballot).map_err(Error::from)
                 })?;
                 if let Some(tracing) = &tracing {
                     tracing.span("sum", start, step);

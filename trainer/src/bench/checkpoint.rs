@@ -4,7 +4,7 @@
 //! A round does everything once, one after the other, so that whatever else the machine does meets all of it alike: a copy
 //! of the state by one thread into memory that is there, a plain file, a checkpoint by itself, steps without a checkpoint,
 //! steps beside one, and steps beside a thread that writes a plain file. What counts is the median over the rounds, of ratios
-//! within a round. Steps with nothing beside them before and after show what the machine itself does to the ratios.
+//! within a round. As many steps with nothing beside them show what the machine itself does to the ratios.
 //!
 //! - `work`: the step, and the plain file. `load`: how fast it is read.
 
@@ -26,7 +26,7 @@ use serde_json::json;
 use super::at_least_one;
 use crate::error::{Error, Result};
 use load::Loads;
-use work::{Work, mean, median, plain_write_s};
+use work::{Work, error_of_median, mean, median, plain_write_s};
 
 /// Elements of a tensor at the most: a matrix of a middling model.
 const TENSOR_MAX: usize = 1 << 22;
@@ -84,6 +84,8 @@ struct Round {
     busy_steps: usize,
     /// Steps beside a plain file, over those beside nothing.
     plain_step_ratio: f64,
+    /// As many steps beside nothing as those beside a checkpoint, over the same: what the machine itself does to the ratios.
+    idle_step_ratio: f64,
     /// Steps beside nothing after all of this, over those before.
     drift_ratio: f64,
 }
@@ -199,6 +201,7 @@ fn round(
     });
     outcome?;
     let excess = busy[0];
+    let mut idle: Vec<f64> = (0..busy.len()).map(|_| work.step_s()).collect();
     let mut after: Vec<f64> = (0..QUIET_STEPS).map(|_| work.step_s()).collect();
     // By itself.
     state.offer(writer, 2 * number + 2)?;
@@ -208,6 +211,7 @@ fn round(
     let (quiet_step_s, busy_step_s) = (median(&mut quiet), median(&mut busy));
     let stall_s = copy_s + (excess - quiet_step_s).max(0.0);
     let plain_step_ratio = median(&mut beside_plain) / quiet_step_s;
+    let idle_step_ratio = median(&mut idle) / quiet_step_s;
     let drift_ratio = median(&mut after) / median(&mut before);
     Ok(Round {
         memcpy_s,
@@ -221,6 +225,7 @@ fn round(
         busy_mean_ratio,
         busy_steps,
         plain_step_ratio,
+        idle_step_ratio,
         drift_ratio,
     })
 }
@@ -274,7 +279,9 @@ fn report(
     let of = |what: fn(&Round) -> f64| median(&mut rounds.iter().map(what).collect::<Vec<f64>>());
     let stall_ratio = of(|round| round.stall_s / round.memcpy_s);
     let write_ratio = of(|round| round.plain_write_s / round.write_s);
-    let step_ratio = of(|round| round.busy_step_s / round.quiet_step_s);
+    let error_of = |what: fn(&Round) -> f64| error_of_median(&rounds.iter().map(what).collect::<Vec<f64>>());
+    let busy_ratio = |round: &Round| round.busy_step_s / round.quiet_step_s;
+    let step_ratio = of(busy_ratio);
     let step_mean_ratio = of(|round| round.busy_mean_ratio);
     let zstd_ratio = options.zstd.then(|| of(|round| round.stored_ratio));
     let gb_per_s = |seconds: f64| bytes as f64 / seconds / 1e9;
@@ -284,8 +291,11 @@ fn report(
             "copy_s": of(|round| round.copy_s), "stall_s": of(|round| round.stall_s), "stall_ratio": stall_ratio,
             "first_stall_ratio": first.stall_s / first.memcpy_s, "plain_write_s": of(|round| round.plain_write_s),
             "write_s": of(|round| round.write_s), "write_ratio": write_ratio, "step_s": of(|round| round.quiet_step_s),
-            "step_ratio": step_ratio, "step_mean_ratio": step_mean_ratio,
-            "plain_step_ratio": of(|round| round.plain_step_ratio), "drift_ratio": of(|round| round.drift_ratio),
+            "step_ratio": step_ratio, "step_ratio_error": error_of(busy_ratio), "step_mean_ratio": step_mean_ratio,
+            "plain_step_ratio": of(|round| round.plain_step_ratio),
+            "plain_step_ratio_error": error_of(|round| round.plain_step_ratio),
+            "idle_step_ratio": of(|round| round.idle_step_ratio),
+            "idle_step_ratio_error": error_of(|round| round.idle_step_ratio), "drift_ratio": of(|round| round.drift_ratio),
             "steps_beside": of(|round| round.busy_steps as f64), "load_s": load_s, "load_again_s": load_again_s, "read_s": read_s,
             "load_ratio": load_s / read_s, "zstd_ratio": zstd_ratio, "path": options.keep.then(|| path.display().to_string()),
         })
@@ -295,7 +305,7 @@ fn report(
             "{:.2} GB of state, medians of {} rounds\n\
              a snapshot stops training for {:.3} s, {stall_ratio:.2} x memcpy ({:.2} x the first time)\n\
              beside a checkpoint a step takes {step_ratio:.3} x as long (mean {step_mean_ratio:.3}; {} steps each), beside a \
-             plain file {:.3} x, beside nothing {:.3} x\n\
+             plain file {:.3} x, beside nothing {:.3} x (each give or take {:.3})\n\
              written at {:.2} GB/s, {write_ratio:.2} of a plain file{}\n\
              loaded in {load_s:.3} s ({:.2} GB/s), in {load_again_s:.3} s into memory that is there; a plain read takes \
              {read_s:.3} s{}",
@@ -305,7 +315,8 @@ fn report(
             first.stall_s / first.memcpy_s,
             of(|round| round.busy_steps as f64),
             of(|round| round.plain_step_ratio),
-            of(|round| round.drift_ratio),
+            of(|round| round.idle_step_ratio),
+            error_of(busy_ratio),
             gb_per_s(of(|round| round.write_s)),
             zstd_ratio.map_or_else(String::new, |ratio| format!(", packed to {ratio:.3} of it")),
             gb_per_s(load_s),

@@ -23,7 +23,7 @@ pub struct Memory {
     pub parameters_bytes: usize,
     /// Both moments; with a sharded optimiser those of its shard, and the shard's master where that is not the replica.
     pub optimizer_bytes: usize,
-    /// Buckets, and between ranks the sum.
+    /// Buckets, and between ranks the sum, as it came, and what a rank owns of it.
     pub gradients_bytes: usize,
     /// What was left out, as a sender and as an owner.
     pub residuals_bytes: usize,
@@ -67,10 +67,18 @@ impl Memory {
         };
         // Whoever has other ranks sums with them, if only with itself.
         let sums = part.mesh.ranks() > 1;
+        let came = |p: &Held| {
+            let codec = match sharded.filter(|_| data > 1) {
+                Some(codec) => codec_of(&p.whole, codec),
+                None => codec_of(&p.whole, codec.unwrap_or(Codec::Fp32)).second_stage(),
+            };
+            codec.payload_bytes(p.elements())
+        };
+        let came: usize = parameters.iter().map(came).sum();
         Self {
             parameters_bytes: float * 2 * elements,
             optimizer_bytes: float * optimizer,
-            gradients_bytes: float * if sums { 2 * elements + owned } else { elements },
+            gradients_bytes: if sums { float * (elements + owned) + came } else { float * elements },
             residuals_bytes: float * (senders + owners),
             activations_bytes: float * activations(recipe, part),
             snapshot_bytes: float * snapshot(recipe, part, owned),
@@ -133,7 +141,7 @@ fn program(recipe: &Recipe, data: usize, codec: Option<Codec>) -> usize {
         threads => threads,
     };
     let chunk = recipe.parallel.chunk_elements.next_multiple_of(BLOCK);
-    // Zeros, a node's sum, what waits of a table, and a payload.
-    let chunks = codec.map_or(0, |codec| 3 * size_of::<f32>() * chunk + codec.payload_bytes(chunk));
+    // Zeros, a node's sum, what waits of a table, what an owner decodes, and a payload.
+    let chunks = codec.map_or(0, |codec| 4 * size_of::<f32>() * chunk + codec.payload_bytes(chunk));
     PROGRAM_BYTES + threads * PRODUCT_BYTES + chunks
 }

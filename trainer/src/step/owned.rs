@@ -59,12 +59,9 @@ pub(super) fn adopt(
 ) -> Result<(), StreamError> {
     for (piece, weights) in weights.chunks_mut(PIECE).enumerate() {
         let from = piece * PIECE;
-        stream.with_sum(index, |came| {
-            let came = &came[from..from + weights.len()];
-            match codec {
-                Codec::Fp32 => weights.copy_from_slice(came),
-                _ => weights.iter_mut().zip(came).for_each(|(weight, more)| *weight += more),
-            }
+        stream.with_sum(index, from..from + weights.len(), |came| match codec {
+            Codec::Fp32 => weights.copy_from_slice(came),
+            _ => weights.iter_mut().zip(came).for_each(|(weight, more)| *weight += more),
         })?;
     }
     Ok(())

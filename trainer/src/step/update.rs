@@ -14,8 +14,8 @@ use crate::optimizer::{self, AdamW};
 
 /// A wait that is shorter is none, for the trace.
 pub(super) const WAIT_S_MIN: f64 = 1e-4;
-/// Elements that are updated at a time.
-pub(super) const PIECE: usize = 1 << 18;
+/// Elements that are updated at a time: their sum is decoded into a cache first.
+pub(super) const PIECE: usize = 1 << 17;
 
 /// A step that all have voted about, and whose parameters are not brought up to it yet.
 #[derive(Clone, Debug)]
@@ -144,7 +144,7 @@ impl Behind {
         Ok(found?)
     }
 
-    /// Piece by piece: while a sum is read the engine's thread, which moves those that follow, may want them too.
+    /// Piece by piece, so that what is decoded of a sum is still in a cache when it is read.
     fn update(&self, index: usize, rule: &AdamW, part: &mut Part) -> Result<(), StreamError> {
         let start = Instant::now();
         let Part { weights, m, v, .. } = part;
@@ -157,8 +157,7 @@ impl Behind {
         let pieces = weights.chunks_mut(PIECE).zip(m.chunks_mut(PIECE)).zip(v.chunks_mut(PIECE)).enumerate();
         for (piece, ((weights, m), v)) in pieces {
             let from = piece * PIECE;
-            self.updater.stream.with_sum(index, |sum| {
-                let gradients = &sum[from..from + weights.len()];
+            self.updater.stream.with_sum(index, from..from + weights.len(), |gradients| {
                 rule.update(&mut optimizer::Range { weights, gradients, m, v });
             })?;
         }

@@ -1,5 +1,6 @@
 //! Ranks as threads over the channel transport.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -73,7 +74,7 @@ fn packed_step(stream: &GradientStream, rank: usize, step: u64) -> Result<(Vec<u
     assert_eq!(finished.voted.ballots.iter().map(|ballot| ballot.loss).collect::<Vec<_>>(), [0.0, 1.0, 2.0]);
     assert!(finished.voted.ballots[1].stop && !finished.voted.ballots[0].stop);
     assert!(finished.complete.timing.span.is_some());
-    Ok((finished.sum.parameters().flatten().map(|x| x.to_bits()).collect(), finished.complete.packed))
+    Ok((finished.sum.parameters().flat_map(Cow::into_owned).map(f32::to_bits).collect(), finished.complete.packed))
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use compression::{BLOCK, Codec, Workers};
 
-use super::{Bucket, CHUNK_BLOCKS_MAX, Exchange, Flush, Group, Inner, Queue, Tensor, Untouched, chunks};
+use super::{Bucket, CHUNK_BLOCKS_MAX, Exchange, Flush, Group, Held, Inner, Queue, Tensor, Untouched, chunks};
 use crate::data::norm::SquaredNorm;
 use crate::data::plan::Plan;
 use crate::data::rules::{codec_of, may_leave_rows};
@@ -36,7 +36,7 @@ impl Exchange {
                 added: vec![false; chunks(group.rank)],
                 parts: vec![vec![None; nodes.count()]; chunks(group.rank)],
                 arrived: vec![Vec::new(); chunks(group.rank)],
-                sum: vec![0.0; elements],
+                sum: Held::new(elements, group.ranks, group.chunk_blocks),
                 done: (0..group.ranks).map(|owner| vec![false; chunks(owner)]).collect(),
                 missing: 0,
             }
@@ -64,6 +64,7 @@ impl Exchange {
             completed: Vec::new(),
             payload: Vec::new(),
             scratch: Vec::new(),
+            decoded: Vec::new(),
             workers: Workers::none(),
             untouched: Untouched::default(),
             feedback: true,

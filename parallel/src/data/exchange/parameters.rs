@@ -56,20 +56,18 @@ impl Exchange {
             assert!(!self.tensors[index].done[rank][chunk], "parameters are sent once a step");
             let tensor = &mut self.tensors[index];
             let values = &mut tensor.reduced[range.start - own.start..range.end - own.start];
-            self.payload.resize(codec.payload_bytes(values.len()), 0);
+            let mut payload = tensor.sum.buffer(rank, chunk, codec.payload_bytes(values.len()));
             let found = match codec {
-                Codec::Fp32 => write(values, &mut self.payload),
-                _ => self.workers.encode(codec, values, &self.zeros[..values.len()], &mut self.payload),
+                Codec::Fp32 => write(values, &mut payload),
+                _ => self.workers.encode(codec, values, &self.zeros[..values.len()], &mut payload),
             };
             if found == Found::NonFinite {
                 // The others must not wait. From now on this rank votes against every step.
                 self.broken = true;
-                codec.write_zeros(values.len(), &mut self.payload);
+                codec.write_zeros(values.len(), &mut payload);
             }
-            let payload = Payload::new(codec, range.len(), &self.payload).expect("an encoder's payload");
-            self.workers.decode(&payload, &mut tensor.sum[range.clone()]);
-            self.arrived(index, rank, chunk);
-            self.tell(index, &range);
+            self.tell(index, &range, &payload);
+            self.have(index, chunk, Payload::new(codec, range.len(), payload).expect("an encoder's payload"));
         }
         self.pump(out);
     }

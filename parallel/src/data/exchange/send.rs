@@ -58,7 +58,7 @@ impl Exchange {
             codec.write_zeros(values.len(), &mut self.payload);
         }
         self.unsent -= 1;
-        self.frame(phase, index, range)
+        self.frame(phase, index, range, &self.payload)
     }
 
     /// What a tensor travels in on this part of its way.
@@ -70,7 +70,7 @@ impl Exchange {
         }
     }
 
-    pub(super) fn frame(&self, phase: Phase, index: usize, range: &Range<usize>) -> Bytes {
+    pub(super) fn frame(&self, phase: Phase, index: usize, range: &Range<usize>, payload: &[u8]) -> Bytes {
         let header = Header {
             phase,
             codec: self.codec_in(phase, index),
@@ -81,6 +81,6 @@ impl Exchange {
             start: range.start as u64,
             elements: range.len() as u32,
         };
-        header.frame(&self.payload)
+        header.frame(payload)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use compression::{Found, Owned, Part};
+use compression::{Found, Owned, Part, Payload};
 
 use super::{Exchange, Job};
 use crate::frame::Phase;
@@ -59,15 +59,15 @@ impl Exchange {
         };
         let inside = range.start - whole.start..range.end - whole.start;
         let (sum, second) = (&mut tensor.reduced[inside.clone()], tensor.codec.second_stage());
-        let mut found = Found::Finite;
+        let (mut found, mut payload) = (Found::Finite, Vec::new());
         if self.parameters.is_some() {
             self.workers.reduce(&parts, sum);
         } else {
             let residual =
                 if tensor.owner.is_empty() { &self.zeros[..sum.len()] } else { &tensor.owner[inside.clone()] };
-            let (payload, decoded) = (&mut self.payload, &mut tensor.sum[range.clone()]);
-            payload.resize(second.payload_bytes(sum.len()), 0);
-            let to = Owned { codec: second, sum, residual, payload, decoded };
+            payload = tensor.sum.buffer(rank, chunk, second.payload_bytes(sum.len()));
+            self.decoded.resize(sum.len(), 0.0);
+            let to = Owned { codec: second, sum, residual, payload: &mut payload, decoded: &mut self.decoded };
             found = match tensor.may_leave_rows {
                 true => self.untouched.pass_on(&self.workers, &parts, to),
                 false => self.workers.pass_on(&parts, to),
@@ -82,21 +82,27 @@ impl Exchange {
         }
         if found == Found::NonFinite {
             self.finite = false;
-            second.write_zeros(range.len(), &mut self.payload);
-            tensor.sum[range.clone()].fill(0.0);
+            second.write_zeros(range.len(), &mut payload);
+            self.decoded.fill(0.0);
         }
         // Every rank decodes the same.
         if self.plan.parts()[index].counts {
-            self.norm.add(&tensor.sum[range.clone()]);
+            self.norm.add(&self.decoded);
         }
-        self.arrived(index, rank, chunk);
-        self.tell(index, &range);
+        self.tell(index, &range, &payload);
+        self.have(index, chunk, Payload::new(second, range.len(), payload).expect("an encoder's payload"));
     }
 
-    /// Queues what our payload buffer holds of our own shard, for all that this rank sends it to.
-    pub(super) fn tell(&mut self, index: usize, range: &Range<usize>) {
+    /// What all ranks make of a chunk of our own shard is here.
+    pub(super) fn have(&mut self, index: usize, chunk: usize, payload: Payload<Vec<u8>>) {
+        self.tensors[index].sum.put(self.group.rank, chunk, payload);
+        self.arrived(index, self.group.rank, chunk);
+    }
+
+    /// Queues a payload of our own shard, for all that this rank sends it to.
+    pub(super) fn tell(&mut self, index: usize, range: &Range<usize>, payload: &[u8]) {
         if self.group.ranks > 1 {
-            let frame = self.frame(Phase::Gather, index, range);
+            let frame = self.frame(Phase::Gather, index, range, payload);
             let told = self.group.nodes().told();
             told.for_each(|to| self.queues[to].push(Job::Ready(index, range.start, frame.clone())));
         }

@@ -116,7 +116,7 @@ fn step(
 }
 
 fn sums(side: &Exchange) -> Vec<u32> {
-    (0..TENSORS).flat_map(|tensor| side.sum(tensor).iter().map(|x| x.to_bits())).collect()
+    (0..TENSORS).flat_map(|tensor| side.sum(tensor)).map(f32::to_bits).collect()
 }
 
 fn state(side: &Exchange) -> Vec<u32> {
@@ -283,7 +283,7 @@ fn error_does_not_grow_with_the_number_of_ranks() {
         for rank in 0..ranks {
             exact.iter_mut().zip(gradient(rank, 1, 0)).for_each(|(sum, g)| *sum += f64::from(g));
         }
-        let difference: f64 = exact.iter().zip(sides[0].sum(0)).map(|(a, b)| (a - f64::from(*b)).powi(2)).sum();
+        let difference: f64 = exact.iter().zip(sides[0].sum(0)).map(|(a, b)| (a - f64::from(b)).powi(2)).sum();
         (difference / exact.iter().map(|x| x * x).sum::<f64>()).sqrt()
     };
     for codec in [Codec::Int8, Codec::Int4, Codec::Sparse24Int8, Codec::Sparse24Int4] {

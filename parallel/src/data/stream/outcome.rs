@@ -1,5 +1,6 @@
 //! What is known of a step, and when.
 
+use std::borrow::Cow;
 use std::sync::MutexGuard;
 use std::time::Instant;
 
@@ -75,18 +76,18 @@ impl From<engine::Settled> for Complete {
 impl Sum<'_> {
     /// The summed gradient of parameter `index`, row-major.
     #[must_use]
-    pub fn parameter(&self, index: usize) -> &[f32] {
+    pub fn parameter(&self, index: usize) -> Cow<'_, [f32]> {
         match &self.lies {
             Lies::Buckets(state) => {
                 let slot = self.plan.slot(index);
-                &state.buffers[slot.bucket][slot.range.clone()]
+                Cow::Borrowed(&state.buffers[slot.bucket][slot.range.clone()])
             }
-            Lies::Exchange(exchange) => exchange.sum(index),
+            Lies::Exchange(exchange) => Cow::Owned(exchange.sum(index)),
         }
     }
 
     /// All parameters in logical order.
-    pub fn parameters(&self) -> impl Iterator<Item = &[f32]> {
+    pub fn parameters(&self) -> impl Iterator<Item = Cow<'_, [f32]>> {
         (0..self.plan.parameters().len()).map(|index| self.parameter(index))
     }
 }

@@ -86,6 +86,13 @@ pub(super) fn median(values: &mut [f64]) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
+/// The standard error of the median, if the values are normally distributed; of fewer than two it is not a number.
+pub(super) fn error_of_median(values: &[f64]) -> f64 {
+    let (n, mean) = (values.len() as f64, mean(values));
+    let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (n - 1.0);
+    (std::f64::consts::FRAC_PI_2 * variance / n).sqrt()
+}
+
 pub(super) fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }

@@ -1,5 +1,7 @@
 //! Two pairs of ranks that sum apart and vote together: of each pair both hold the same part of a model.
 
+use std::borrow::Cow;
+
 use super::*;
 use crate::data::Part;
 use crate::frame::{Header, Phase};
@@ -62,7 +64,7 @@ fn each_pair_sums_its_part_all_vote_and_the_norm_counts_every_element_once() {
                     let finished = stream.finish(Ballot { finite, ..ballot(rank) }).expect("all are there");
                     let losses: Vec<f64> = finished.voted.ballots.iter().map(|ballot| ballot.loss).collect();
                     assert_eq!(losses, [0.0, 1.0, 2.0, 3.0]);
-                    let sums: Vec<Vec<f32>> = finished.sum.parameters().map(<[f32]>::to_vec).collect();
+                    let sums: Vec<Vec<f32>> = finished.sum.parameters().map(Cow::into_owned).collect();
                     steps.push((finished.voted.verdict, sums, finished.voted.norm));
                 }
                 let engine = stream.engine().expect("several ranks");

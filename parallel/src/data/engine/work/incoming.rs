@@ -33,7 +33,7 @@ impl Work {
         if let (Some(trace), Some(start)) = (&self.trace, start) {
             let name = match phase {
                 Phase::Scatter | Phase::Inner => "reduce",
-                Phase::Gather => "decode",
+                Phase::Gather => "keep",
             };
             trace.span(Track::Gradients, start, Label { of_rank: Some(from), ..Label::of(name, &bytes) });
         }

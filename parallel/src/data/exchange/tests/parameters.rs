@@ -58,7 +58,7 @@ impl Rank {
             let codec = self.side.parameter_codec(tensor);
             let pairs = self.replicas[tensor].iter_mut().zip(self.side.sum(tensor));
             match codec {
-                Some(Codec::Fp32) => pairs.for_each(|(replica, came)| *replica = *came),
+                Some(Codec::Fp32) => pairs.for_each(|(replica, came)| *replica = came),
                 _ => pairs.for_each(|(replica, more)| *replica += more),
             }
         }
@@ -155,7 +155,7 @@ fn with_fp32_the_replicas_are_those_of_ranks_that_send_sums_to_the_last_bit() {
             super::step(&mut sides, number, |rank, tensor| gradient(rank, number, tensor), |_| 0);
             for (tensor, whole) in whole.iter_mut().enumerate() {
                 let pairs = whole.iter_mut().zip(sides[0].sum(tensor));
-                pairs.filter(|(_, sum)| **sum != 0.0).for_each(|(parameter, sum)| *parameter -= 0.1 * sum);
+                pairs.filter(|(_, sum)| *sum != 0.0).for_each(|(parameter, sum)| *parameter -= 0.1 * sum);
             }
             let expected: Vec<u32> = whole.iter().flatten().map(|x| x.to_bits()).collect();
             assert!(sharded.iter().all(|rank| rank.bits() == expected), "{ranks} ranks, {members} a node");
@@ -274,8 +274,8 @@ fn what_was_sent_and_what_master_and_replica_differ_by_is_the_master_bit_for_bit
                 continue;
             }
             for (replica, more) in before.iter().zip(ranks[0].side.sum(0)) {
-                exact.add(*more);
-                exact.add(-lost(*replica, *more));
+                exact.add(more);
+                exact.add(-lost(*replica, more));
             }
         }
         for rank in &ranks {
