@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::CheckpointError;
 
+#[cfg(target_os = "linux")]
+mod direct;
 #[cfg(test)]
 pub(crate) mod hooked;
 pub(crate) mod paced;

@@ -8,7 +8,8 @@ run (`--steps` after `--warmup`) and its median over the rounds, tokens a second
 counted at rank 0's interface for a step, everything of the run included. `alone_ratio` is the step of one host alone
 (two of them at once, each on its core, so that both share the machine's memory as two ranks do) over the step of two
 together: 1 would be communication that costs nothing. `slowest_ratio` has in place of it the median of the slower of the two steps
-of the hosts alone, one by one: ranks that step together wait for the slower one whatever connects them. With `--hosts 4` it is four of them at once, pinned as four together.
+of the hosts alone, one by one: ranks that step together wait for the slower one whatever connects them. `quiet_ratio` is the same of the
+first quartiles of a run's steps, for a machine that other work shares at times. With `--hosts 4` it is four of them at once, pinned as four together.
 `--at-once` is for machines with cores for all: in each round all contenders run at the same time, each on cores of its own, one
 place further on in the next round, so that all of them meet the same minutes and, after as many rounds as contenders, the same cores.
 `--tls` secures ours by a join secret. With `--backend libtorch`, and a binary that has it, ours computes there.
@@ -64,15 +65,21 @@ def tributary(args, rate, place, runs, codec):
     names = ["wire_bytes_sent", "overlap", "encode_s", "exposed_s"]
     medians = {name: statistics.median(line[name] for line in steady) for name in names if steady[0].get(name) is not None}
     seconds = [line["step_s"] for line in lines[args.warmup:]]
+    medians["quiet_s"] = quiet(seconds)
     if alone:
         # Together every step is as long as the slower one's, whatever connects them.
         for rank in range(1, args.hosts):
             with open(os.path.join(runs, f"alone-{rank}", "metrics.jsonl")) as file:
                 others = [json.loads(line)["step_s"] for line in file][args.warmup:]
             seconds = [max(pair) for pair in zip(seconds, others)]
-        medians["slowest_s"] = statistics.median(seconds)
+        medians["slowest_s"], medians["quiet_s"] = statistics.median(seconds), quiet(seconds)
         seconds = [line["step_s"] for line in lines[args.warmup:]]
     return statistics.median(seconds), sent, medians
+
+
+def quiet(seconds):
+    """The first quartile: what other work on the machine adds to steps it adds to some of them."""
+    return statistics.quantiles(seconds, n=4)[0]
 
 
 def torch(args, rate, place, out, hook):
@@ -148,6 +155,8 @@ def main():
                 if slowest and all(slowest):
                     ratios = [round(one / both, 3) for one, (both, _, _) in zip(slowest, results)]
                     row["slowest_ratios"], row["slowest_ratio"] = ratios, round(statistics.median(ratios), 3)
+                    ratios = [round(one["quiet_s"] / both["quiet_s"], 3) for (_, _, one), (_, _, both) in zip(alone, results)]
+                    row["quiet_ratios"], row["quiet_ratio"] = ratios, round(statistics.median(ratios), 3)
                 row["kernel_bytes_a_step"] = round(statistics.median(sent for _, sent, _ in results) / (args.warmup + args.steps))
             last = results[-1][2]
             row.update({key: last[key] for key in ["wire_bytes_sent", "overlap", "encode_s", "exposed_s"] if last.get(key)})

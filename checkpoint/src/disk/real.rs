@@ -3,7 +3,10 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write as _};
 use std::path::Path;
+use std::sync::Arc;
 
+#[cfg(target_os = "linux")]
+use super::direct::{self, Direct};
 use super::{Disk, DiskFile, write_fully};
 
 /// The machine's own file system.
@@ -14,12 +17,30 @@ pub struct RealDisk;
 /// memory is dirty, or for the sync, and the disk idles while a thread hashes.
 const WRITE_BACK: u64 = 8 << 20;
 
+/// Bytes after which a file is written past the page cache: small ones are read soon, and often.
+#[cfg(target_os = "linux")]
+const DIRECT_FROM: u64 = 8 << 20;
+
 /// An open file, and how much of it was handed to the disk.
 #[derive(Debug)]
 struct RealFile {
-    file: File,
+    file: Arc<File>,
     written: u64,
     handed: u64,
+    #[cfg(target_os = "linux")]
+    way: Way,
+}
+
+/// How a file is written.
+#[cfg(target_os = "linux")]
+#[derive(Debug)]
+enum Way {
+    /// By way of the page cache, as long as it is small.
+    Small,
+    /// So whatever it becomes.
+    Cached,
+    /// Past the page cache.
+    Direct(Direct),
 }
 
 impl Disk for RealDisk {
@@ -28,7 +49,13 @@ impl Disk for RealDisk {
     }
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        Ok(Box::new(RealFile { file: File::create_new(path)?, written: 0, handed: 0 }))
+        Ok(Box::new(RealFile {
+            file: Arc::new(File::create_new(path)?),
+            written: 0,
+            handed: 0,
+            #[cfg(target_os = "linux")]
+            way: Way::Small,
+        }))
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
@@ -71,18 +98,46 @@ impl Disk for RealDisk {
 }
 
 impl DiskFile for RealFile {
+    #[cfg(target_os = "linux")]
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        write_fully(bytes, |bytes| (&self.file).write(bytes))?;
+        if matches!(self.way, Way::Small) && self.written + bytes.len() as u64 > DIRECT_FROM {
+            let boundary = self.written.next_multiple_of(direct::ALIGNMENT as u64);
+            let (before, bytes) = bytes.split_at(bytes.len().min((boundary - self.written) as usize));
+            self.write_cached(before)?;
+            if self.written == boundary {
+                self.way = Direct::begin(&self.file).map_or(Way::Cached, Way::Direct);
+            }
+            return if bytes.is_empty() { Ok(()) } else { self.write_all(bytes) };
+        }
+        match &mut self.way {
+            Way::Direct(direct) => direct.append(bytes),
+            Way::Small | Way::Cached => self.write_cached(bytes),
+        }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.write_cached(bytes)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        if let Way::Direct(direct) = std::mem::replace(&mut self.way, Way::Cached) {
+            direct.finish()?;
+        }
+        self.file.sync_all()
+    }
+}
+
+impl RealFile {
+    fn write_cached(&mut self, bytes: &[u8]) -> io::Result<()> {
+        write_fully(bytes, |bytes| (&*self.file).write(bytes))?;
         self.written += bytes.len() as u64;
         if self.written - self.handed >= WRITE_BACK {
             write_back(&self.file, self.handed, self.written);
             self.handed = self.written;
         }
         Ok(())
-    }
-
-    fn sync(&mut self) -> io::Result<()> {
-        self.file.sync_all()
     }
 }
 
@@ -121,4 +176,29 @@ fn rename_if_free(from: &Path, to: &Path) -> io::Result<()> {
         return Err(io::ErrorKind::AlreadyExists.into());
     }
     fs::rename(from, to)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_any_size_in_any_pieces_is_what_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let all: Vec<u8> = (0..(23u32 << 20) + 77).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let ends = [0, 4095, 8 << 20, (8 << 20) + 1, (8 << 20) + 4096, all.len()];
+        for (number, end) in ends.into_iter().enumerate() {
+            for piece in [1000, 4096, 1 << 20, 9 << 20, usize::MAX] {
+                let path = folder.path().join(format!("{number}-{piece}"));
+                let mut file = RealDisk.create(&path).unwrap();
+                all[..end].chunks(piece.min(all.len())).for_each(|piece| file.write_all(piece).unwrap());
+                file.sync().unwrap();
+                // What follows a sync is part of it, too.
+                file.write_all(b"more").unwrap();
+                file.sync().unwrap();
+                assert!(fs::read(&path).unwrap() == [&all[..end], b"more"].concat(), "{end} bytes by {piece}");
+                fs::remove_file(&path).unwrap();
+            }
+        }
+    }
 }
