@@ -24,7 +24,7 @@ pub const EVENTS_MAX: usize = 200_000;
 pub enum Track {
     /// The thread that trains.
     Compute,
-    /// The thread that encodes, adds and decodes gradients.
+    /// The thread that encodes and adds gradients.
     Gradients,
     /// What goes to a rank.
     Send(usize),

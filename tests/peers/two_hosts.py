@@ -120,6 +120,8 @@ def main():
     if args.only:
         contenders = [row for row in contenders if (row[2] or "alone") in args.only]
     at_once = [(rate, row) for rate in args.rates for row in contenders if row[2] or rate == args.rates[0] or not args.at_once]
+    if not at_once:
+        parser.error("--who and --only leave nothing to measure")
     if args.at_once and (wanted := len(at_once) * args.hosts) > os.cpu_count():
         parser.error(f"--at-once: {len(at_once)} contenders of {args.hosts} hosts want {wanted} cores, and here are {os.cpu_count()}")
     found = {}

@@ -110,6 +110,7 @@ impl Plan {
         let parts: Vec<Part> = (0..mesh.ranks()).map(|rank| Part::new(config, mesh, pipeline, &pieces, rank)).collect();
         let sequences = keys.micro_batches.iter().sum::<usize>() * recipe.train.micro_batch_size;
         let codec = codec(recipe, mesh);
+        let sharded = sharded.map(|codec| if is_one_machine(recipe, mesh) { Codec::Fp32 } else { codec });
         let ranks: Vec<RankPlan> = parts
             .iter()
             .map(|part| RankPlan {
@@ -164,16 +165,20 @@ fn usage(what: &str) -> Error {
 
 /// What most gradients travel in after a warm-up. `auto` begins with `int8`.
 fn codec(recipe: &Recipe, mesh: Mesh) -> Option<Codec> {
-    let (data, group) = (mesh.size(Axis::Data), recipe.parallel.group);
-    if data == 1 {
+    if mesh.size(Axis::Data) == 1 {
         return None;
     }
     Some(match recipe.compression.codec {
-        // Inside one machine everything travels as it is.
-        _ if group > 1 && group == data => Codec::Fp32,
+        _ if is_one_machine(recipe, mesh) => Codec::Fp32,
         CodecChoice::Auto => Codec::Int8,
         CodecChoice::Fixed(codec) => codec,
     })
+}
+
+/// Whether all replicas are on one machine, as the recipe has it: inside it everything travels as it is.
+fn is_one_machine(recipe: &Recipe, mesh: Mesh) -> bool {
+    let group = recipe.parallel.group;
+    group > 1 && group == mesh.size(Axis::Data)
 }
 
 /// What checkpoints keep of what was left out.

@@ -400,6 +400,7 @@ pub use replicas::{Places, same_parameters};
 pub use report::Report;
 pub use staged::values;
 pub use taps::{plain_model, plain_pieces};
+pub(crate) use update::piece_elements;
 
 #[cfg(test)]
 mod ahead_tests;

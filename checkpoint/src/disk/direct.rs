@@ -1,15 +1,15 @@
 //! Large files past the page cache (`O_DIRECT`).
 //!
-//! A checkpoint is written to be durable and is read by another process, if ever. By way of the page cache every byte of it is
-//! copied once more into memory that the system must find first, pushes out what training reads, and keeps the system's
-//! own threads busy on whatever core they are given. Here a thread hands whole buffers to the disk while the caller hashes
-//! what comes next.
+//! A checkpoint is written to be durable, and few are read. By way of the page cache every byte of one is copied once more into
+//! memory that the system must find first, pushes out what training reads, and keeps the system's own threads busy on whatever
+//! core they are given. Here a thread hands whole buffers to the disk while the caller hashes what comes next. Whoever reads the
+//! file soon, to copy it to a store or because the run is started again, reads it from the disk.
 //!
 //! What the last buffer has too little for goes the usual way, and so does everything where the file system refuses: some do when
 //! the flag is set, and some with the first write.
 
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::{self, Seek as _, Write as _};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -17,6 +17,7 @@ use std::thread::JoinHandle;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
+use super::real::write_back;
 use super::write_fully;
 
 /// A multiple of every disk's block, in memory, in length and in the file.
@@ -74,7 +75,7 @@ impl Direct {
         }
     }
 
-    /// Appends `bytes`. An error may be of bytes that were appended before.
+    /// Appends `bytes`. An error may be of bytes that were appended before, and is the last word: nothing may follow it.
     pub(super) fn append(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             bytes = self.current.take(bytes);
@@ -159,6 +160,9 @@ fn run(file: &File, full: &Receiver<Buffer>, back: &SyncSender<(Buffer, io::Resu
             })
         };
         failed |= result.is_err();
+        if !direct && let Ok(end) = (&*file).stream_position() {
+            write_back(file, end - buffer.filled as u64, end);
+        }
         buffer.filled = 0;
         if back.send((buffer, result)).is_err() {
             return;

@@ -41,6 +41,8 @@ enum Way {
     Cached,
     /// Past the page cache.
     Direct(Direct),
+    /// Not at all any more: something of what was appended is lost.
+    Failed,
 }
 
 impl Disk for RealDisk {
@@ -104,14 +106,19 @@ impl DiskFile for RealFile {
             let boundary = self.written.next_multiple_of(direct::ALIGNMENT as u64);
             let (before, bytes) = bytes.split_at(bytes.len().min((boundary - self.written) as usize));
             self.write_cached(before)?;
-            if self.written == boundary {
-                self.way = Direct::begin(&self.file).map_or(Way::Cached, Way::Direct);
-            }
+            self.way = Direct::begin(&self.file).map_or(Way::Cached, Way::Direct);
             return if bytes.is_empty() { Ok(()) } else { self.write_all(bytes) };
         }
         match &mut self.way {
-            Way::Direct(direct) => direct.append(bytes),
+            Way::Direct(direct) => {
+                let appended = direct.append(bytes);
+                if appended.is_err() {
+                    self.way = Way::Failed;
+                }
+                appended
+            }
             Way::Small | Way::Cached => self.write_cached(bytes),
+            Way::Failed => Err(lost()),
         }
     }
 
@@ -122,11 +129,22 @@ impl DiskFile for RealFile {
 
     fn sync(&mut self) -> io::Result<()> {
         #[cfg(target_os = "linux")]
-        if let Way::Direct(direct) = std::mem::replace(&mut self.way, Way::Cached) {
-            direct.finish()?;
+        match std::mem::replace(&mut self.way, Way::Failed) {
+            Way::Failed => return Err(lost()),
+            Way::Small => self.way = Way::Small,
+            Way::Cached => self.way = Way::Cached,
+            Way::Direct(direct) => {
+                direct.finish()?;
+                self.way = Way::Cached;
+            }
         }
         self.file.sync_all()
     }
+}
+
+#[cfg(target_os = "linux")]
+fn lost() -> io::Error {
+    io::Error::other("what was written before could not be brought to the disk")
 }
 
 impl RealFile {
@@ -144,7 +162,7 @@ impl RealFile {
 /// Begins to bring the bytes `start..end` to the disk, and does not wait for it. Only the sync promises anything: what
 /// goes wrong here it tells.
 #[cfg(target_os = "linux")]
-fn write_back(file: &File, start: u64, end: u64) {
+pub(super) fn write_back(file: &File, start: u64, end: u64) {
     // "Not needed" starts the write-back of dirty pages; they leave the cache only once they are clean, which these are not.
     let len = std::num::NonZeroU64::new(end - start);
     let _ = rustix::fs::fadvise(file, start, len, rustix::fs::Advice::DontNeed);
@@ -181,6 +199,26 @@ fn rename_if_free(from: &Path, to: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The failure is the system's word, and from then on nothing succeeds that would stand behind a hole.
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn after_a_failure_nothing_is_written_or_synced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        drop(File::create_new(&path).unwrap());
+        // One that cannot be written to.
+        let file = Arc::new(File::open(&path).unwrap());
+        let Some(direct) = Direct::begin(&file) else { return };
+        let mut file = RealFile { file, written: DIRECT_FROM, handed: DIRECT_FROM, way: Way::Direct(direct) };
+        let piece = vec![7; 1 << 20];
+        let failed = (0..20).find_map(|_| file.write_all(&piece).err()).unwrap();
+        assert_eq!(failed.raw_os_error(), Some(rustix::io::Errno::BADF.raw_os_error()), "{failed}");
+        for _ in 0..5 {
+            assert!(file.write_all(&piece).unwrap_err().to_string().contains("written before"));
+            assert!(file.sync().unwrap_err().to_string().contains("written before"));
+        }
+    }
 
     #[test]
     fn a_file_of_any_size_in_any_pieces_is_what_was_written() {

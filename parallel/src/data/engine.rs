@@ -99,7 +99,7 @@ pub struct Settled {
     /// When the first encoding began.
     pub first_encode: Option<Instant>,
     /// When the whole sum was here.
-    pub last_decode: Instant,
+    pub last_sum: Instant,
     /// What zstd serves.
     pub packed: Packed,
 }
@@ -297,8 +297,8 @@ impl Engine {
     /// # Panics
     /// When it has no such part.
     pub fn read(&self, index: usize, start: usize, out: &mut [f32]) {
-        let begun = self.trace.as_ref().map(|_| Instant::now());
         let exchange = self.exchange();
+        let begun = self.trace.as_ref().map(|_| Instant::now());
         exchange.read(index, start, out);
         if let (Some(trace), Some(begun)) = (&self.trace, begun) {
             let (bytes, bucket) = (Some(size_of_val(out)), Some(exchange.plan().slot(index).bucket));

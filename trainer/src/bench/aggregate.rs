@@ -28,11 +28,10 @@ use super::at_least_one;
 use crate::error::{Error, Result};
 use crate::run::join::permit;
 use crate::run::trace::Tracing;
+use crate::step::piece_elements;
 
 /// Elements of a tensor, and so of a bucket; the last one may be smaller.
 const TENSOR: usize = 1 << 20;
-/// Elements of a sum that are read at a time, as an optimiser does.
-const PIECE: usize = 1 << 17;
 const CONNECT_WITHIN: Duration = Duration::from_secs(60);
 /// A plain copy on which nothing moves for so long has failed.
 const STILL: Duration = Duration::from_secs(60);
@@ -78,12 +77,13 @@ pub struct Options {
     json: bool,
 }
 
-/// Votes, and reads every sum once, piece by piece as it comes.
+/// Votes, and reads every sum once, piece by piece as it comes and as the optimiser does.
 fn take(stream: &GradientStream, ballot: Ballot) -> std::result::Result<(), StreamError> {
     stream.vote(ballot)?;
+    let at_once = piece_elements();
     for (index, parameter) in stream.plan().parameters().iter().enumerate() {
-        for start in (0..parameter.elements()).step_by(PIECE) {
-            let part = start..(start + PIECE).min(parameter.elements());
+        for start in (0..parameter.elements()).step_by(at_once) {
+            let part = start..(start + at_once).min(parameter.elements());
             stream.with_sum(index, part, |piece| _ = black_box(piece))?;
         }
     }

@@ -305,7 +305,7 @@ fn report(
             "{:.2} GB of state, medians of {} rounds\n\
              a snapshot stops training for {:.3} s, {stall_ratio:.2} x memcpy ({:.2} x the first time)\n\
              beside a checkpoint a step takes {step_ratio:.3} x as long (mean {step_mean_ratio:.3}; {} steps each), beside a \
-             plain file {:.3} x, beside nothing {:.3} x (each give or take {:.3})\n\
+             plain file {:.3} x, beside nothing {:.3} x (the first give or take {:.3})\n\
              written at {:.2} GB/s, {write_ratio:.2} of a plain file{}\n\
              loaded in {load_s:.3} s ({:.2} GB/s), in {load_again_s:.3} s into memory that is there; a plain read takes \
              {read_s:.3} s{}",

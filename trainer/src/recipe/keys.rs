@@ -148,7 +148,7 @@ pub const KEYS: &[Key] = &[
     key("compression.parameter_codec", Choice(&["fp32", "int8"]), DefaultText("fp32"), Resumable, "how parameters travel from their owners with `optimizer.sharded`: `fp32` as they are; `int8` what they differ by from what all have, and what is left out of that is in the next difference"),
     key("compression.warmup_steps", Integer(0, MANY), Empty, Resumable, "the first steps of a run, which travel as `int8` where the codec has fewer bits; unless written `schedule.warmup_steps` where the recipe names a `sparse24` codec, which needs it, else 0"),
     key("compression.zstd", Choice(&["off", "auto"]), DefaultText("off"), Free, "`auto`: payloads travel in zstd frames where that saves more time on the link than it takes, bucket by bucket; it changes nothing that is computed"),
-    key("compression.threads", Integer(0, 1024), DefaultInteger(0), Local, "threads that encode, add and decode, beside those that compute; 0 for one where the processor itself computes, and else for at most four"),
+    key("compression.threads", Integer(0, 1024), DefaultInteger(0), Local, "threads that encode and add, beside those that compute; 0 for one where the processor itself computes, and else for at most four"),
     key("checkpoint.every", Integer(0, MANY), DefaultInteger(100), Free, "steps between two checkpoints; 0 for none but the last"),
     key("checkpoint.keep_last", Integer(0, MANY), DefaultInteger(2), Free, "checkpoints to keep; 0 for all"),
     key("checkpoint.keep_every", Integer(0, MANY), DefaultInteger(0), Free, "checkpoints of every so many steps stay for ever, whatever `keep_last` says; 0 for none"),

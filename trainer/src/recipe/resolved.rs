@@ -235,7 +235,7 @@ pub struct Compression {
     pub warmup_steps: u64,
     /// Whether payloads may stand in zstd frames.
     pub zstd: Zstd,
-    /// Threads that encode, add and decode; 0 for what fits the device.
+    /// Threads that encode and add; 0 for what fits the device.
     pub threads: usize,
 }
 

@@ -9,7 +9,7 @@ use compression::Codec;
 use parallel::data::{GradientStream, StreamError};
 
 use super::State;
-use super::update::PIECE;
+use super::update::piece_elements;
 use crate::optimizer::{self, AdamW};
 
 /// Updates what this rank owns, and sends it; without rules as it is, so that nobody waits.
@@ -21,8 +21,9 @@ pub(super) fn send(stream: &GradientStream, state: &mut State, rules: Option<&[A
         let (replica, elements) = (&mut weights[own.clone()], own.len());
         let codec = stream.parameter_codec(index).expect("a sharded state has a stream of parameters");
         // Piece by piece: the engine's thread may want the sums too.
-        for start in (0..elements).step_by(PIECE) {
-            let piece = start..(start + PIECE).min(elements);
+        let at_once = piece_elements();
+        for start in (0..elements).step_by(at_once) {
+            let piece = start..(start + at_once).min(elements);
             let (m, v, replica) = (&mut m[piece.clone()], &mut v[piece.clone()], &mut replica[piece.clone()]);
             let mut update = |weights: &mut [f32], gradients: &[f32]| {
                 if let Some(rules) = rules {
@@ -57,8 +58,9 @@ pub(super) fn adopt(
     codec: Codec,
     weights: &mut [f32],
 ) -> Result<(), StreamError> {
-    for (piece, weights) in weights.chunks_mut(PIECE).enumerate() {
-        let from = piece * PIECE;
+    let elements = piece_elements();
+    for (piece, weights) in weights.chunks_mut(elements).enumerate() {
+        let from = piece * elements;
         stream.with_sum(index, from..from + weights.len(), |came| match codec {
             Codec::Fp32 => weights.copy_from_slice(came),
             _ => weights.iter_mut().zip(came).for_each(|(weight, more)| *weight += more),

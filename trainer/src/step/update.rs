@@ -14,8 +14,8 @@ use crate::optimizer::{self, AdamW};
 
 /// A wait that is shorter is none, for the trace.
 pub(super) const WAIT_S_MIN: f64 = 1e-4;
-/// Elements that are updated at a time: their sum is decoded into a cache first.
-pub(super) const PIECE: usize = 1 << 17;
+/// Elements that a thread updates at a time: their sum is decoded into a cache first.
+const PIECE: usize = 1 << 14;
 
 /// A step that all have voted about, and whose parameters are not brought up to it yet.
 #[derive(Clone, Debug)]
@@ -154,9 +154,10 @@ impl Behind {
             lock(&self.spent).update_s += start.elapsed().as_secs_f64();
             return Ok(());
         }
-        let pieces = weights.chunks_mut(PIECE).zip(m.chunks_mut(PIECE)).zip(v.chunks_mut(PIECE)).enumerate();
+        let elements = piece_elements();
+        let pieces = weights.chunks_mut(elements).zip(m.chunks_mut(elements)).zip(v.chunks_mut(elements)).enumerate();
         for (piece, ((weights, m), v)) in pieces {
-            let from = piece * PIECE;
+            let from = piece * elements;
             self.updater.stream.with_sum(index, from..from + weights.len(), |gradients| {
                 rule.update(&mut optimizer::Range { weights, gradients, m, v });
             })?;
@@ -164,6 +165,11 @@ impl Behind {
         lock(&self.spent).update_s += start.elapsed().as_secs_f64();
         Ok(())
     }
+}
+
+/// Elements that are updated at once, by all threads that compute.
+pub(crate) fn piece_elements() -> usize {
+    PIECE * rayon::current_num_threads().max(8)
 }
 
 /// Nothing is left half done by a panic elsewhere: it ends the step.

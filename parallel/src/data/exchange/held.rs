@@ -45,7 +45,7 @@ impl Held {
     pub(super) fn buffer(&mut self, owner: usize, chunk: usize, bytes: usize) -> Vec<u8> {
         let mut buffer = std::mem::replace(&mut self.chunks[self.firsts[owner] + chunk].1, nothing()).into_bytes();
         // A step that sent everything uncompressed needed more.
-        if buffer.capacity() > 2 * bytes {
+        if buffer.capacity() >= 2 * bytes {
             buffer = Vec::new();
         }
         buffer.resize(bytes, 0);

@@ -68,8 +68,8 @@ pub struct Timing {
 
 impl From<engine::Settled> for Complete {
     fn from(settled: engine::Settled) -> Self {
-        let engine::Settled { encode_s, first_encode, last_decode, packed } = settled;
-        Self { timing: Timing { encode_s, span: first_encode.map(|first| (first, last_decode)) }, packed }
+        let engine::Settled { encode_s, first_encode, last_sum, packed } = settled;
+        Self { timing: Timing { encode_s, span: first_encode.map(|first| (first, last_sum)) }, packed }
     }
 }
 

@@ -95,9 +95,9 @@ impl Work {
             None => (0, Vec::new()),
         };
         let packed = Packed { buckets: packed_buckets, changes };
-        let (encode_s, first_encode, last_decode) = (self.encode_s, self.first_encode, Instant::now());
+        let (encode_s, first_encode, last_sum) = (self.encode_s, self.first_encode, Instant::now());
         self.progress.waits_for(None);
         self.progress.collective(format!("sums of step {}", self.step));
-        self.reply(Reply::Settled(Box::new(Settled { encode_s, first_encode, last_decode, packed })))
+        self.reply(Reply::Settled(Box::new(Settled { encode_s, first_encode, last_sum, packed })))
     }
 }
