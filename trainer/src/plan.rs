@@ -185,7 +185,8 @@ fn is_one_machine(recipe: &Recipe, mesh: Mesh) -> bool {
 fn kept(recipe: &Recipe, data: usize) -> Kept {
     match (recipe.compression.codec, recipe.checkpoint.residuals) {
         (CodecChoice::Fixed(Codec::Fp32), _) => Kept::Nothing,
-        _ if data == 1 => Kept::Nothing,
+        // Inside one machine nothing is left out.
+        _ if data == 1 || recipe.parallel.group == data => Kept::Nothing,
         (_, Residuals::Folded) => Kept::Folded,
         (_, Residuals::Exact) => Kept::Exact,
     }
