@@ -130,4 +130,8 @@ fn sums_in_the_order_of_arrival_a_coordinator_that_never_looks_and_a_wrong_name_
         "hangs",
     );
     some_seed_fails(|setting| (setting.fault, setting.expects) = (Fault::Kill(1), Fault::Kill(0)), "does not name");
+    some_seed_fails(
+        |setting| (setting.fault, setting.expects) = (Fault::Differs(1), Fault::Differs(0)),
+        "does not name",
+    );
 }

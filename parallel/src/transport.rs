@@ -13,6 +13,8 @@ use thiserror::Error;
 
 pub mod channel;
 pub mod grpc;
+#[cfg(test)]
+pub(crate) mod http2;
 pub mod raw;
 pub mod simulated;
 pub mod socket;

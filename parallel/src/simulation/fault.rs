@@ -27,6 +27,8 @@ pub(super) enum Fault {
     Parted(usize),
     /// A bit of a message from one rank to another changes.
     Damage(usize, usize),
+    /// A rank sums other sizes than the others, from the beginning.
+    Differs(usize),
     /// The coordinator's process is killed.
     KillCoordinator,
     /// The coordinator's process is stopped.
@@ -43,7 +45,7 @@ impl Fault {
     pub(super) fn drawn(random: &mut Random, ranks: usize) -> Self {
         let rank = random.below(ranks as u64) as usize;
         let other = (rank + 1 + random.below(ranks as u64 - 1) as usize) % ranks;
-        match random.below(17) {
+        match random.below(18) {
             0 => Self::Slow(rank),
             // Few of them, so that runs without faults need not be made anew for each.
             1 => Self::Nan(ranks - 1, 2),
@@ -57,6 +59,7 @@ impl Fault {
             12 => Self::KillCoordinator,
             13 => Self::StopCoordinator,
             14 => Self::Parted(1 + random.below(ranks as u64 - 1) as usize),
+            15 => Self::Differs(rank),
             _ => Self::None,
         }
     }
@@ -111,6 +114,8 @@ impl Fault {
                 verdict.starts_with("no rank makes progress") && verdict.lines().any(across)
             }
             Self::Damage(from, to) => starts(to) && verdict.contains(&format!("rank {from}")),
+            // It finds fault with a message of another rank, or another rank with one of its.
+            Self::Differs(rank) => starts(rank) || verdict.contains(&format!(" failed: rank {rank}, step ")),
             Self::KillCoordinator | Self::StopCoordinator => {
                 verdict.starts_with("the coordinator") || verdict.starts_with("no coordinator")
             }

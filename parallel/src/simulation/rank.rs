@@ -77,7 +77,7 @@ impl Rank {
         let (aborter, progress) = (inbox.aborter(), Arc::<Progress>::default());
         let Setting { ranks, members, window, chunk_blocks, .. } = *setting;
         let group = Group { rank, ranks, members, window, epoch: 1, chunk_blocks };
-        let mut exchange = Exchange::new(setting.plan(), group, setting.codec);
+        let mut exchange = Exchange::new(setting.plan(rank), group, setting.codec);
         if setting.by_arrival {
             exchange = exchange.in_order_of_arrival();
         }

@@ -106,14 +106,27 @@ impl Setting {
         }
     }
 
-    pub(super) fn plan(&self) -> Arc<Plan> {
-        let parameters = SHAPES.map(|(name, shape)| Parameter { name: name.into(), shape: shape.to_vec() });
-        Arc::new(Plan::new(parameters.to_vec(), self.bucket_bytes).expect("small"))
+    /// What a rank sums.
+    pub(super) fn plan(&self, rank: usize) -> Arc<Plan> {
+        let named = |(index, (name, _)): (usize, &(&str, _))| Parameter {
+            name: (*name).into(),
+            shape: self.shape(rank, index),
+        };
+        let parameters = SHAPES.iter().enumerate().map(named).collect();
+        Arc::new(Plan::new(parameters, self.bucket_bytes).expect("small"))
+    }
+
+    fn shape(&self, rank: usize, index: usize) -> Vec<usize> {
+        let mut shape = SHAPES[index].1.to_vec();
+        if self.fault == Fault::Differs(rank) && index == 0 {
+            shape[0] += 128;
+        }
+        shape
     }
 
     /// Another one for every rank, step and micro-batch, whatever the seed.
     pub(super) fn gradient(&self, rank: usize, step: u64, micro_batch: usize, index: usize) -> Vec<f32> {
-        let elements: usize = SHAPES[index].1.iter().product();
+        let elements: usize = self.shape(rank, index).iter().product();
         let mut x = (rank as u64 * 64 + step) * 64 + micro_batch as u64 * 8 + index as u64;
         let mut value = || {
             x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

@@ -92,7 +92,8 @@ impl World {
         }
         world.at(Duration::ZERO, Event::Ticks);
         if !matches!(world.setting.fault, Fault::None | Fault::Slow(_) | Fault::Nan(..)) {
-            world.at(world.setting.fault_at, Event::Fault);
+            let differs = matches!(world.setting.fault, Fault::Differs(_));
+            world.at(if differs { Duration::ZERO } else { world.setting.fault_at }, Event::Fault);
         }
         world
     }
@@ -275,7 +276,7 @@ impl World {
         self.struck = Some((self.now, all_run));
         self.story.push(format!("{:?} {fault:?}", self.now));
         match fault {
-            Fault::None | Fault::Slow(_) | Fault::Nan(..) => {}
+            Fault::None | Fault::Slow(_) | Fault::Nan(..) | Fault::Differs(_) => {}
             Fault::Kill(rank) if self.ranks[rank].is_alive() => {
                 self.ranks[rank].doing = Doing::Gone;
                 self.leaves(rank, "the connection was closed");

@@ -2,9 +2,10 @@
 //! plain files of the same bytes in the same run.
 //!
 //! A round does everything once, one after the other, so that whatever else the machine does meets all of it alike: a copy
-//! of the state by one thread into memory that is there, a plain file, a checkpoint by itself, steps without a checkpoint,
-//! steps beside one, and steps beside a thread that writes a plain file. What counts is the median over the rounds, of ratios
-//! within a round. As many steps with nothing beside them show what the machine itself does to the ratios.
+//! of the state by one thread into memory that is there, a plain file, a checkpoint by itself, steps beside one, and steps
+//! beside a thread that writes a plain file. Before and after each of these there are as many steps with nothing beside
+//! them, and a ratio is that to those. What counts is the median over the rounds, of ratios within a round. The ratio of as
+//! many steps with nothing beside them shows what the machine itself does.
 //!
 //! - `work`: the step, and the plain file. `load`: how fast it is read.
 
@@ -26,11 +27,11 @@ use serde_json::json;
 use super::at_least_one;
 use crate::error::{Error, Result};
 use load::Loads;
-use work::{Work, error_of_median, mean, median, plain_write_s};
+use work::{Work, error_of_median, first_quartile, mean, median, plain_write_s};
 
 /// Elements of a tensor at the most: a matrix of a middling model.
 const TENSOR_MAX: usize = 1 << 22;
-/// Steps without a checkpoint, before and after those beside one.
+/// Steps with nothing beside them, before and after those beside something, as long as nobody knows how many those are.
 const QUIET_STEPS: usize = 6;
 
 /// What is measured.
@@ -79,13 +80,19 @@ struct Round {
     /// In the call, and the excess of the step after it.
     stall_s: f64,
     quiet_step_s: f64,
-    busy_step_s: f64,
+    /// Steps beside a checkpoint, over those beside nothing before and after: of the medians, and of the means.
+    busy_step_ratio: f64,
     busy_mean_ratio: f64,
+    /// Of the first quartiles: what other work on the machine adds to steps it adds to some of them.
+    busy_quartile_ratio: f64,
     busy_steps: usize,
-    /// Steps beside a plain file, over those beside nothing.
+    /// Steps beside a plain file, over those beside nothing before and after.
     plain_step_ratio: f64,
-    /// As many steps beside nothing as those beside a checkpoint, over the same: what the machine itself does to the ratios.
+    /// As many steps beside nothing as those beside a checkpoint, over those before and after: what the machine itself does
+    /// to the ratios.
     idle_step_ratio: f64,
+    idle_mean_ratio: f64,
+    idle_quartile_ratio: f64,
     /// Steps beside nothing after all of this, over those before.
     drift_ratio: f64,
 }
@@ -116,8 +123,10 @@ pub fn checkpoint(options: &Options) -> Result<()> {
     let mut work = Work::new(options.step_ms);
     let mut copy: Vec<Vec<f32>> = state.tensors.iter().map(|tensor| vec![1.0; tensor.len()]).collect();
     let mut rounds = Vec::new();
+    let mut quiet_steps = QUIET_STEPS;
     for number in 0..=options.rounds as u64 {
-        rounds.push(round(number, &state, &mut copy, &mut writer, &mut work, folder.path())?);
+        rounds.push(round(number, &state, &mut copy, &mut writer, (&mut work, quiet_steps), folder.path())?);
+        quiet_steps = rounds.last().map_or(quiet_steps, |round: &Round| round.busy_steps.max(QUIET_STEPS));
     }
     drop(copy);
     let first = rounds.remove(0);
@@ -177,7 +186,7 @@ fn round(
     state: &State,
     copy: &mut [Vec<f32>],
     writer: &mut Writer,
-    work: &mut Work,
+    (work, quiet_steps): (&mut Work, usize),
     folder: &Path,
 ) -> Result<Round> {
     let start = Instant::now();
@@ -186,33 +195,33 @@ fn round(
     }
     let memcpy_s = start.elapsed().as_secs_f64();
     let plain_write_s = plain_write_s(folder, &state.tensors)?;
-    let mut before: Vec<f64> = (0..QUIET_STEPS).map(|_| work.step_s()).collect();
-    let mut beside_plain = std::thread::scope(|scope| {
+    let mut quiet = [(); 4].map(|()| Vec::new());
+    quiet[0] = work.steps_s(quiet_steps);
+    let beside_plain = std::thread::scope(|scope| {
         let writing = scope.spawn(|| work::plain_write_s(folder, &state.tensors));
         let steps = steps_until(work, || writing.is_finished());
         writing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).map(|_| steps)
     })?;
+    quiet[1] = work.steps_s(quiet_steps);
     // Beside steps: the call, the step after it, and those until the checkpoint is there.
     let copy_s = state.offer(writer, 2 * number + 1)?;
     let mut outcome = Ok(None);
-    let mut busy = steps_until(work, || {
+    let busy = steps_until(work, || {
         outcome = committed(writer.outcomes());
         !matches!(outcome, Ok(None))
     });
     outcome?;
-    let excess = busy[0];
-    let mut idle: Vec<f64> = (0..busy.len()).map(|_| work.step_s()).collect();
-    let mut after: Vec<f64> = (0..QUIET_STEPS).map(|_| work.step_s()).collect();
+    quiet[2] = work.steps_s(quiet_steps);
+    let idle = work.steps_s(busy.len());
+    quiet[3] = work.steps_s(quiet_steps);
     // By itself.
     state.offer(writer, 2 * number + 2)?;
     let (write_s, stored_ratio) = committed(writer.flush())?.unwrap_or((f64::NAN, f64::NAN));
-    let mut quiet = [&before[..], &after].concat();
-    let (busy_steps, busy_mean_ratio) = (busy.len(), mean(&busy) / mean(&quiet));
-    let (quiet_step_s, busy_step_s) = (median(&mut quiet), median(&mut busy));
-    let stall_s = copy_s + (excess - quiet_step_s).max(0.0);
-    let plain_step_ratio = median(&mut beside_plain) / quiet_step_s;
-    let idle_step_ratio = median(&mut idle) / quiet_step_s;
-    let drift_ratio = median(&mut after) / median(&mut before);
+    let around = |at: usize| quiet[at..at + 2].concat();
+    let quiet_step_s = median(&mut around(1));
+    let stall_s = copy_s + (busy[0] - quiet_step_s).max(0.0);
+    let ratio = |steps: &[f64], at: usize| median(&mut steps.to_vec()) / median(&mut around(at));
+    let quartile_ratio = |steps: &[f64], at: usize| first_quartile(steps) / first_quartile(&around(at));
     Ok(Round {
         memcpy_s,
         plain_write_s,
@@ -221,12 +230,15 @@ fn round(
         copy_s,
         stall_s,
         quiet_step_s,
-        busy_step_s,
-        busy_mean_ratio,
-        busy_steps,
-        plain_step_ratio,
-        idle_step_ratio,
-        drift_ratio,
+        busy_step_ratio: ratio(&busy, 1),
+        busy_mean_ratio: mean(&busy) / mean(&around(1)),
+        busy_quartile_ratio: quartile_ratio(&busy, 1),
+        busy_steps: busy.len(),
+        plain_step_ratio: ratio(&beside_plain, 0),
+        idle_step_ratio: ratio(&idle, 2),
+        idle_mean_ratio: mean(&idle) / mean(&around(2)),
+        idle_quartile_ratio: quartile_ratio(&idle, 2),
+        drift_ratio: median(&mut quiet[3].clone()) / median(&mut quiet[0].clone()),
     })
 }
 
@@ -280,7 +292,7 @@ fn report(
     let stall_ratio = of(|round| round.stall_s / round.memcpy_s);
     let write_ratio = of(|round| round.plain_write_s / round.write_s);
     let error_of = |what: fn(&Round) -> f64| error_of_median(&rounds.iter().map(what).collect::<Vec<f64>>());
-    let busy_ratio = |round: &Round| round.busy_step_s / round.quiet_step_s;
+    let busy_ratio = |round: &Round| round.busy_step_ratio;
     let step_ratio = of(busy_ratio);
     let step_mean_ratio = of(|round| round.busy_mean_ratio);
     let zstd_ratio = options.zstd.then(|| of(|round| round.stored_ratio));
@@ -292,10 +304,16 @@ fn report(
             "first_stall_ratio": first.stall_s / first.memcpy_s, "plain_write_s": of(|round| round.plain_write_s),
             "write_s": of(|round| round.write_s), "write_ratio": write_ratio, "step_s": of(|round| round.quiet_step_s),
             "step_ratio": step_ratio, "step_ratio_error": error_of(busy_ratio), "step_mean_ratio": step_mean_ratio,
+            "step_quartile_ratio": of(|round| round.busy_quartile_ratio),
+            "step_quartile_ratio_error": error_of(|round| round.busy_quartile_ratio),
+            "step_mean_ratio_error": error_of(|round| round.busy_mean_ratio),
             "plain_step_ratio": of(|round| round.plain_step_ratio),
             "plain_step_ratio_error": error_of(|round| round.plain_step_ratio),
             "idle_step_ratio": of(|round| round.idle_step_ratio),
-            "idle_step_ratio_error": error_of(|round| round.idle_step_ratio), "drift_ratio": of(|round| round.drift_ratio),
+            "idle_step_ratio_error": error_of(|round| round.idle_step_ratio),
+            "idle_mean_ratio": of(|round| round.idle_mean_ratio),
+            "idle_quartile_ratio": of(|round| round.idle_quartile_ratio),
+            "idle_quartile_ratio_error": error_of(|round| round.idle_quartile_ratio), "drift_ratio": of(|round| round.drift_ratio),
             "steps_beside": of(|round| round.busy_steps as f64), "load_s": load_s, "load_again_s": load_again_s, "read_s": read_s,
             "load_ratio": load_s / read_s, "zstd_ratio": zstd_ratio, "path": options.keep.then(|| path.display().to_string()),
         })

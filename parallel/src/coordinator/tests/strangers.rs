@@ -7,6 +7,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Endpoint;
 
 use super::*;
+use crate::transport::http2::{Caller, MAX_CONCURRENT_STREAMS, REFUSED_STREAM};
 use crate::wire::control::coordinator_client::CoordinatorClient;
 use crate::wire::control::{FromWorker, ToWorker};
 
@@ -90,6 +91,21 @@ fn calls_that_are_no_worker_are_ended_by_the_coordinator() {
     let (heard, end) = call(address, Some(From::Hello(hello(Some(9)))), None);
     assert!(matches!(&heard[..], [To::Refused(refused)] if refused.why.contains("rank 9")), "{heard:?}");
     assert_eq!(end, Ok(()));
+    let second = join(&coordinator, 1);
+    start(&[&first, &second]);
+    finish(&coordinator, [first, second]);
+}
+
+#[test]
+fn a_second_call_on_a_connection_is_refused_and_disturbs_nobody() {
+    let coordinator = coordinator(2);
+    let first = join(&coordinator, 0);
+    let mut caller = Caller::new(coordinator.address(), GUARD);
+    assert_eq!(caller.setting(MAX_CONCURRENT_STREAMS), Some(1));
+    // The first one is a worker's that has not greeted yet, and stays open.
+    caller.call(1, "/tributary.control.v1.Coordinator/Join");
+    caller.call(3, "/tributary.control.v1.Coordinator/Join");
+    assert_eq!(caller.reset(), (3, REFUSED_STREAM));
     let second = join(&coordinator, 1);
     start(&[&first, &second]);
     finish(&coordinator, [first, second]);

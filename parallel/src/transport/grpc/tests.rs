@@ -13,6 +13,7 @@ use tonic::{Code, Request, Status};
 use super::outbound::{EPOCH, RANK, TOKEN, VERSION};
 use super::*;
 use crate::transport::Incoming;
+use crate::transport::http2::{Caller, MAX_CONCURRENT_STREAMS};
 use crate::transport::raw::service::data_client::DataClient;
 
 mod secured;
@@ -294,6 +295,14 @@ fn strangers_are_sent_away_and_messages_go_on() {
     }
     close_all(&ranks);
     assert!(ranks.iter().all(|rank| rank.came.try_iter().count() == 0));
+}
+
+/// That a call above the bound is refused is tested at the coordinator's, whose calls stay open.
+#[test]
+fn a_connection_is_told_how_many_calls_it_may_make() {
+    let (ranks, [address, _]) = pair();
+    assert_eq!(Caller::new(address, HANG).setting(MAX_CONCURRENT_STREAMS), Some(CALLS_MAX));
+    close_all(&ranks);
 }
 
 #[test]

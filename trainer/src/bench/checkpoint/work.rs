@@ -34,6 +34,11 @@ impl Work {
         work
     }
 
+    /// Takes so many steps, and says how long each took.
+    pub fn steps_s(&mut self, steps: usize) -> Vec<f64> {
+        (0..steps).map(|_| self.step_s()).collect()
+    }
+
     /// Takes a step, and says how long it took.
     pub fn step_s(&mut self) -> f64 {
         let start = Instant::now();
@@ -84,6 +89,13 @@ pub(super) fn plain_read_s(checkpoint: &Path) -> Result<f64> {
 pub(super) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// The one that three quarters of the others are above; of none it is not a number.
+pub(super) fn first_quartile(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 4).copied().unwrap_or(f64::NAN)
 }
 
 /// The standard error of the median, if the values are normally distributed; of fewer than two it is not a number.
