@@ -93,7 +93,6 @@ class Contender:
         # The first line of the turn is of a step that was stopped.
         steps = [steps[start + 1 :] for start, steps in zip(before, self.lines())]
         self.turns.append([max(together) for together in zip(*steps)])
-        return self.turns[-1]
 
     def end(self):
         if self.process.poll() is None:
