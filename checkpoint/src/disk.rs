@@ -8,6 +8,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use crate::error::CheckpointError;
+use crate::layout;
 
 #[cfg(target_os = "linux")]
 mod direct;
@@ -143,6 +144,12 @@ pub(crate) fn ensure_folder(disk: &dyn Disk, path: &Path) -> Result<(), Checkpoi
     while !disk.exists(next).map_err(CheckpointError::io("look for", next))? && next != parent(next) {
         missing.push(next.to_path_buf());
         next = parent(next);
+    }
+    // Whoever made it may have died before its name was durable, unless a checkpoint was committed in it since.
+    let is_new = |names: Vec<String>| names.iter().all(|name| layout::step_of(name).is_none());
+    if missing.is_empty() && disk.list(path).is_ok_and(is_new) {
+        // A folder above it that may not be read is nobody's of ours.
+        let _ = disk.sync_dir(parent(path));
     }
     for folder in missing.iter().rev() {
         create_dir(disk, folder)?;

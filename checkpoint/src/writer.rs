@@ -98,9 +98,8 @@ impl Writer {
         disk::ensure_folder(&*disk, &folder)?;
         let limit = Arc::new(Limit::default());
         let disk = Arc::new(paced(disk, Arc::clone(&limit), Arc::new(SystemClock::default())));
-        let packed = AtomicBool::new(false);
-        let target =
-            Target { disk, folder, pieces, ranges, role, retention, packed, abandoned: AtomicBool::new(false) };
+        let [packed, read_back, abandoned] = [(); 3].map(|()| AtomicBool::new(false));
+        let target = Target { disk, folder, pieces, ranges, role, retention, packed, read_back, abandoned };
         let target = Arc::new(target);
         if role.leads() {
             folder::sweep(&target)?;
@@ -126,6 +125,12 @@ impl Writer {
     /// From the next file on, whether it is packed: zstd frames of shuffled bytes, smaller, and more work for the thread.
     pub fn pack(&self, packed: bool) {
         self.target.packed.store(packed, Ordering::SeqCst);
+    }
+
+    /// From the next checkpoint on, whether it is read from the disk again, and its hashes compared, before older ones are removed for
+    /// it. Without it the lengths of its files are looked at.
+    pub fn read_back(&self, on: bool) {
+        self.target.read_back.store(on, Ordering::SeqCst);
     }
 
     /// Bytes that the thread has written so far, for whoever wonders whether it gets on.
@@ -293,7 +298,7 @@ impl Drop for Writer {
 #[cfg(test)]
 mod abandon_tests;
 #[cfg(test)]
-mod crash_tests;
+pub(crate) mod crash_tests;
 #[cfg(test)]
 mod member_crash_tests;
 #[cfg(test)]

@@ -115,14 +115,22 @@ pub struct Control {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Reports lost ranks to the coordinator. See [`Control::reporter`].
+/// Reports lost ranks, and failures, to the coordinator. See [`Control::reporter`].
 #[derive(Clone, Debug)]
 pub struct Reporter(Option<WeakUnboundedSender<FromWorker>>);
 
 impl Reporter {
     /// A rank is lost.
     pub fn lost(&self, rank: usize, why: &str) {
-        let what = From::Lost(Lost { rank: rank as u32, why: why.to_owned() });
+        self.say(From::Lost(Lost { rank: rank as u32, why: why.to_owned() }));
+    }
+
+    /// This worker cannot go on, which its training thread may find out much later.
+    pub fn failed(&self, leaving: Leaving) {
+        self.say(From::Leaving(leaving));
+    }
+
+    fn say(&self, what: From) {
         if let Some(out) = self.0.as_ref().and_then(WeakUnboundedSender::upgrade) {
             // When the line has ended, so has the run.
             let _ = out.send(FromWorker { what: Some(what) });
@@ -187,7 +195,7 @@ impl Control {
         }
     }
 
-    /// A way to report a lost rank from another thread. It does not keep the line open.
+    /// A way to report a lost rank or a failure from another thread. It does not keep the line open.
     #[must_use]
     pub fn reporter(&self) -> Reporter {
         Reporter(self.out.as_ref().map(UnboundedSender::downgrade))

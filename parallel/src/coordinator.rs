@@ -28,12 +28,14 @@ use crate::transport::tls::Security;
 use crate::wire::control::coordinator_server::CoordinatorServer;
 use crate::wire::control::to_worker::What as To;
 use front::{Front, Lines, carry};
-use state::{Ending, Input, Options, RankNumbers, State, interval};
+use state::{Ending, Input, Options, Output, RankNumbers, State, interval};
 
 /// The largest message of the control plane: the parts of a large model's checkpoint.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 /// A connection whose greeting has not come and been accepted after so long is closed.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
+/// What a connection may send before its greeting was accepted: a recipe, and what HTTP/2 and TLS say beside it.
+const HELLO_BYTES_MAX: u64 = 2 << 20;
 /// Connections beside those of the ranks: whoever is refused, or is no worker at all.
 const STRANGERS_MAX: usize = 64;
 /// Messages of all workers that wait for the coordinator; beyond that the workers wait.
@@ -155,7 +157,8 @@ async fn serve((listener, security): (TcpListener, Security), options: Options, 
     let Channels { mut told, mut quits, tell, numbers } = channels;
     let (inputs, mut incoming) = mpsc::channel(INPUTS_MAX);
     let lines = Lines::default();
-    let limits = Limits { connections_max: options.ranks + STRANGERS_MAX, admitted_within: HELLO_WITHIN };
+    let connections_max = options.ranks + STRANGERS_MAX;
+    let limits = Limits { connections_max, admitted_within: HELLO_WITHIN, unadmitted_bytes_max: HELLO_BYTES_MAX };
     let listener = match tokio::net::TcpListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => {
@@ -189,9 +192,12 @@ async fn serve((listener, security): (TcpListener, Security), options: Options, 
             Some(input) = told.recv() => input,
             Some(input) = incoming.recv() => input,
         };
+        let looks = matches!(input, Input::Tick);
         let outputs = state.handle(start.elapsed(), input);
-        // Before anybody hears of the end.
-        *numbers.lock().unwrap_or_else(PoisonError::into_inner) = state.numbers();
+        // All ranks' numbers of all their peers: not with each heartbeat of each. The last time before anybody hears of the end.
+        if looks || outputs.iter().any(|output| matches!(output, Output::End(_))) {
+            *numbers.lock().unwrap_or_else(PoisonError::into_inner) = state.numbers();
+        }
         for output in outputs {
             carry(&lines, &tell, output);
         }

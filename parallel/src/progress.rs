@@ -108,6 +108,15 @@ impl Progress {
         *self.waits_for.lock().unwrap_or_else(PoisonError::into_inner) = what;
     }
 
+    /// The same, unless it has gone on meanwhile: then nothing is written.
+    pub fn waits_for_if_waiting(&self, what: Option<String>) {
+        // `enter` says where the rank is before it takes the lock.
+        let mut waits_for = self.waits_for.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.is_waiting() {
+            *waits_for = what;
+        }
+    }
+
     /// A collective operation begins, or one that went on beside the computing is over.
     pub fn collective(&self, what: String) {
         *self.last_collective.lock().unwrap_or_else(PoisonError::into_inner) = what;
@@ -186,7 +195,10 @@ mod tests {
         progress.waits_for(Some("rank 1's bucket 4".into()));
         assert_eq!(check(3, "step 3, waiting for the other ranks: rank 1's bucket 4", true), entered);
         assert_eq!(entered, before + 5);
+        progress.waits_for_if_waiting(Some("rank 1's bucket 5".into()));
+        check(3, "step 3, waiting for the other ranks: rank 1's bucket 5", true);
         progress.begin(4);
+        progress.waits_for_if_waiting(Some("rank 1's bucket 5".into()));
         check(4, "step 4, in the forward pass", false);
         progress.enter(Stage::Backward);
         check(4, "step 4, in the backward pass, 0 buckets full", false);

@@ -35,6 +35,13 @@ pub enum Incoming {
         /// Where it goes.
         to: usize,
     },
+    /// What came from this rank cannot be used, as whoever read it says.
+    Unreadable {
+        /// Who sent it.
+        from: usize,
+        /// What is wrong with it.
+        what: String,
+    },
     /// Nothing more will come from this rank, or nothing more can be sent to it. Told once a rank.
     Lost {
         /// Which rank.

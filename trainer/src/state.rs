@@ -16,6 +16,7 @@ pub mod slices;
 
 use std::sync::Arc;
 
+use checkpoint::Manifest;
 use checkpoint::reader::{Checkpoint, Want};
 use checkpoint::writer::{Snapshot, TensorSpec};
 use compression::Codec;
@@ -27,6 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cut::is_table;
 use crate::error::{Error, Result};
+use crate::model::config::LAYERS_MAX;
 use crate::model::{Config, init};
 use crate::recipe::raw::{self, Reader};
 
@@ -355,14 +357,38 @@ pub fn held(checkpoint: &Checkpoint) -> Result<Held> {
 /// What a checkpoint says of its run.
 ///
 /// # Errors
-/// It was not written by this trainer.
+/// It was not written by this trainer, or its tensors are not of the model that it names.
 pub fn meta(checkpoint: &Checkpoint) -> Result<Meta> {
     let meta: Meta = serde_json::from_value(checkpoint.state().clone()).map_err(|error| Error::Text {
         path: checkpoint.path().join("manifest.json").display().to_string(),
         what: format!("expected the state of a training run: {error}"),
     })?;
-    meta.model.check().map_err(|what| Error::Text { path: checkpoint.path().display().to_string(), what })?;
+    let sound = meta.model.check().and_then(|()| compare(&meta, checkpoint.manifest()));
+    sound.map_err(|what| Error::Text { path: checkpoint.path().display().to_string(), what })?;
     Ok(meta)
+}
+
+/// Compares the model that a checkpoint names with its tensors. A right hash only says that somebody meant it: before this
+/// nothing may be as long as the model.
+fn compare(meta: &Meta, manifest: &Manifest) -> std::result::Result<(), String> {
+    let (model, count) = (&meta.model, manifest.tensors.len());
+    // A machine with a folder of its own has the tensors of some stages there, and of others none.
+    let has_stages = meta.mesh.as_ref().is_some_and(|mesh| mesh.pipeline > 1);
+    let (most, layers) = (if has_stages { LAYERS_MAX } else { count }, model.num_hidden_layers);
+    if layers > most {
+        return Err(format!("expected num_hidden_layers of at most {most} with {count} tensors, found {layers}"));
+    }
+    for Parameter { name, shape } in model.each_parameter() {
+        match manifest.tensors.get(&name).map(|tensor| &tensor.shape) {
+            Some(found) if *found == shape => {}
+            None if has_stages => {}
+            found => {
+                let found = found.map_or("no such tensor".to_owned(), |found| format!("{found:?}"));
+                return Err(format!("{name}: expected {shape:?}, as of the model in its state, found {found}"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Files that travel inside every checkpoint.

@@ -37,6 +37,9 @@ pub struct Tamper {
     garbage: Vec<(usize, u64)>,
     /// This (rank, step) sends all others a frame of a version that there never was.
     old: Vec<(usize, u64)>,
+    /// This (rank, step) sends all others a frame of which one bit of the first bytes is another: no frame any more, but a message of
+    /// a collective operation.
+    flip: Vec<(usize, u64)>,
     /// Error feedback forgets what was left out.
     pub no_feedback: bool,
     /// No gradient leaves before the end of the backward pass.
@@ -60,7 +63,7 @@ pub struct Tamper {
 }
 
 impl Tamper {
-    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,halt:1:4,die-at:1:4:0,stray:1:4,fail:1:4,garbage:1:4,old:1:4,
+    /// Reads a list such as `nan:1:5,pulse:0:3,drift:1:5,die:1:4,halt:1:4,die-at:1:4:0,stray:1:4,fail:1:4,garbage:1:4,old:1:4,flip:1:4,
     /// no-feedback,late,scale:1:1.0000001,backend:1:NAME,forget-owner,fold-twice,link:1e6,step:0.5,record:DIR,hashes:DIR`. What it does not know it refuses.
     ///
     /// # Errors
@@ -90,6 +93,7 @@ impl Tamper {
                 ("fail", Some(place)) => tamper.fail.push(place),
                 ("garbage", Some(place)) => tamper.garbage.push(place),
                 ("old", Some(place)) => tamper.old.push(place),
+                ("flip", Some(place)) => tamper.flip.push(place),
                 ("scale", _) => {
                     let (rank, by) = rest.split_once(':').ok_or_else(|| format!("expected RANK:NUMBER: {item}"))?;
                     let wrong = || format!("expected RANK:NUMBER: {item}");
@@ -168,7 +172,8 @@ impl Tamper {
     pub fn disturb(&self, rank: usize, step: u64, ranks: usize, transport: &dyn Transport) {
         let noise: Vec<u8> = (0..4096u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         let old = [&b"TRIB"[..], &[0; HEADER_BYTES - 4]].concat();
-        for (wanted, message) in [(&self.garbage, noise), (&self.old, old)] {
+        let flip = [&b"TRIC\x01\0"[..], &[0; HEADER_BYTES + 2]].concat();
+        for (wanted, message) in [(&self.garbage, noise), (&self.old, old), (&self.flip, flip)] {
             if wanted.contains(&(rank, step)) {
                 (0..ranks).filter(|&to| to != rank).for_each(|to| transport.send(to, message.clone().into()));
             }

@@ -80,6 +80,15 @@ fn headers_that_no_writer_makes_are_refused_by_name() {
     let header = |header: &str, data: usize| with(header.len() as u64, header, data);
     let one = |shape: &str, end: u64| format!(r#"{{"w":{{"dtype":"F32","shape":{shape},"data_offsets":[0,{end}]}}}}"#);
     let two = r#"{"w":{"dtype":"F32","shape":[5],"data_offsets":[0,20]},"v":{"dtype":"F32","shape":[5],"data_offsets":[8,28]}}"#;
+    // Eight of the longest that a header may have, and a ninth: end to end up to four bytes below the end of the address space.
+    let longest = (1u64 << 61) - 4;
+    let entry = |index: u64, elements: u64, from: u64| {
+        let to = from + 4 * elements;
+        format!(r#""{index}":{{"dtype":"F32","shape":[{elements}],"data_offsets":[{from},{to}]}}"#)
+    };
+    let mut nine: Vec<String> = (0..8).map(|index| entry(index, longest / 4, index * longest)).collect();
+    nine.push(entry(8, 7, 8 * longest));
+    let nine = format!("{{{}}}", nine.join(","));
     let cases = [
         (vec![1; 7], "not a safetensors file"),
         (with(u64::MAX, "{}", 0), "not a safetensors file"),
@@ -89,6 +98,7 @@ fn headers_that_no_writer_makes_are_refused_by_name() {
         (header(&one("[5]", u64::MAX), 20), "not a safetensors file"),
         (header(&one("[1099511627776]", 1 << 42), 20), "not a safetensors file"),
         (header(two, 28), "not a safetensors file"),
+        (header(&nine, 28), "not a safetensors file: incomplete metadata"),
         (header(&one("[5]", 20), 21), "not a safetensors file"),
         (header(&one("[5]", 20).replace("F32", "I32"), 20), "expected F32, found type I32"),
         (header(&one("[4]", 16), 16), "expected shape [5], found [4]"),

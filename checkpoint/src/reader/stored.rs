@@ -193,7 +193,8 @@ impl Header {
         // This also checks that the tensors lie end to end, and that each has the bytes of its shape.
         let metadata: Metadata = serde_json::from_slice(&bytes[size_of::<u64>()..])
             .map_err(|source| fault(SafeTensorError::InvalidHeaderDeserialization(source)))?;
-        if (bytes.len() + metadata.data_len()) as u64 != file_bytes {
+        // Each tensor's bytes fit the address space, and the sum of all of them; it may be no file's, with the header before it.
+        if bytes.len().checked_add(metadata.data_len()).map(|end| end as u64) != Some(file_bytes) {
             return Err(fault(SafeTensorError::MetadataIncompleteBuffer));
         }
         Ok(Self { bytes, metadata, path: path.to_path_buf() })

@@ -187,3 +187,6 @@ async fn fill(
     file.sync().map_err(CheckpointError::io("sync the file", &path))?;
     disk::sync_dir(disk, partial)
 }
+
+#[cfg(test)]
+mod crash_tests;

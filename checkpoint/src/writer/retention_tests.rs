@@ -59,8 +59,34 @@ fn nothing_goes_for_a_checkpoint_that_has_lost_something() {
         assert_eq!((folder::retain(&writer.target, 3), steps()), (vec![], vec![1, 2, 3]), "{name} is missing");
         std::fs::write(&file, &kept).unwrap();
     }
+    // Another byte is found by reading it.
+    let file = newest.join("rank-0000.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, &bytes).unwrap();
+    writer.read_back(true);
+    assert_eq!((folder::retain(&writer.target, 3), steps()), (vec![], vec![1, 2, 3]), "a byte is another one");
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, &bytes).unwrap();
     // The control: one that is whole takes the place of the others.
     assert_eq!((folder::retain(&writer.target, 3), steps()), (vec![1, 2], vec![3]));
+}
+
+#[test]
+fn whoever_looks_at_lengths_alone_does_not_find_another_byte() {
+    let root = tempfile::tempdir().unwrap();
+    let mut writer = Writer::new(Arc::new(RealDisk), root.path().into(), specs(), Retention::last(0)).unwrap();
+    for step in 1..3 {
+        offer(&mut writer, step, 0.5);
+        assert!(matches!(writer.flush()[..], [Outcome::Committed { .. }]));
+    }
+    drop(writer);
+    let writer = Writer::new(Arc::new(RealDisk), root.path().into(), specs(), Retention::last(1)).unwrap();
+    let file = root.path().join("step-00000002/rank-0000.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, &bytes).unwrap();
+    assert_eq!(folder::retain(&writer.target, 2), [1]);
 }
 
 #[test]

@@ -80,6 +80,14 @@ pub enum CollectiveError {
 }
 
 impl CollectiveError {
+    /// What is wrong, where the sender is named beside it.
+    pub(super) fn of_sender(&self) -> String {
+        match self {
+            Self::Message { error, .. } => error.to_string(),
+            other => other.to_string(),
+        }
+    }
+
     /// Whether the other members do not know of it, unless this rank tells them.
     pub(super) const fn is_news(&self) -> bool {
         matches!(self, Self::Disagreement { .. } | Self::Message { .. } | Self::Stranger { .. } | Self::Flood { .. })

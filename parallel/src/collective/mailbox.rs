@@ -99,12 +99,20 @@ impl Mailbox {
         Self(Arc::new(Shared { place, kept_bytes_max, progress, state, changed }))
     }
 
-    /// What a transport calls: collective messages stay here, everything else goes on to the engine, and a loss to both.
+    /// What a transport calls: collective messages stay here, everything else goes on to the engine, and a loss to both. What cannot be
+    /// used goes on too: between collective operations nobody looks here.
     #[must_use]
     pub fn sink(&self, engine: Sink) -> Sink {
         let mailbox = self.clone();
         Arc::new(move |incoming| match incoming {
-            Incoming::Message { from, bytes } if is_collective(&bytes) => mailbox.take_in(from, &bytes),
+            Incoming::Message { from, bytes } if is_collective(&bytes) => {
+                // What another rank has refused it has told as well.
+                if let Err(fault) = mailbox.take_in(from, &bytes)
+                    && fault.is_news()
+                {
+                    engine(Incoming::Unreadable { from, what: fault.of_sender() });
+                }
+            }
             incoming => {
                 if let Incoming::Lost { rank, why } = &incoming {
                     let (step, why) = (mailbox.progress().step(), why.clone());
@@ -198,20 +206,23 @@ impl Mailbox {
         state.queues.is_empty() && state.kept.iter().all(|&bytes| bytes == 0)
     }
 
-    fn take_in(&self, from: usize, bytes: &Bytes) {
+    /// What is wrong with it is told once.
+    fn take_in(&self, from: usize, bytes: &Bytes) -> Result<(), CollectiveError> {
         // Outside the lock: a checksum takes longer than anything else here.
         let message = Message::read(bytes);
         let mut state = self.lock();
         if state.fault.is_some() {
-            return;
+            return Ok(());
         }
-        match self.sorted(&mut state, from, bytes.len(), message) {
+        let sorted = self.sorted(&mut state, from, bytes.len(), message);
+        match &sorted {
             Ok(()) => {
                 self.progress().advance();
                 self.0.changed.notify_all();
             }
-            Err(fault) => self.end(&mut state, fault),
+            Err(fault) => self.end(&mut state, fault.clone()),
         }
+        sorted
     }
 
     /// Puts a message into its queue.

@@ -1,6 +1,8 @@
 //! Ranks as threads, with pieces so small that a few elements are several.
 
+use std::sync::mpsc::channel;
 use std::thread;
+use std::time::Duration;
 
 use half::bf16;
 use proptest::prelude::*;
@@ -22,6 +24,8 @@ mod operations;
 mod order;
 
 const EPOCH: u32 = 7;
+/// Only a guard: nothing here takes so long unless it hangs.
+const HANG: Duration = Duration::from_secs(60);
 const SMALL: Cuts = Cuts { piece_bytes: 64, direct_bytes_max: 128 };
 const REDUCTIONS: [Reduction; 3] = [Reduction::Sum, Reduction::Max, Reduction::Min];
 
@@ -50,9 +54,10 @@ fn ranks_keeping(kept_bytes_max: usize, count: usize, cuts: Cuts) -> Vec<Rank> {
     ends.into_iter().enumerate().map(rank).collect()
 }
 
-/// An engine that nothing comes to.
+/// An engine that nothing comes to but what is wrong.
 fn nobody() -> Sink {
-    Arc::new(|incoming| assert!(matches!(incoming, Incoming::Lost { .. }), "{incoming:?} is not the engine's"))
+    let wrong = |incoming: &Incoming| matches!(incoming, Incoming::Lost { .. } | Incoming::Unreadable { .. });
+    Arc::new(move |incoming| assert!(wrong(&incoming), "{incoming:?} is not the engine's"))
 }
 
 /// What each rank of a sub-group makes of its part of it, in a thread each.

@@ -11,13 +11,15 @@
 //!
 //! - `work`: what the thread does, one event after the other; `burst`: how it measures the rate of a link.
 //! - `replies`: what the thread has said, at the other end.
-//! - `members`: which ranks of the run sum together, where not all of them do.
+//! - `members`: which ranks of the run sum together, where not all of them do. `fault`: why a step cannot be completed, and who hears
+//!   of it at once.
 //!
 //! A rank can be ahead of another by one step at the most, because every step ends with the votes of all: what comes for
 //! the next step is kept until it begins. So everything that waits here is bounded by what a step sends.
 
 mod burst;
 mod events;
+mod fault;
 mod members;
 pub mod packing;
 mod replies;
@@ -29,54 +31,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use thiserror::Error;
-
+pub use self::fault::EngineError;
+use self::fault::OnFault;
 pub use self::members::Members;
 use self::packing::Packing;
 use self::replies::Replies;
-use super::exchange::{Exchange, ExchangeError, Group, Verdict};
+use super::exchange::{Exchange, Group, Verdict};
 use super::norm::SquaredNorm;
-use crate::note::{Ballot, NoteError};
+use crate::note::Ballot;
 use crate::progress::Progress;
 use crate::trace::{Label, Trace, Track};
-use crate::transport::{Counted, Incoming, Loss, Sink, Transport};
-
-/// Why a step cannot be completed. Every later request fails with the same.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum EngineError {
-    /// A rank is gone.
-    #[error(transparent)]
-    Lost(#[from] Loss),
-    /// What a rank sent cannot be used.
-    #[error(transparent)]
-    Exchange(#[from] ExchangeError),
-    /// What a rank sent cannot be used.
-    #[error("rank {from}, step {step}: {error}")]
-    Note {
-        /// Who sent it.
-        from: usize,
-        /// The step that was running here.
-        step: u64,
-        /// What is wrong.
-        error: NoteError,
-    },
-    /// A rank sent what nobody waits for.
-    #[error("rank {from}, step {step}: {what}; do all ranks run the same recipe and build?")]
-    OutOfTurn {
-        /// Who sent it.
-        from: usize,
-        /// The step that was running here.
-        step: u64,
-        /// Expected, found.
-        what: String,
-    },
-    /// Somebody ended the run.
-    #[error("{0}")]
-    Aborted(String),
-    /// The thread is no more, which is a fault of the program.
-    #[error("the thread that exchanges gradients has died; please report this")]
-    Gone,
-}
+use crate::transport::{Counted, Incoming, Sink, Transport};
 
 /// What all ranks together say of a step.
 #[derive(Clone, Debug)]
@@ -134,6 +99,7 @@ pub struct Inbox {
     events: Sender<Event>,
     incoming: Receiver<Event>,
     trace: Option<Arc<Trace>>,
+    on_fault: OnFault,
 }
 
 /// Ends whatever the engine is waiting for.
@@ -166,7 +132,14 @@ impl Inbox {
     #[must_use]
     pub fn new(trace: Option<Arc<Trace>>) -> Self {
         let (events, incoming) = channel();
-        Self { events, incoming, trace }
+        Self { events, incoming, trace, on_fault: OnFault::default() }
+    }
+
+    /// An engine that tells its first fault as soon as it has one, from its own thread: the thread that trains may ask much later.
+    /// That somebody else has ended the run is not told.
+    #[must_use]
+    pub fn telling(self, on_fault: impl Fn(&EngineError) + Send + Sync + 'static) -> Self {
+        Self { on_fault: OnFault::new(on_fault), ..self }
     }
 
     /// What a transport calls.
@@ -221,7 +194,7 @@ impl Engine {
         progress: Arc<Progress>,
     ) -> std::io::Result<Self> {
         let (mut engine, work, incoming) = Self::idle((exchange, members), transport, inbox, progress);
-        let thread = std::thread::Builder::new().name("gradients".into()).spawn(move || work.run(&incoming))?;
+        let thread = std::thread::Builder::new().name("gradients".into()).spawn(move || work.run(incoming))?;
         engine.thread = Some(thread);
         Ok(engine)
     }
@@ -234,7 +207,7 @@ impl Engine {
         progress: Arc<Progress>,
     ) -> (Self, work::Work, Receiver<Event>) {
         assert!(members.fit(exchange.group()), "{members:?} and {:?}", exchange.group());
-        let Inbox { events, incoming, trace } = inbox;
+        let Inbox { events, incoming, trace, on_fault } = inbox;
         let exchange = Arc::new(Mutex::new(exchange));
         let handed = Arc::new(AtomicU64::new(0));
         let (answer, replies) = channel();
@@ -245,6 +218,7 @@ impl Engine {
             handed: handed.clone(),
             members: members.clone(),
             trace: trace.clone(),
+            on_fault,
         };
         let work = work::Work::new(shared, answer);
         let tensors = exchange.lock().unwrap_or_else(PoisonError::into_inner).plan().parameters().len();

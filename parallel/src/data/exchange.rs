@@ -295,7 +295,7 @@ impl Exchange {
     /// # Errors
     /// A frame that is damaged or has no place here; nothing is taken from it.
     pub fn take(&mut self, from: usize, frame: &Bytes) -> Result<Phase, ExchangeError> {
-        let wrong = |error| ExchangeError::Frame { from, error };
+        let wrong = |error| ExchangeError::Frame { from, step: self.step, error };
         let (header, payload) = Header::read(frame).map_err(wrong)?;
         header.check_now(self.group.epoch, self.step).map_err(wrong)?;
         let (nodes, (index, owner, chunk, range)) = (self.group.nodes(), self.place(from, &header)?);

@@ -83,6 +83,7 @@ impl Fault {
                 | Self::Stop(_)
                 | Self::Fail(_)
                 | Self::Cut(..)
+                | Self::Damage(..)
                 | Self::KillCoordinator
                 | Self::StopCoordinator
         )

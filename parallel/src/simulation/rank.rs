@@ -1,6 +1,7 @@
 //! One rank: what its training thread does, and its line to the coordinator.
 
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use compression::Codec;
@@ -55,6 +56,8 @@ pub(super) struct Rank {
     welcome: bool,
     stream: GradientStream,
     aborter: Aborter,
+    /// What the engine finds fault with, as soon as it does.
+    faults: Receiver<EngineError>,
     progress: Arc<Progress>,
     silence: Silence,
     setting: Setting,
@@ -72,7 +75,9 @@ pub(super) struct Rank {
 impl Rank {
     pub(super) fn new(rank: usize, setting: &Setting, network: &Network) -> Self {
         let transport: Arc<dyn Transport> = Arc::new(network.end(rank));
-        let inbox = Inbox::default();
+        let (tell, faults) = channel();
+        // Whoever has ended hears nothing.
+        let inbox = Inbox::default().telling(move |fault: &EngineError| _ = tell.send(fault.clone()));
         network.open(rank, inbox.sink());
         let (aborter, progress) = (inbox.aborter(), Arc::<Progress>::default());
         let Setting { ranks, members, window, chunk_blocks, .. } = *setting;
@@ -101,6 +106,7 @@ impl Rank {
             welcome: false,
             stream,
             aborter,
+            faults,
             progress,
             silence: Silence::new(PEER_TIMEOUT),
             setting: setting.clone(),
@@ -200,8 +206,25 @@ impl Rank {
         self.doing = Doing::Waiting;
     }
 
+    /// What the engine has to say, in whatever the training thread is.
+    fn tell(&mut self, say: &mut dyn FnMut(From)) {
+        for fault in self.faults.try_iter() {
+            say(match fault {
+                EngineError::Lost(loss) => From::Lost(Lost { rank: loss.rank as u32, why: loss.to_string() }),
+                fault => From::Leaving(Leaving {
+                    step: self.step,
+                    error: Some(fault.to_string()),
+                    code: 1,
+                    between_ranks: true,
+                    ..Leaving::default()
+                }),
+            });
+        }
+    }
+
     /// Goes on when the sum has come.
     pub(super) fn go_on(&mut self, say: &mut dyn FnMut(From)) {
+        self.tell(say);
         if self.doing != Doing::Waiting {
             return;
         }

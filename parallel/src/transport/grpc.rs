@@ -52,6 +52,8 @@ const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
 const CALLS_MAX: u32 = 4;
 /// Connections at once beyond one a rank: room for strangers until they are sent away.
 const STRANGERS_MAX: usize = 16;
+/// What a connection may send before it is let in: a call without messages, and what HTTP/2 and TLS say beside it.
+const UNADMITTED_BYTES_MAX: u64 = 64 << 10;
 /// A connection has to show a call that is let in within so long.
 const ADMITTED_WITHIN: Duration = Duration::from_secs(10);
 /// How long the end of the runtime may take, whose tasks never block.
@@ -148,7 +150,11 @@ impl Listener {
         let entered = runtime.enter();
         let listener = tokio::net::TcpListener::from_std(self.listener)?;
         drop(entered);
-        let limits = Limits { connections_max: ranks + STRANGERS_MAX, admitted_within: self.admitted_within };
+        let limits = Limits {
+            connections_max: ranks + STRANGERS_MAX,
+            admitted_within: self.admitted_within,
+            unadmitted_bytes_max: UNADMITTED_BYTES_MAX,
+        };
         let accepted = Accepted::new(listener, limits, counters.clone(), group.security.clone());
         let service = Uncopied(DataServer::new(inbound::Inbound::new(group, sink.clone(), events.clone())));
         let server = Server::builder()

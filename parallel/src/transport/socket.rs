@@ -8,7 +8,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -115,6 +115,29 @@ pub fn words(error: &io::Error) -> String {
     }
 }
 
+/// What a connection may do before a service has let it in.
+#[derive(Debug)]
+struct Probation {
+    over: Pin<Box<Sleep>>,
+    bytes_left: u64,
+    warnings: Arc<Seldom>,
+}
+
+/// At most one warning in each [`PAUSE`], so that nobody fills the log from outside.
+#[derive(Debug, Default)]
+pub(super) struct Seldom(Mutex<Option<Instant>>);
+
+impl Seldom {
+    pub(super) fn warn(&self, text: &str) {
+        let now = Instant::now();
+        let mut warned = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if warned.is_none_or(|before| now - before >= PAUSE) {
+            *warned = Some(now);
+            warn!("{text}");
+        }
+    }
+}
+
 /// A TCP connection whose bytes are counted where they enter and leave the process.
 #[derive(Debug)]
 pub struct Socket {
@@ -122,7 +145,7 @@ pub struct Socket {
     address: SocketAddr,
     counters: Counters,
     line: Arc<Line>,
-    probation: Option<Pin<Box<Sleep>>>,
+    probation: Option<Probation>,
     _place: Option<OwnedSemaphorePermit>,
 }
 
@@ -148,17 +171,23 @@ impl Socket {
         &self.line
     }
 
-    /// Fails once the time is over in which a service had to let the connection in.
+    /// Fails once the time is over in which a service had to let the connection in, or all is read that it may send before.
     fn check(&mut self, context: &mut Context<'_>) -> io::Result<()> {
-        let Some(over) = &mut self.probation else { return Ok(()) };
+        let Some(probation) = &mut self.probation else { return Ok(()) };
         if self.line.admitted.load(Relaxed) {
             self.probation = None;
-        } else if over.as_mut().poll(context).is_ready() {
-            warn!("closed the connection from {}: it had no business here", self.address);
-            self.line.end("no service let it in");
-            return Err(io::ErrorKind::TimedOut.into());
+            return Ok(());
         }
-        Ok(())
+        let (why, kind) = if probation.over.as_mut().poll(context).is_ready() {
+            ("no service let it in", io::ErrorKind::TimedOut)
+        } else if probation.bytes_left == 0 {
+            ("it sent too much before a service let it in", io::ErrorKind::ConnectionAborted)
+        } else {
+            return Ok(());
+        };
+        probation.warnings.warn(&format!("closed the connection from {}: {why}", self.address));
+        self.line.end(why);
+        Err(kind.into())
     }
 
     fn noted<T>(&self, result: io::Result<T>) -> io::Result<T> {
@@ -183,6 +212,9 @@ impl AsyncRead for Socket {
             self.line.end("connection closed");
         }
         self.counters.0.received.fetch_add(count as u64, Relaxed);
+        if let Some(probation) = &mut self.probation {
+            probation.bytes_left = probation.bytes_left.saturating_sub(count as u64);
+        }
         Poll::Ready(Ok(()))
     }
 }
@@ -232,6 +264,8 @@ pub struct Limits {
     pub connections_max: usize,
     /// How long a connection may stay before a service has let it in ([`admit`]).
     pub admitted_within: Duration,
+    /// Bytes that it may send before that.
+    pub unadmitted_bytes_max: u64,
 }
 
 /// The connections that come in at a port, for `serve_with_incoming`. Handshakes run beside each other; each has a place
@@ -245,7 +279,7 @@ pub struct Accepted {
     places: Arc<Semaphore>,
     handshakes: JoinSet<(SocketAddr, io::Result<Connection>)>,
     pause: Option<Pin<Box<Sleep>>>,
-    warned: Option<Instant>,
+    warnings: Arc<Seldom>,
 }
 
 impl Accepted {
@@ -254,7 +288,7 @@ impl Accepted {
     pub fn new(listener: TcpListener, limits: Limits, counters: Counters, security: Security) -> Self {
         let places = Arc::new(Semaphore::new(limits.connections_max));
         let handshakes = JoinSet::new();
-        Self { listener, counters, limits, security, places, handshakes, pause: None, warned: None }
+        Self { listener, counters, limits, security, places, handshakes, pause: None, warnings: Arc::default() }
     }
 
     /// A connection whose handshake is over, if there is one.
@@ -284,18 +318,17 @@ impl Accepted {
             address,
             counters: self.counters.clone(),
             line: Arc::default(),
-            probation: Some(Box::pin(sleep(self.limits.admitted_within))),
+            probation: Some(Probation {
+                over: Box::pin(sleep(self.limits.admitted_within)),
+                bytes_left: self.limits.unadmitted_bytes_max,
+                warnings: self.warnings.clone(),
+            }),
             _place: Some(place),
         })
     }
 
-    /// At most one warning in each [`PAUSE`], so that nobody fills the log from outside.
-    fn warn(&mut self, text: &str) {
-        let now = Instant::now();
-        if self.warned.is_none_or(|before| now - before >= PAUSE) {
-            self.warned = Some(now);
-            warn!("{text}");
-        }
+    fn warn(&self, text: &str) {
+        self.warnings.warn(text);
     }
 }
 

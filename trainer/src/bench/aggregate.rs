@@ -3,6 +3,10 @@
 //! Two ranks in one process on loopback, or one rank of several on as many hosts. Every round of a codec is followed by a
 //! plain copy of as many bytes over TCP, from every rank to the next one at the same time, so that both meet the same
 //! network; what counts is the median of each over the rounds.
+//!
+//! - `watch`: ends it when nothing moves any more.
+
+mod watch;
 
 use std::hint::black_box;
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -19,6 +23,7 @@ use parallel::data::rules::codec_of;
 use parallel::data::shard::payload_bytes;
 use parallel::data::{Gradient, GradientStream, Parameter, Plan, StreamError};
 use parallel::note::Ballot;
+use parallel::progress::Progress;
 use parallel::transport::Transport as _;
 use parallel::transport::grpc::{Group, Listener};
 use parallel::transport::tls::Security;
@@ -29,6 +34,7 @@ use crate::error::{Error, Result};
 use crate::run::join::permit;
 use crate::run::trace::Tracing;
 use crate::step::piece_elements;
+use watch::Watch;
 
 /// Elements of a tensor, and so of a bucket; the last one may be smaller.
 const TENSOR: usize = 1 << 20;
@@ -195,6 +201,8 @@ impl Place {
         let mut tracing = options.trace.as_deref().map(begin).transpose()?;
         let trace = tracing.as_ref().map(Tracing::trace).cloned();
         let inbox = Inbox::new(trace.clone());
+        let progress = Arc::<Progress>::default();
+        let watch = Watch::begin(progress.clone(), inbox.aborter()).map_err(Error::io("start", "a thread"))?;
         let group = Group {
             rank,
             addresses: self.addresses.iter().map(|[address, _]| *address).collect(),
@@ -207,7 +215,7 @@ impl Place {
         let Options { group: members, chunk_elements, window_chunks: window, .. } = *options;
         let group = exchange::Group { rank, ranks, members, epoch: 1, chunk_blocks: chunk_elements / BLOCK, window };
         let exchange = Exchange::new(plan.clone(), group, Codec::Fp32);
-        let engine = Engine::start(exchange, transport.clone(), inbox, Arc::default());
+        let engine = Engine::start(exchange, transport.clone(), inbox, progress);
         let stream = GradientStream::across(engine.map_err(Error::io("start", "a thread"))?);
         // To the next machine, if there are several.
         let distance = if group.nodes().count() > 1 { members } else { 1 };
@@ -248,7 +256,7 @@ impl Place {
                 let bytes = stream.counted().sent - before.sent;
                 // Ranks send some bytes more or less than each other; the copies must agree.
                 let most = largest(&stream, bytes as f64)? as u64;
-                let copy_s = together(&stream, || wire.copy(most))?;
+                let copy_s = together(&stream, || watch.pausing(|| wire.copy(most)))?;
                 if round > 0 {
                     sums.push(sum_s);
                     copies.push(copy_s);

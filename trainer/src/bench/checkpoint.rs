@@ -7,9 +7,13 @@
 //! them, and a ratio is that to those. What counts is the median over the rounds, of ratios within a round. The ratio of as
 //! many steps with nothing beside them shows what the machine itself does.
 //!
-//! - `work`: the step, and the plain file. `load`: how fast it is read.
+//! One checkpoint more a round is held back and let go on in turns, many times: a machine that changes its speed within a
+//! second does so in both.
+//!
+//! - `work`: the step, and the plain file. `slices`: steps beside a checkpoint in turns. `load`: how fast it is read.
 
 mod load;
+mod slices;
 mod work;
 
 use std::io::Write as _;
@@ -27,7 +31,8 @@ use serde_json::json;
 use super::at_least_one;
 use crate::error::{Error, Result};
 use load::Loads;
-use work::{Work, error_of_median, first_quartile, mean, median, plain_write_s};
+use slices::Slices;
+use work::{Work, error_of_median, mean, median, plain_write_s};
 
 /// Elements of a tensor at the most: a matrix of a middling model.
 const TENSOR_MAX: usize = 1 << 22;
@@ -44,7 +49,7 @@ pub struct Options {
     #[arg(long, default_value_t = 5, value_parser = at_least_one)]
     rounds: usize,
     /// Milliseconds of a step, about
-    #[arg(long, default_value_t = 100, value_parser = at_least_one)]
+    #[arg(long, default_value_t = 20, value_parser = at_least_one)]
     step_ms: usize,
     /// On which disk: a folder in this one is made, and removed
     #[arg(long, default_value = ".")]
@@ -83,18 +88,15 @@ struct Round {
     /// Steps beside a checkpoint, over those beside nothing before and after: of the medians, and of the means.
     busy_step_ratio: f64,
     busy_mean_ratio: f64,
-    /// Of the first quartiles: what other work on the machine adds to steps it adds to some of them.
-    busy_quartile_ratio: f64,
     busy_steps: usize,
     /// Steps beside a plain file, over those beside nothing before and after.
     plain_step_ratio: f64,
     /// As many steps beside nothing as those beside a checkpoint, over those before and after: what the machine itself does
     /// to the ratios.
     idle_step_ratio: f64,
-    idle_mean_ratio: f64,
-    idle_quartile_ratio: f64,
-    /// Steps beside nothing after all of this, over those before.
-    drift_ratio: f64,
+    /// Steps in turns with nothing, and beside a checkpoint that is held back in between.
+    idle_slices: Slices,
+    slices: Slices,
 }
 
 /// Measures.
@@ -131,7 +133,7 @@ pub fn checkpoint(options: &Options) -> Result<()> {
     drop(copy);
     let first = rounds.remove(0);
     drop(writer);
-    let path = checkpoints.join(format!("step-{:08}", 2 * options.rounds + 2));
+    let path = checkpoints.join(format!("step-{:08}", 3 * options.rounds + 3));
     assert!(loaded(&path, &state.specs)? == state.tensors, "what is loaded is what was saved");
     drop(state);
     let loads = load::in_processes(&path, options.rounds)?;
@@ -204,7 +206,7 @@ fn round(
     })?;
     quiet[1] = work.steps_s(quiet_steps);
     // Beside steps: the call, the step after it, and those until the checkpoint is there.
-    let copy_s = state.offer(writer, 2 * number + 1)?;
+    let copy_s = state.offer(writer, 3 * number + 1)?;
     let mut outcome = Ok(None);
     let busy = steps_until(work, || {
         outcome = committed(writer.outcomes());
@@ -215,13 +217,26 @@ fn round(
     let idle = work.steps_s(busy.len());
     quiet[3] = work.steps_s(quiet_steps);
     // By itself.
-    state.offer(writer, 2 * number + 2)?;
+    state.offer(writer, 3 * number + 2)?;
     let (write_s, stored_ratio) = committed(writer.flush())?.unwrap_or((f64::NAN, f64::NAN));
+    // In turns.
+    hold(writer, true);
+    state.offer(writer, 3 * number + 3)?;
+    let slices = Slices::measure(work, |on| {
+        hold(writer, !on);
+        committed(writer.outcomes()).map(|outcome| outcome.is_some())
+    })?;
+    hold(writer, false);
+    // The last of them does not count.
+    let mut left = slices.busy() + 1;
+    let idle_slices = Slices::measure(work, |on| {
+        left -= usize::from(on);
+        Ok(left == 0)
+    })?;
     let around = |at: usize| quiet[at..at + 2].concat();
     let quiet_step_s = median(&mut around(1));
     let stall_s = copy_s + (busy[0] - quiet_step_s).max(0.0);
     let ratio = |steps: &[f64], at: usize| median(&mut steps.to_vec()) / median(&mut around(at));
-    let quartile_ratio = |steps: &[f64], at: usize| first_quartile(steps) / first_quartile(&around(at));
     Ok(Round {
         memcpy_s,
         plain_write_s,
@@ -232,14 +247,18 @@ fn round(
         quiet_step_s,
         busy_step_ratio: ratio(&busy, 1),
         busy_mean_ratio: mean(&busy) / mean(&around(1)),
-        busy_quartile_ratio: quartile_ratio(&busy, 1),
         busy_steps: busy.len(),
         plain_step_ratio: ratio(&beside_plain, 0),
         idle_step_ratio: ratio(&idle, 2),
-        idle_mean_ratio: mean(&idle) / mean(&around(2)),
-        idle_quartile_ratio: quartile_ratio(&idle, 2),
-        drift_ratio: median(&mut quiet[3].clone()) / median(&mut quiet[0].clone()),
+        idle_slices,
+        slices,
     })
+}
+
+/// Whether a checkpoint is kept from going on: it writes next to nothing.
+fn hold(writer: &Writer, on: bool) {
+    const UNLIMITED: u64 = 0;
+    writer.limit(if on { 1 } else { UNLIMITED });
 }
 
 /// Takes steps until something is over, one at least; the last of several was beside it in part only, and is left out.
@@ -295,6 +314,8 @@ fn report(
     let busy_ratio = |round: &Round| round.busy_step_ratio;
     let step_ratio = of(busy_ratio);
     let step_mean_ratio = of(|round| round.busy_mean_ratio);
+    let all = |of: fn(&Round) -> &Slices| rounds.iter().map(of).collect::<Slices>();
+    let (sliced, unsliced) = (all(|round| &round.slices), all(|round| &round.idle_slices));
     let zstd_ratio = options.zstd.then(|| of(|round| round.stored_ratio));
     let gb_per_s = |seconds: f64| bytes as f64 / seconds / 1e9;
     let line = if options.json {
@@ -304,16 +325,15 @@ fn report(
             "first_stall_ratio": first.stall_s / first.memcpy_s, "plain_write_s": of(|round| round.plain_write_s),
             "write_s": of(|round| round.write_s), "write_ratio": write_ratio, "step_s": of(|round| round.quiet_step_s),
             "step_ratio": step_ratio, "step_ratio_error": error_of(busy_ratio), "step_mean_ratio": step_mean_ratio,
-            "step_quartile_ratio": of(|round| round.busy_quartile_ratio),
-            "step_quartile_ratio_error": error_of(|round| round.busy_quartile_ratio),
             "step_mean_ratio_error": error_of(|round| round.busy_mean_ratio),
             "plain_step_ratio": of(|round| round.plain_step_ratio),
             "plain_step_ratio_error": error_of(|round| round.plain_step_ratio),
             "idle_step_ratio": of(|round| round.idle_step_ratio),
             "idle_step_ratio_error": error_of(|round| round.idle_step_ratio),
-            "idle_mean_ratio": of(|round| round.idle_mean_ratio),
-            "idle_quartile_ratio": of(|round| round.idle_quartile_ratio),
-            "idle_quartile_ratio_error": error_of(|round| round.idle_quartile_ratio), "drift_ratio": of(|round| round.drift_ratio),
+            "slice_ratio": median(&mut sliced.ratios()), "slice_ratio_error": error_of_median(&sliced.ratios()),
+            "slice_sum_ratio": sliced.sum_ratio(), "idle_slice_ratio": median(&mut unsliced.ratios()),
+            "idle_slice_ratio_error": error_of_median(&unsliced.ratios()), "idle_slice_sum_ratio": unsliced.sum_ratio(),
+            "slices": sliced.busy(),
             "steps_beside": of(|round| round.busy_steps as f64), "load_s": load_s, "load_again_s": load_again_s, "read_s": read_s,
             "load_ratio": load_s / read_s, "zstd_ratio": zstd_ratio, "path": options.keep.then(|| path.display().to_string()),
         })
@@ -324,6 +344,7 @@ fn report(
              a snapshot stops training for {:.3} s, {stall_ratio:.2} x memcpy ({:.2} x the first time)\n\
              beside a checkpoint a step takes {step_ratio:.3} x as long (mean {step_mean_ratio:.3}; {} steps each), beside a \
              plain file {:.3} x, beside nothing {:.3} x (the first give or take {:.3})\n\
+             beside one that is held back in turns {:.3} x as long, give or take {:.3} ({} turns); in turns with nothing {:.3} x\n\
              written at {:.2} GB/s, {write_ratio:.2} of a plain file{}\n\
              loaded in {load_s:.3} s ({:.2} GB/s), in {load_again_s:.3} s into memory that is there; a plain read takes \
              {read_s:.3} s{}",
@@ -335,6 +356,10 @@ fn report(
             of(|round| round.plain_step_ratio),
             of(|round| round.idle_step_ratio),
             error_of(busy_ratio),
+            median(&mut sliced.ratios()),
+            error_of_median(&sliced.ratios()),
+            sliced.busy(),
+            median(&mut unsliced.ratios()),
             gb_per_s(of(|round| round.write_s)),
             zstd_ratio.map_or_else(String::new, |ratio| format!(", packed to {ratio:.3} of it")),
             gb_per_s(load_s),

@@ -5,6 +5,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::recipe::resolved::ModelKeys;
 
+/// The most layers that a recipe may ask for.
+pub const LAYERS_MAX: usize = 1024;
+
 /// Everything that decides the shapes and the arithmetic of a decoder; the fields of Hugging Face's `LlamaConfig`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Config {
@@ -67,28 +70,36 @@ impl Config {
     /// Every parameter in the order of the forward pass. A tied head has none of its own.
     #[must_use]
     pub fn parameters(&self) -> Vec<Parameter> {
+        self.each_parameter().collect()
+    }
+
+    /// The same, one after the other, so that a shape that somebody else wrote can be compared with what there is before
+    /// anything is as long as that model.
+    pub fn each_parameter(&self) -> impl Iterator<Item = Parameter> {
+        let table = |name: &str| parameter(name, &[self.vocab_size, self.hidden_size]);
+        let first = table("model.embed_tokens.weight");
+        let layers = (0..self.num_hidden_layers).flat_map(move |layer| self.layer(layer));
+        let norm = parameter("model.norm.weight", &[self.hidden_size]);
+        let head = (!self.tie_word_embeddings).then(|| table("lm_head.weight"));
+        std::iter::once(first).chain(layers).chain([norm]).chain(head)
+    }
+
+    /// The parameters of a layer.
+    fn layer(&self, layer: usize) -> [Parameter; 9] {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let shared = self.num_key_value_heads * self.head_dim();
-        let mut list = vec![parameter("model.embed_tokens.weight", &[self.vocab_size, hidden])];
-        for layer in 0..self.num_hidden_layers {
-            let mut add = |name: &str, shape: &[usize]| {
-                list.push(parameter(&format!("model.layers.{layer}.{name}.weight"), shape));
-            };
-            add("input_layernorm", &[hidden]);
-            add("self_attn.q_proj", &[hidden, hidden]);
-            add("self_attn.k_proj", &[shared, hidden]);
-            add("self_attn.v_proj", &[shared, hidden]);
-            add("self_attn.o_proj", &[hidden, hidden]);
-            add("post_attention_layernorm", &[hidden]);
-            add("mlp.gate_proj", &[inner, hidden]);
-            add("mlp.up_proj", &[inner, hidden]);
-            add("mlp.down_proj", &[hidden, inner]);
-        }
-        list.push(parameter("model.norm.weight", &[hidden]));
-        if !self.tie_word_embeddings {
-            list.push(parameter("lm_head.weight", &[self.vocab_size, hidden]));
-        }
-        list
+        let of = |name: &str, shape: &[usize]| parameter(&format!("model.layers.{layer}.{name}.weight"), shape);
+        [
+            of("input_layernorm", &[hidden]),
+            of("self_attn.q_proj", &[hidden, hidden]),
+            of("self_attn.k_proj", &[shared, hidden]),
+            of("self_attn.v_proj", &[shared, hidden]),
+            of("self_attn.o_proj", &[hidden, hidden]),
+            of("post_attention_layernorm", &[hidden]),
+            of("mlp.gate_proj", &[inner, hidden]),
+            of("mlp.up_proj", &[inner, hidden]),
+            of("mlp.down_proj", &[hidden, inner]),
+        ]
     }
 
     /// Elements of all parameters.
@@ -118,4 +129,16 @@ impl Config {
 
 fn parameter(name: &str, shape: &[usize]) -> Parameter {
     Parameter { name: name.to_owned(), shape: shape.to_vec() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::keys::{Kind, find};
+
+    #[test]
+    fn no_recipe_asks_for_more_layers_than_checkpoints_may_have() {
+        let key = find("model.num_hidden_layers").expect("a key");
+        assert_eq!(key.kind, Kind::Integer(1, LAYERS_MAX as i64));
+    }
 }

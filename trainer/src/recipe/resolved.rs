@@ -278,6 +278,8 @@ pub struct Checkpoint {
     pub residuals: Residuals,
     /// Whether ranks' files are packed.
     pub zstd: bool,
+    /// Whether a checkpoint is read again before older ones go.
+    pub read_back: bool,
     /// Where copies are kept.
     pub upload_to: Option<Place>,
     /// Seconds to wait for the last copy.

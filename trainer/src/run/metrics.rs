@@ -1,8 +1,9 @@
 //! What a run writes as it goes: `metrics.jsonl` (one object a step), `events.jsonl` (what is not a step), and
-//! TensorBoard's files.
+//! TensorBoard's files. While the disk is full, what belongs into them waits in memory ([`appended`]).
 
-use std::fs::{File, OpenOptions};
-use std::io::Write as _;
+pub mod appended;
+
+use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 
 use compression::Codec;
@@ -13,6 +14,8 @@ use super::tensorboard::EventFile;
 use crate::data::cache::replace;
 use crate::error::{Error, Result};
 use crate::log::say;
+
+use appended::Appended;
 
 /// One line of `metrics.jsonl`. Seconds end in `_s`, bytes in `_bytes`; fields without meaning in this run are null.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -75,12 +78,8 @@ pub struct Line {
 /// The open files.
 #[derive(Debug)]
 pub struct Metrics {
-    metrics: File,
-    /// Bytes of `metrics.jsonl` that are whole lines.
-    written: u64,
-    /// Lines that the disk had no room for yet.
-    pending: Vec<u8>,
-    events: File,
+    metrics: Appended,
+    events: Appended,
     tensorboard: Option<EventFile>,
     folder: PathBuf,
 }
@@ -94,21 +93,9 @@ impl Metrics {
         if let Some(step) = resumed_at {
             cut(&folder.join("metrics.jsonl"), step)?;
         }
-        let open = |name: &str| {
-            let path = folder.join(name);
-            OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io("open", path))
-        };
         let tensorboard = if tensorboard { Some(EventFile::create(folder, resumed_at)?) } else { None };
-        let metrics = open("metrics.jsonl")?;
-        let written = metrics.metadata().map_err(Error::io("read", folder))?.len();
-        Ok(Self {
-            metrics,
-            written,
-            pending: Vec::new(),
-            events: open("events.jsonl")?,
-            tensorboard,
-            folder: folder.to_owned(),
-        })
+        let (metrics, events) = (open(folder, "metrics.jsonl")?, open(folder, "events.jsonl")?);
+        Ok(Self { metrics, events, tensorboard, folder: folder.to_owned() })
     }
 
     /// Writes one step. When the disk is full the line is kept and tried again with the next one; training goes on.
@@ -116,13 +103,15 @@ impl Metrics {
     /// # Errors
     /// More lines are waiting than is reasonable to keep.
     pub fn step(&mut self, line: &Line) -> Result<()> {
-        let waited = !self.pending.is_empty();
-        self.pending.extend(to_line(line).map_err(Error::io("write", self.folder.join("metrics.jsonl")))?);
-        if let Err(error) = self.flush() {
-            if !waited {
+        let path = self.folder.join("metrics.jsonl");
+        let text = to_line(line).map_err(Error::io("write", &path))?;
+        if let Err(refused) = self.metrics.append(&text) {
+            let (is_first, is_lost) = (refused.is_first(), refused.dropped > 0);
+            let error = Error::io("write", path)(refused.error);
+            if is_first {
                 say(&format!("step {}: kept in memory, training goes on: {error}", line.step));
             }
-            if self.pending.len() > PENDING_BYTES_MAX {
+            if is_lost {
                 return Err(error);
             }
         }
@@ -131,10 +120,7 @@ impl Metrics {
             values.extend(line.loss.map(|x| ("loss", x)));
             values.extend(line.grad_norm.map(|x| ("grad_norm", x)));
             values.extend(line.eval_loss.map(|x| ("eval_loss", x)));
-            if let Err(error) = file.scalars(line.step, &values) {
-                tracing::warn!("TensorBoard's file cannot be written any more: {error}");
-                self.tensorboard = None;
-            }
+            file.scalars(line.step, &values);
         }
         Ok(())
     }
@@ -144,46 +130,38 @@ impl Metrics {
     /// # Errors
     /// There is still no room for them.
     pub fn flush(&mut self) -> Result<()> {
-        if self.pending.is_empty() {
-            return Ok(());
-        }
-        if let Err(error) = self.metrics.write_all(&self.pending) {
-            // A full disk may have taken a part of a line; the file holds whole lines only.
-            let _ = self.metrics.set_len(self.written);
-            return Err(Error::io("write", self.folder.join("metrics.jsonl"))(error));
-        }
-        self.written += self.pending.len() as u64;
-        self.pending.clear();
-        Ok(())
+        self.metrics.flush().map_err(Error::io("write", self.folder.join("metrics.jsonl")))
     }
 
     /// Writes what is not a step: `kind`, the step at which it happened, and its own fields.
     pub fn event(&mut self, kind: &str, step: u64, fields: Value) {
-        write_event(&mut self.events, kind, step, fields);
+        self.events.append_or_tell(&event_line(kind, step, fields));
     }
 }
 
 /// As [`Metrics::event`], of a run that has not begun, into its folder.
 pub fn event_before(folder: &Path, kind: &str, step: u64, fields: Value) {
-    match OpenOptions::new().create(true).append(true).open(folder.join("events.jsonl")) {
-        Ok(mut events) => write_event(&mut events, kind, step, fields),
+    let line = event_line(kind, step, fields);
+    match open(folder, "events.jsonl") {
+        Ok(mut events) => events.append_or_tell(&line),
         Err(error) => tracing::warn!("events.jsonl cannot be written: {error}"),
     }
 }
 
-fn write_event(events: &mut File, kind: &str, step: u64, fields: Value) {
+fn open(folder: &Path, name: &'static str) -> Result<Appended> {
+    let path = folder.join(name);
+    let file = OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io("open", &path))?;
+    Appended::new(file, name).map_err(Error::io("read", path))
+}
+
+fn event_line(kind: &str, step: u64, fields: Value) -> Vec<u8> {
     let mut object = json!({ "event": kind, "step": step });
     if let (Some(object), Value::Object(fields)) = (object.as_object_mut(), fields) {
         object.extend(fields);
     }
     tracing::info!("{object}");
-    if let Err(error) = to_line(&object).and_then(|line| events.write_all(&line)) {
-        tracing::warn!("events.jsonl cannot be written: {error}");
-    }
+    format!("{object}\n").into_bytes()
 }
-
-/// Lines that are kept in memory while the disk is full: about a hundred thousand steps.
-const PENDING_BYTES_MAX: usize = 64 << 20;
 
 /// A line, to be written at once, so that a kill leaves at most the last line incomplete.
 fn to_line(value: &impl Serialize) -> std::io::Result<Vec<u8>> {
@@ -225,6 +203,9 @@ fn status_kib(field: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::io::Write as _;
+
     use super::*;
 
     fn line(step: u64) -> Line {
@@ -276,5 +257,49 @@ mod tests {
         assert_eq!(lines, [line(1), line(2), line(3)]);
         let events = std::fs::read_to_string(folder.path().join("events.jsonl")).expect("readable");
         assert_eq!(events, "{\"event\":\"checkpoint\",\"seconds\":1,\"step\":3}\n");
+    }
+
+    /// What a run of five steps leaves, where the disk takes nothing of the third and fourth: the text of metrics and events, and
+    /// the length of TensorBoard's file, which has times in it.
+    fn left_by(is_full_for_a_while: bool) -> (String, String, u64) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let paths = || std::fs::read_dir(&folder).expect("a folder").map(|entry| entry.expect("a file").path());
+        let mut metrics = Metrics::open(folder.path(), None, true).expect("writable");
+        let mut good = Vec::new();
+        for step in 1..=5 {
+            if is_full_for_a_while && step == 3 {
+                // Half a record comes to the disk of each, and what is open for reading alone takes no more, nor takes it back.
+                for path in paths() {
+                    let mut file = OpenOptions::new().append(true).open(path).expect("writable");
+                    file.write_all(b"{\"half").expect("writable");
+                }
+                let full = || File::open(folder.path().join("metrics.jsonl")).expect("readable");
+                good = files(&mut metrics).into_iter().map(|file| file.exchange(full())).collect();
+            }
+            if step == 5 {
+                for (file, good) in files(&mut metrics).into_iter().zip(good.drain(..)) {
+                    file.exchange(good);
+                }
+            }
+            metrics.step(&line(step)).expect("it is written, or waits");
+            metrics.event("step", step, json!({}));
+        }
+        metrics.flush().expect("writable");
+        drop(metrics);
+        let text = |name: &str| std::fs::read_to_string(folder.path().join(name)).expect("readable");
+        let mut board = paths().filter(|path| path.to_string_lossy().contains("tfevents"));
+        let board = board.next().expect("TensorBoard's file");
+        (text("metrics.jsonl"), text("events.jsonl"), std::fs::metadata(board).expect("a file").len())
+    }
+
+    fn files(metrics: &mut Metrics) -> [&mut Appended; 3] {
+        [&mut metrics.metrics, &mut metrics.events, metrics.tensorboard.as_mut().expect("wanted").appended()]
+    }
+
+    #[test]
+    fn a_disk_that_is_full_for_a_while_costs_no_file_a_record() {
+        let whole = left_by(false);
+        assert_eq!((whole.0.lines().count(), whole.1.lines().count()), (5, 5));
+        assert_eq!(left_by(true), whole);
     }
 }

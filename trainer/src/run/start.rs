@@ -115,6 +115,7 @@ fn train_alone(request: Request, started: Instant) -> Result<Left> {
         }
         let writer = Writer::new(Arc::new(RealDisk), folder.checkpoints(), specs, retention(&request.recipe))?;
         writer.pack(request.recipe.checkpoint.zstd);
+        writer.read_back(request.recipe.checkpoint.read_back);
         let uploader =
             upload::start(&request, folder.checkpoints(), (Seat::Shared, vec![Seat::Shared]), begun.state.step)?;
         let mut books = Books::open(&request, &folder, resumed.then_some(begun.state.step), &changed)?;

@@ -4,13 +4,13 @@
 //! writes a new file that starts with a session log of its first step, at which TensorBoard drops what older files say
 //! of later steps.
 
-use std::fs::File;
-use std::io::{BufWriter, Write as _};
+use std::fs::OpenOptions;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use prost::Message;
 
+use super::metrics::appended::Appended;
 use crate::error::{Error, Result};
 
 #[derive(Clone, PartialEq, Message)]
@@ -57,7 +57,7 @@ struct SessionLog {
 /// An open event file.
 #[derive(Debug)]
 pub struct EventFile {
-    out: BufWriter<File>,
+    out: Appended,
 }
 
 impl EventFile {
@@ -70,34 +70,35 @@ impl EventFile {
         let seconds = now() as u64;
         let taken = |n: &u32| folder.join(format!("events.out.tfevents.{seconds}.tributary.{n}"));
         let path = (0..u32::MAX).map(|n| taken(&n)).find(|path| !path.exists()).unwrap_or_else(|| taken(&u32::MAX));
-        let out = BufWriter::new(File::create_new(&path).map_err(Error::io("create", path))?);
-        let mut file = Self { out };
-        file.write(0, What::FileVersion("brain.Event:2".into())).map_err(Error::io("write in", folder))?;
+        let file = OpenOptions::new().append(true).create_new(true).open(&path).map_err(Error::io("create", &path))?;
+        let mut out = Appended::new(file, "TensorBoard's file").map_err(Error::io("read", &path))?;
+        let mut head = record(0, What::FileVersion("brain.Event:2".into()));
         if let Some(step) = resumed_at {
-            file.write(step + 1, What::SessionLog(SessionLog { status: 1 })).map_err(Error::io("write in", folder))?;
+            head.extend(record(step + 1, What::SessionLog(SessionLog { status: 1 })));
         }
-        Ok(file)
+        out.append(&head).map_err(|refused| Error::io("write", path)(refused.error))?;
+        Ok(Self { out })
     }
 
-    /// Writes scalars of one step and flushes them.
-    ///
-    /// # Errors
-    /// The file cannot be written.
-    pub fn scalars(&mut self, step: u64, values: &[(&str, f64)]) -> std::io::Result<()> {
+    /// Writes scalars of one step. While the disk is full they wait in memory.
+    pub fn scalars(&mut self, step: u64, values: &[(&str, f64)]) {
         let value = values.iter().map(|(tag, x)| Value { tag: (*tag).into(), simple_value: *x as f32 }).collect();
-        self.write(step, What::Summary(Summary { value }))?;
-        self.out.flush()
+        self.out.append_or_tell(&record(step, What::Summary(Summary { value })));
     }
 
-    fn write(&mut self, step: u64, what: What) -> std::io::Result<()> {
-        let event = Event { wall_time: now(), step: i64::try_from(step).unwrap_or(i64::MAX), what: Some(what) };
-        let bytes = event.encode_to_vec();
-        let length = (bytes.len() as u64).to_le_bytes();
-        self.out.write_all(&length)?;
-        self.out.write_all(&masked(&length).to_le_bytes())?;
-        self.out.write_all(&bytes)?;
-        self.out.write_all(&masked(&bytes).to_le_bytes())
+    /// For tests: the file.
+    #[cfg(test)]
+    pub fn appended(&mut self) -> &mut Appended {
+        &mut self.out
     }
+}
+
+/// An event as it lies in the file.
+fn record(step: u64, what: What) -> Vec<u8> {
+    let event = Event { wall_time: now(), step: i64::try_from(step).unwrap_or(i64::MAX), what: Some(what) };
+    let bytes = event.encode_to_vec();
+    let length = (bytes.len() as u64).to_le_bytes();
+    [&length[..], &masked(&length).to_le_bytes(), &bytes, &masked(&bytes).to_le_bytes()].concat()
 }
 
 /// The masked CRC of TFRecord files.
@@ -117,7 +118,7 @@ mod tests {
     fn records_can_be_read_back_and_a_resumed_file_starts_with_its_step() {
         let folder = tempfile::tempdir().expect("a folder");
         let mut file = EventFile::create(folder.path(), Some(7)).expect("writable");
-        file.scalars(8, &[("loss", 1.5)]).expect("writable");
+        file.scalars(8, &[("loss", 1.5)]);
         drop(file);
         let path =
             std::fs::read_dir(folder.path()).expect("a folder").next().expect("one file").expect("readable").path();

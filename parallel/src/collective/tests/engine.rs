@@ -1,5 +1,6 @@
 //! Collective operations beside the engine of gradients, on one transport.
 
+use bytes::Bytes;
 use compression::Codec;
 
 use super::*;
@@ -62,6 +63,23 @@ fn gradients_and_operations_within_the_backward_pass_are_both_right() {
             }
         }
     });
+}
+
+#[test]
+fn what_is_no_collective_message_ends_a_step_that_asks_for_none_and_is_told_before_anybody_asks() {
+    let ranks = ranks(RANKS);
+    let (tell, told) = channel();
+    let inbox = Inbox::default().telling(move |fault| tell.send(fault.to_string()).expect("somebody listens"));
+    ranks[0].end.open(ranks[0].mailbox.sink(inbox.sink()));
+    let stream = stream(0, &ranks[0].end, inbox);
+    stream.begin(1, 1);
+    // As a frame of gradients whose fourth byte was damaged on its way.
+    ranks[1].end.send(0, Bytes::from_static(b"TRIC, and then what was a frame of gradients"));
+    let fault = told.recv_timeout(HANG).expect("it is told");
+    assert!(fault.starts_with("rank 1, step 1: "), "{fault}");
+    let (stop, loss, compute_s) = (false, 0.0, 0.0);
+    let ballot = Ballot { finite: true, stop, busy: false, loss, compute_s, parameters: None, codec: None };
+    assert_eq!(stream.vote(ballot).map(drop).expect_err("it is over").to_string(), fault);
 }
 
 fn at_of(parts: &[Vec<f32>], at: usize) -> Vec<f32> {

@@ -73,7 +73,9 @@ impl State {
             tracing::warn!(rank = by, about, "a report about a rank that cannot be lost to it is ignored");
             return;
         }
-        self.losses.entry((by, about)).or_insert_with(|| (now, text(&lost.why, ERROR_CHARS_MAX)));
+        // What comes later knows more: what the rank lacks.
+        let (_, why) = self.losses.entry((by, about)).or_insert_with(|| (now, String::new()));
+        *why = text(&lost.why, ERROR_CHARS_MAX);
     }
 
     /// A rank that has lost another a while ago, though that one has been heard since, or has left in good order. A dead
@@ -109,7 +111,11 @@ impl State {
             (Some((_, worker)), _) if worker.left.is_some() => {}
             // Its last words may still be on their way.
             (Some((_, worker)), Some(_)) => worker.closed = Some((now, how.to_owned())),
-            (Some((&rank, _)), None) => self.lost(now, rank, how, out),
+            // It has none. What the others lack of it may be.
+            (Some((_, worker)), None) => {
+                let since = worker.closed.as_ref().map_or(now, |(at, _)| *at);
+                worker.closed = Some((since, how.to_owned()));
+            }
         }
     }
 
@@ -150,7 +156,7 @@ impl State {
         self.end(verdict, TRY_AGAIN, out);
     }
 
-    /// Where everybody is, but for one.
+    /// Where everybody is, but for one, and what they say of the loss of that one.
     pub(super) fn marks(&self, now: Duration, but: Option<usize>) -> String {
         let others = self.workers.iter().filter(|&(&rank, _)| Some(rank) != but);
         let quiet = |worker: &Worker| {
@@ -158,6 +164,13 @@ impl State {
             let long = worker.left.is_none() && quiet > interval(self.options.peer_timeout) * SLEPT;
             if long { format!(", silent for {:.1} s", quiet.as_secs_f64()) } else { String::new() }
         };
-        others.map(|(&rank, worker)| format!("\n  {}: {}{}", self.name(rank), worker.place(), quiet(worker))).collect()
+        let lacks = |by: usize| {
+            let loss = but.and_then(|about| self.losses.get(&(by, about)));
+            loss.map_or_else(String::new, |(_, why)| format!("; it says: {why}"))
+        };
+        let line = |(&rank, worker): (&usize, &Worker)| {
+            format!("\n  {}: {}{}{}", self.name(rank), worker.place(), quiet(worker), lacks(rank))
+        };
+        others.map(line).collect()
     }
 }

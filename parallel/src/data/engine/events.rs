@@ -12,14 +12,14 @@ const LOOK: Duration = Duration::from_millis(200);
 
 /// Events in the order of their arrival, but for frames that have left, which go first: there is room in a window, and what
 /// came before may be milliseconds of adding, in which the link would run dry.
-pub(super) struct Events<'a> {
-    incoming: &'a Receiver<Event>,
+pub(super) struct Events {
+    incoming: Receiver<Event>,
     left: VecDeque<Event>,
     waiting: VecDeque<Event>,
 }
 
-impl<'a> Events<'a> {
-    pub(super) fn new(incoming: &'a Receiver<Event>) -> Self {
+impl Events {
+    pub(super) const fn new(incoming: Receiver<Event>) -> Self {
         Self { incoming, left: VecDeque::new(), waiting: VecDeque::new() }
     }
 
@@ -29,13 +29,29 @@ impl<'a> Events<'a> {
     /// None came for a while, or none will come any more.
     pub(super) fn next(&mut self) -> Result<Event, RecvTimeoutError> {
         loop {
-            while let Ok(event) = self.incoming.try_recv() {
-                self.keep(event);
-            }
-            if let Some(event) = self.left.pop_front().or_else(|| self.waiting.pop_front()) {
+            if let Some(event) = self.try_next() {
                 return Ok(event);
             }
             let event = self.incoming.recv_timeout(LOOK)?;
+            self.keep(event);
+        }
+    }
+
+    /// The next one, if there is one.
+    pub(super) fn try_next(&mut self) -> Option<Event> {
+        self.take_in();
+        self.left.pop_front().or_else(|| self.waiting.pop_front())
+    }
+
+    /// Whether there is one.
+    #[cfg(test)]
+    pub(super) fn is_due(&mut self) -> bool {
+        self.take_in();
+        !(self.left.is_empty() && self.waiting.is_empty())
+    }
+
+    fn take_in(&mut self) {
+        while let Ok(event) = self.incoming.try_recv() {
             self.keep(event);
         }
     }
@@ -61,7 +77,7 @@ mod tests {
         for event in [Event::Begin(1), left(2), Event::Publish(7), left(3)] {
             events.send(event).expect("somebody listens");
         }
-        let mut taken = Events::new(&incoming);
+        let mut taken = Events::new(incoming);
         let mut next = || match taken.next() {
             Ok(Event::Incoming(Incoming::Left { to }, _)) => format!("left {to}"),
             other => format!("{other:?}"),

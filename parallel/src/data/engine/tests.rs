@@ -106,6 +106,38 @@ fn ranks_in_threads_get_the_same_sums_and_the_same_numbers_however_they_are_sche
 }
 
 #[test]
+fn a_loss_is_told_while_the_rank_computes_with_what_it_needs_next_of_the_lost_one() {
+    let end = Arc::new(network(RANKS).remove(0));
+    let (tell, told) = channel();
+    let inbox = Inbox::default().telling(move |fault| tell.send(fault.to_string()).expect("somebody listens"));
+    end.open(inbox.sink());
+    let sink = inbox.sink();
+    let group = Group { rank: 0, ranks: RANKS, members: 1, window: usize::MAX, epoch: 1, chunk_blocks: 64 };
+    let engine = Engine::start(Exchange::new(plan(), group, Codec::Int8), end, inbox, Arc::default());
+    let engine = engine.expect("a thread");
+    engine.begin(3);
+    sink(Incoming::Lost { rank: 2, why: "the connection was closed".into() });
+    let fault = told.recv_timeout(Duration::from_secs(60)).expect("it is told");
+    let expected = "step 3: rank 2 is lost: the connection was closed; the next of it that this rank needs is rank 2's part of bucket 0, parameter ";
+    assert!(fault.starts_with(expected), "{fault}");
+}
+
+#[test]
+fn that_somebody_has_ended_the_run_is_not_told_again() {
+    let end = Arc::new(network(RANKS).remove(0));
+    let (tell, told) = channel();
+    let inbox = Inbox::default().telling(move |fault| tell.send(fault.to_string()).expect("somebody listens"));
+    let aborter = inbox.aborter();
+    let group = Group { rank: 0, ranks: RANKS, members: 1, window: usize::MAX, epoch: 1, chunk_blocks: 64 };
+    let engine = Engine::start(Exchange::new(plan(), group, Codec::Int8), end, inbox, Arc::default());
+    let engine = engine.expect("a thread");
+    aborter.abort("rank 1 failed");
+    assert_eq!(engine.gather(Vec::new()), Err(EngineError::Aborted("rank 1 failed".into())));
+    drop(engine);
+    assert_eq!(told.recv().map_err(drop), Err(()), "it says nothing");
+}
+
+#[test]
 fn a_lost_rank_wakes_whoever_waits_and_the_message_says_what_it_waited_for() {
     let mut ranks = streams(Codec::Int8);
     let (waiting, _) = ranks.remove(0);
@@ -141,7 +173,7 @@ fn garbage_and_what_is_too_early_or_out_of_turn_end_the_step_with_the_senders_na
     let foreign = Note::Values(vec![1.0]).write(2, 0);
     let round = Note::Values(vec![1.0]).write(1, 3);
     for (bytes, said) in [
-        (Bytes::from_static(b"GET / HTTP/1.1\r\n"), "rank 1: a frame has at least 52 bytes"),
+        (Bytes::from_static(b"GET / HTTP/1.1\r\n"), "rank 1, step 1: a frame has at least 52 bytes"),
         (Bytes::from(vec![b'x'; 80]), "starts with \"TRIB\""),
         (far, "rank 1, step 1: a ballot of step 9"),
         (foreign, "epoch 2, expected epoch 1"),

@@ -1,14 +1,12 @@
 //! An engine without a thread: whoever simulates gives it its turns.
 
-use std::collections::VecDeque;
-
+use super::events::Events;
 use super::*;
 
 /// What the engine's thread would do.
 pub(crate) struct Turns {
     work: work::Work,
-    incoming: Receiver<Event>,
-    waiting: VecDeque<Event>,
+    events: Events,
 }
 
 impl Engine {
@@ -21,7 +19,7 @@ impl Engine {
     ) -> (Self, Turns) {
         let members = Members::all(exchange.group());
         let (engine, work, incoming) = Self::idle((exchange, members), transport, inbox, progress);
-        (engine, Turns { work, incoming, waiting: VecDeque::new() })
+        (engine, Turns { work, events: Events::new(incoming) })
     }
 
     /// As [`voted`](Self::voted), without waiting.
@@ -43,15 +41,12 @@ impl Engine {
 impl Turns {
     /// Whether there is something to do.
     pub(crate) fn is_due(&mut self) -> bool {
-        self.waiting.extend(self.incoming.try_iter());
-        !self.waiting.is_empty()
+        self.events.is_due()
     }
 
     /// Does the next thing.
     pub(crate) fn turn(&mut self) {
-        if self.is_due()
-            && let Some(event) = self.waiting.pop_front()
-        {
+        if let Some(event) = self.events.try_next() {
             self.work.turn(event);
         }
     }

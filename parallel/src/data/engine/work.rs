@@ -16,6 +16,7 @@ use bytes::Bytes;
 
 use super::burst::Burst;
 use super::events::Events;
+use super::fault::OnFault;
 use super::packing::Packing;
 use super::replies::Reply;
 use super::{EngineError, Event, Members};
@@ -59,6 +60,7 @@ pub(super) struct Work {
     encode_s: f64,
     first_encode: Option<Instant>,
     fault: Option<EngineError>,
+    on_fault: OnFault,
 }
 
 /// What the thread shares with the engine's other end.
@@ -69,11 +71,12 @@ pub(super) struct Shared {
     pub(super) handed: Arc<AtomicU64>,
     pub(super) members: Members,
     pub(super) trace: Option<Arc<Trace>>,
+    pub(super) on_fault: OnFault,
 }
 
 impl Work {
     pub(super) fn new(shared: Shared, replies: Sender<Result<Reply, EngineError>>) -> Self {
-        let Shared { exchange, transport, progress, handed, members, trace } = shared;
+        let Shared { exchange, transport, progress, handed, members, trace, on_fault } = shared;
         let (group, elements) = {
             let exchange = lock(&exchange);
             (exchange.group(), exchange.plan().elements())
@@ -104,10 +107,11 @@ impl Work {
             encode_s: 0.0,
             first_encode: None,
             fault: None,
+            on_fault,
         }
     }
 
-    pub(super) fn run(mut self, incoming: &Receiver<Event>) {
+    pub(super) fn run(mut self, incoming: Receiver<Event>) {
         let mut events = Events::new(incoming);
         loop {
             match events.next() {
@@ -124,8 +128,11 @@ impl Work {
         let waited = self.waits();
         if self.fault.is_none() {
             self.fault = self.event(event).and_then(|()| self.answer()).err();
-            if self.fault.is_some() && (asks || waited) {
-                self.reply_fault();
+            if let Some(fault) = &self.fault {
+                self.on_fault.tell(fault);
+                if asks || waited {
+                    self.reply_fault();
+                }
             }
         } else if asks {
             self.reply_fault();
@@ -184,8 +191,14 @@ impl Work {
                 Ok(())
             }
             Event::Incoming(Incoming::Lost { rank, why }, _) => {
-                let waited = self.waits().then(|| self.missing()).flatten();
+                let (why, waited) = match self.waits() {
+                    true => (why, self.missing()),
+                    false => (self.owing(rank, why), None),
+                };
                 Err(Loss { rank, step: self.step, why, waited }.into())
+            }
+            Event::Incoming(Incoming::Unreadable { from, what }, _) => {
+                Err(EngineError::Unreadable { from, step: self.step, what })
             }
             Event::Pack(packing, rate) => {
                 // What is packed already stays so, at another rate.
@@ -273,9 +286,39 @@ impl Work {
     /// Writes down what this rank waits for, for the heartbeat.
     pub(super) fn look(&self) {
         // Sums that are still on their way may have nobody waiting for them: the next forward pass may be far from needing them.
-        let waits = self.own.is_some() || self.gathering || self.bursting || self.voted && self.progress.is_waiting();
-        if waits && self.fault.is_none() {
-            self.progress.waits_for(self.missing());
+        let asked = self.own.is_some() || self.gathering || self.bursting;
+        if self.fault.is_some() || !(asked || self.voted) {
+            return;
+        }
+        let missing = self.missing();
+        if asked {
+            self.progress.waits_for(missing);
+        } else {
+            self.progress.waits_for_if_waiting(missing);
+        }
+    }
+
+    /// Why a rank is lost, with what of it this rank will need next.
+    fn owing(&self, rank: usize, why: String) -> String {
+        let exchange = lock(&self.exchange);
+        let next = self.members.index_of(rank).filter(|_| self.open).and_then(|of| exchange.first_missing_of_rank(of));
+        match next {
+            Some(index) => {
+                format!("{why}; the next of it that this rank needs is {}", self.piece(&exchange, rank, index))
+            }
+            None => why,
+        }
+    }
+
+    /// A part of a gradient, or a sum, as people find it.
+    fn piece(&self, exchange: &Exchange, rank: usize, index: usize) -> String {
+        let plan = exchange.plan();
+        let (bucket, name) = (plan.slot(index).bucket, &plan.parameters()[index].name);
+        // The training thread may be at the next step already.
+        let what = if exchange.parameter_codec(index).is_some() { "parameters" } else { "sums" };
+        match self.voted {
+            true => format!("rank {rank}'s {what} of step {}, bucket {bucket}, parameter {name}", self.step),
+            false => format!("rank {rank}'s part of bucket {bucket}, parameter {name}"),
         }
     }
 
@@ -290,15 +333,7 @@ impl Work {
         }
         let exchange = lock(&self.exchange);
         if let Some((rank, index)) = exchange.first_missing() {
-            let plan = exchange.plan();
-            let rank = self.members.members()[rank];
-            let (bucket, name) = (plan.slot(index).bucket, &plan.parameters()[index].name);
-            // The training thread may be at the next step already.
-            let what = if exchange.parameter_codec(index).is_some() { "parameters" } else { "sums" };
-            return Some(match self.voted {
-                true => format!("rank {rank}'s {what} of step {}, bucket {bucket}, parameter {name}", self.step),
-                false => format!("rank {rank}'s part of bucket {bucket}, parameter {name}"),
-            });
+            return Some(self.piece(&exchange, self.members.members()[rank], index));
         }
         let late = self.ballots.iter().position(Option::is_none)?;
         Some(format!("rank {late}'s vote"))

@@ -9,10 +9,12 @@ use crate::frame::FrameError;
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ExchangeError {
     /// Not a frame of this step.
-    #[error("rank {from}: {error}")]
+    #[error("rank {from}, step {step}: {error}")]
     Frame {
         /// Who sent it.
         from: usize,
+        /// The step that was running here.
+        step: u64,
         /// What is wrong.
         error: FrameError,
     },

@@ -11,8 +11,18 @@ impl Exchange {
         indices().find_map(|index| self.first_missing_of(index).map(|rank| (rank, index)))
     }
 
-    /// Whoever has not sent its part delays the sum of every other, so those come first.
+    /// The same, of one rank.
+    pub(crate) fn first_missing_of_rank(&self, rank: usize) -> Option<usize> {
+        let indices = || self.plan.buckets().iter().flat_map(|bucket| &bucket.parameters).copied();
+        indices().find(|&index| self.late_with(index).contains(&rank))
+    }
+
     pub(super) fn first_missing_of(&self, index: usize) -> Option<usize> {
+        self.late_with(index).first().copied()
+    }
+
+    /// Who has not sent all of a parameter. Whoever has not sent its part delays the sum of every other, so those come first.
+    fn late_with(&self, index: usize) -> Vec<usize> {
         let (nodes, tensor) = (self.group.nodes(), &self.tensors[index]);
         let member = |&mate: &usize| {
             let lacks = |parts: &[Option<_>]| parts[nodes.place(mate)].is_none();
@@ -26,8 +36,8 @@ impl Exchange {
         // Parameters are nobody's fault before the votes.
         let is_due = self.parameters.is_none() || self.decided;
         let late = |owner: &usize| is_due && tensor.done[*owner].iter().any(|done| !done);
-        let sum = nodes.others().find(late);
-        let mut peers = nodes.others().filter(|&other| nodes.node(other) != nodes.node(nodes.rank));
-        nodes.mates().find(member).or_else(|| peers.find(part)).or_else(|| sum.map(|owner| nodes.hands(owner)))
+        let sums = nodes.others().filter(late).map(|owner| nodes.hands(owner));
+        let peers = nodes.others().filter(|&other| nodes.node(other) != nodes.node(nodes.rank));
+        nodes.mates().filter(member).chain(peers.filter(part)).chain(sums).collect()
     }
 }

@@ -19,7 +19,7 @@ impl Exchange {
         let index = header.tensor as usize;
         let name = self.plan.parameters().get(index).map_or("no parameter", |parameter| &parameter.name);
         let misplaced = |what: String| {
-            let place = format!("{name}, element {}", header.start);
+            let place = format!("bucket {}, parameter {name}, element {}", header.bucket, header.start);
             ExchangeError::Place { from, step: self.step, place, what }
         };
         if from >= ranks || from == rank {

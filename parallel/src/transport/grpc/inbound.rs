@@ -7,14 +7,13 @@ use bytes::Bytes;
 use tokio::sync::mpsc::UnboundedSender;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
-use tracing::warn;
 
-use super::outbound::{EPOCH, RANK, TOKEN, VERSION, explain};
+use super::outbound::{EPOCH, LET_IN, RANK, TOKEN, VERSION, explain};
 use super::watch::Event;
 use super::{Group, MESSAGE_BYTES_MAX};
 use crate::transport::raw::messages;
 use crate::transport::raw::service::data_server::Data;
-use crate::transport::socket::{Caller, Line, admit};
+use crate::transport::socket::{Caller, Line, Seldom, admit};
 use crate::transport::{Incoming, Sink};
 
 /// The side that is called.
@@ -26,6 +25,7 @@ pub(super) struct Inbound {
     called: Vec<AtomicBool>,
     sink: Sink,
     events: UnboundedSender<Event>,
+    warnings: Seldom,
 }
 
 impl Inbound {
@@ -37,6 +37,7 @@ impl Inbound {
             called: group.addresses.iter().map(|_| AtomicBool::new(false)).collect(),
             sink,
             events,
+            warnings: Seldom::default(),
         }
     }
 
@@ -82,7 +83,8 @@ impl Data for Inbound {
             Ok(from) => from,
             Err(status) => {
                 let address = caller.map_or_else(|| "nowhere".into(), |caller| caller.address.to_string());
-                warn!("rank {}: refused a stream from {address}: {}", self.rank, status.message());
+                let (rank, why) = (self.rank, status.message());
+                self.warnings.warn(&format!("rank {rank}: refused a stream from {address}: {why}"));
                 return Err(status);
             }
         };
@@ -91,8 +93,14 @@ impl Data for Inbound {
         let line = caller.map(|caller| caller.line).unwrap_or_default();
         let mut end = End { from, why: None, line, events: self.events.clone() };
         let mut stream = messages(&request, MESSAGE_BYTES_MAX).expect("`connect` wraps the service in `Uncopied`");
+        let mut is_first = true;
         loop {
-            match stream.next().await {
+            let message = stream.next().await;
+            if std::mem::take(&mut is_first) && matches!(&message, Ok(Some(bytes)) if bytes == LET_IN) {
+                let _ = self.events.send(Event::LetIn { rank: from });
+                continue;
+            }
+            match message {
                 Ok(Some(bytes)) if bytes.is_empty() => break,
                 Ok(Some(bytes)) => (self.sink)(Incoming::Message { from, bytes }),
                 Ok(None) => {

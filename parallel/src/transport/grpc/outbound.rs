@@ -33,6 +33,10 @@ pub(super) const TOKEN: &str = "tributary-token-bin";
 /// The version of this crate.
 pub(super) const VERSION: &str = "tributary-version";
 
+/// The first message of every stream: the call of the rank at its other end has been let in. Whoever has called does not know of
+/// it otherwise, for its call is answered at the end.
+pub(super) const LET_IN: &[u8] = b"TRIA";
+
 /// Between two tries to reach a rank.
 const PAUSE: Duration = Duration::from_millis(50);
 

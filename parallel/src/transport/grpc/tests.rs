@@ -10,13 +10,14 @@ use tonic::metadata::MetadataValue;
 use tonic::transport::Endpoint;
 use tonic::{Code, Request, Status};
 
-use super::outbound::{EPOCH, RANK, TOKEN, VERSION};
+use super::outbound::{EPOCH, LET_IN, RANK, TOKEN, VERSION};
 use super::*;
 use crate::transport::Incoming;
 use crate::transport::http2::{Caller, MAX_CONCURRENT_STREAMS};
 use crate::transport::raw::service::data_client::DataClient;
 
 mod secured;
+mod strangers;
 
 /// Only a guard: nothing here takes so long unless it hangs.
 const HANG: Duration = Duration::from_secs(60);
@@ -202,11 +203,12 @@ struct Said {
 const RIGHT: Said = Said { rank: "1", epoch: "7", token: "secret", version: env!("CARGO_PKG_VERSION") };
 
 impl Said {
-    /// With a body that sends nothing and does not end.
+    /// With a body that lets the other's call in, and then sends nothing and does not end.
     async fn call(&self, address: SocketAddr) -> Result<(), Status> {
         let endpoint = Endpoint::from_shared(format!("http://{address}")).expect("an address");
         let mut client = DataClient::new(endpoint.connect().await.expect("a server"));
-        let (_open, waiting) = unbounded_channel::<Bytes>();
+        let (open, waiting) = unbounded_channel::<Bytes>();
+        open.send(Bytes::from_static(LET_IN)).expect("there is its other end");
         let mut request = Request::new(UnboundedReceiverStream::new(waiting));
         for (key, value) in [(RANK, self.rank), (EPOCH, self.epoch), (VERSION, self.version)] {
             request.metadata_mut().insert(key, MetadataValue::from_static(value));

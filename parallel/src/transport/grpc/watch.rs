@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::outbound::{Caller, Queued};
+use super::outbound::{Caller, LET_IN, Queued};
 use super::{Group, TransportError};
 use crate::transport::{Incoming, Sink};
 
@@ -23,6 +24,8 @@ pub(super) enum Event {
     Reached { rank: usize, queue: UnboundedSender<Queued> },
     /// The rank's call was let in.
     Arrived { rank: usize },
+    /// The rank says that it has let our call in.
+    LetIn { rank: usize },
     /// The rank said goodbye.
     Goodbye { rank: usize },
     /// The rank's call to us is over.
@@ -49,7 +52,7 @@ impl Standing {
     /// The rank that an event means the loss of, and why. Once a rank.
     fn lost(&mut self, event: Event) -> Option<(usize, String)> {
         let (rank, why) = match event {
-            Event::Trouble { .. } | Event::Reached { .. } | Event::Arrived { .. } => return None,
+            Event::Trouble { .. } | Event::Reached { .. } | Event::Arrived { .. } | Event::LetIn { .. } => return None,
             Event::Goodbye { rank } => {
                 self.0[rank] = Stand::Gone;
                 return None;
@@ -99,10 +102,11 @@ impl Connecting<'_> {
         others().for_each(|to| call(to, Duration::ZERO));
         let mut standing = Standing::new(addresses.len());
         let mut queues: Vec<_> = addresses.iter().map(|_| None).collect();
-        let mut arrived = vec![false; addresses.len()];
+        let (mut arrived, mut let_in) = (vec![false; addresses.len()], vec![false; addresses.len()]);
         let mut trouble = vec![String::from("no answer"); addresses.len()];
         loop {
-            let unreached = others().find(|rank| queues[*rank].is_none());
+            // What was written to a connection proves nothing: the other side may have no place for it yet.
+            let unreached = others().find(|rank| queues[*rank].is_none() || arrived[*rank] && !let_in[*rank]);
             let absent = others().find(|rank| !arrived[*rank]);
             if unreached.or(absent).is_none() {
                 return Ok(Connected { standing, happened, queues, calls_ended });
@@ -121,8 +125,17 @@ impl Connecting<'_> {
             };
             match event {
                 Event::Trouble { rank, why } => trouble[rank] = why,
-                Event::Reached { rank, queue } => queues[rank] = Some(queue),
-                Event::Arrived { rank } => arrived[rank] = true,
+                Event::Reached { rank, queue } => {
+                    if arrived[rank] {
+                        say_let_in(&queue);
+                    }
+                    queues[rank] = Some(queue);
+                }
+                Event::Arrived { rank } => {
+                    arrived[rank] = true;
+                    queues[rank].iter().for_each(say_let_in);
+                }
+                Event::LetIn { rank } => let_in[rank] = true,
                 Event::CallFailed { rank, why, refused: true } => {
                     return Err(TransportError::Refused { rank, address: addresses[rank], here, why });
                 }
@@ -139,6 +152,12 @@ impl Connecting<'_> {
             }
         }
     }
+}
+
+/// Tells a rank that its call was let in, before anything else.
+fn say_let_in(queue: &UnboundedSender<Queued>) {
+    // If the call to it has ended, there will be another one.
+    let _ = queue.send(Queued { message: Bytes::from_static(LET_IN), since: None });
 }
 
 /// Tells losses, each rank's once, for as long as the runtime lives.

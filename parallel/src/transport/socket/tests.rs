@@ -17,7 +17,7 @@ async fn listen(connections_max: usize, admitted_within: Duration) -> (Accepted,
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
     let address = listener.local_addr().expect("an address");
     let counters = Counters::default();
-    let limits = Limits { connections_max, admitted_within };
+    let limits = Limits { connections_max, admitted_within, unadmitted_bytes_max: 1 << 20 };
     (Accepted::new(listener, limits, counters.clone(), Security::Loopback), address, counters)
 }
 
@@ -44,6 +44,36 @@ fn bytes_are_counted_both_ways_and_the_end_is_put_in_words() {
         drop(here);
         assert_eq!(there.read(&mut [0; 1]).await.expect("an end"), 0);
         assert_eq!(line.ended(), Some("connection closed"));
+    });
+}
+
+#[test]
+fn who_sends_much_before_a_service_lets_it_in_is_sent_away_and_whom_it_lets_in_is_not() {
+    run(async {
+        for admitted in [false, true] {
+            let (mut accepted, address, _) = listen(1, HANG).await;
+            let mut there = TcpStream::connect(address).await.expect("it listens");
+            let mut here = next(&mut accepted).await;
+            if admitted {
+                here.connect_info().line.admit();
+            }
+            let sends = tokio::spawn(async move {
+                // It may be sent away in the midst of it.
+                let _ = there.write_all(&vec![0; 2 << 20]).await;
+                there
+            });
+            let mut read = 0;
+            let end = loop {
+                match here.read(&mut [0; 1 << 16]).await {
+                    Ok(count) if read + count < 2 << 20 => read += count,
+                    other => break other,
+                }
+            };
+            assert_eq!(end.is_ok(), admitted, "{end:?} after {read} bytes");
+            assert!(admitted || read <= (1 << 20) + (1 << 16), "{read}");
+            drop(here);
+            sends.await.expect("no panic");
+        }
     });
 }
 

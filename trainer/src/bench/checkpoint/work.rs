@@ -91,18 +91,23 @@ pub(super) fn median(values: &mut [f64]) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// The one that three quarters of the others are above; of none it is not a number.
-pub(super) fn first_quartile(values: &[f64]) -> f64 {
+/// The standard error of the median, whatever the values' distribution: half of what lies between those half a root of
+/// their number below and above it (Woodruff, Confidence intervals for medians and other position measures, JASA 47, 1952);
+/// of fewer than two it is not a number.
+pub(super) fn error_of_median(values: &[f64]) -> f64 {
+    if values.len() < 2 {
+        return f64::NAN;
+    }
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 4).copied().unwrap_or(f64::NAN)
-}
-
-/// The standard error of the median, if the values are normally distributed; of fewer than two it is not a number.
-pub(super) fn error_of_median(values: &[f64]) -> f64 {
-    let (n, mean) = (values.len() as f64, mean(values));
-    let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (n - 1.0);
-    (std::f64::consts::FRAC_PI_2 * variance / n).sqrt()
+    let last = (values.len() - 1) as f64;
+    let at = |rank: f64| {
+        let rank = rank.clamp(0.0, last);
+        let below = values[rank as usize];
+        below + rank.fract() * (values[rank.ceil() as usize] - below)
+    };
+    let aside = (values.len() as f64).sqrt() / 2.0;
+    (at(last / 2.0 + aside) - at(last / 2.0 - aside)) / 2.0
 }
 
 pub(super) fn mean(values: &[f64]) -> f64 {

@@ -111,6 +111,7 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
                 false => Residuals::Exact,
             },
             zstd: keys.text("checkpoint.zstd")? == "on",
+            read_back: keys.flag("checkpoint.read_back")?,
             upload_to: keys.text("checkpoint.upload_to").and_then(|url| Place::parse(&url).ok()),
             upload_wait_s: keys.real("checkpoint.upload_wait_s")?,
         },

@@ -12,8 +12,9 @@ use checkpoint::store::{Seat, Uploader};
 use checkpoint::writer::{Member, Writer};
 use compression::Codec;
 use parallel::collective::{CollectiveError, Collectives, Mailbox, Place, SubGroup};
-use parallel::control::{ControlError, beat};
-use parallel::data::engine::{Engine, Inbox, Members};
+use parallel::control::{ControlError, Reporter, beat};
+use parallel::data::StreamError;
+use parallel::data::engine::{Engine, EngineError, Inbox, Members};
 use parallel::data::plan::Plan;
 use parallel::mesh::Axis;
 use parallel::trace::Trace;
@@ -336,6 +337,7 @@ fn connect(
     let pieces = state::pieces(&share);
     let writer = Writer::member(Arc::new(RealDisk), checkpoints.clone(), pieces, member, retention(recipe))?;
     writer.pack(recipe.checkpoint.zstd);
+    writer.read_back(recipe.checkpoint.read_back);
     let apart = met.lead_of.iter().any(|&lead| lead != met.lead_of[0]);
     let seat = |rank: usize| if apart { Seat::Machine(rank) } else { Seat::Shared };
     let leads: BTreeSet<usize> = met.lead_of.iter().copied().collect();
@@ -344,7 +346,7 @@ fn connect(
 
     let tracing = begin_trace(request, &path, rank, &plan, from)?;
     let trace = tracing.as_ref().map(Tracing::trace).cloned();
-    let inbox = Inbox::new(trace.clone());
+    let inbox = Inbox::new(trace.clone()).telling(at_once(joined.control.reporter()));
     let place = Place { rank, ranks: share.ranks, epoch: met.start.epoch };
     let mailbox = Mailbox::new(place, joined.progress.clone());
     joined.ender.wake(inbox.aborter(), mailbox.clone());
@@ -382,6 +384,14 @@ fn connect(
         None => regained.log(),
     }
     Ok(Connected { begun, stepper, writer, uploader, books, share, mesh, transport, sums, f32_bytes, codecs, tracing })
+}
+
+/// Tells the coordinator why this rank cannot complete its step, while the training thread may still compute.
+fn at_once(reporter: Reporter) -> impl Fn(&EngineError) + Send + Sync + 'static {
+    move |fault| match fault {
+        EngineError::Lost(loss) => reporter.lost(loss.rank, &loss.to_string()),
+        fault => reporter.failed(failed(0, &StreamError::from(fault.clone()).into())),
+    }
 }
 
 /// Connects with all other ranks.

@@ -86,7 +86,10 @@ fn anything() -> Vec<Input> {
 
 #[test]
 fn nothing_after_the_end_changes_it() {
-    let killed = |scene: &mut Scene| scene.exits(1, "was killed by SIGKILL", None);
+    let killed = |scene: &mut Scene| {
+        scene.exits(1, "was killed by SIGKILL", None);
+        scene.pass(ms(300), busy_but(1));
+    };
     let left = |scene: &mut Scene| (0..2).for_each(|rank| scene.says(rank, leaving("abc", 0)));
     for end in [&killed as &dyn Fn(&mut Scene), &left] {
         for first in 0..anything().len() {

@@ -28,10 +28,19 @@ fn a_closed_connection_without_a_word_is_blamed_after_a_moment() {
 }
 
 #[test]
-fn a_process_that_a_signal_ended_is_blamed_at_once() {
+fn a_process_that_a_signal_ended_is_blamed_after_a_moment_with_what_the_others_lack() {
     let mut scene = Scene::running(2);
     scene.exits(1, "was killed by SIGKILL", None);
-    scene.ended("rank 1 (host box, process 101) was killed by SIGKILL\n  rank 0 (host box, process 100): joining", 75);
+    scene.goes_on();
+    let lost = |why: &str| From::Lost(crate::wire::control::Lost { rank: 1, why: why.into() });
+    scene.says(0, lost("its stream to us ended"));
+    scene.says(0, lost("step 3: rank 1 is lost; this rank waited for rank 1's part of bucket 2, parameter norm"));
+    scene.pass(ms(250), busy_but(1));
+    scene.ended(
+        "rank 1 (host box, process 101) was killed by SIGKILL\n  rank 0 (host box, process 100): in the forward pass; it \
+         says: step 3: rank 1 is lost; this rank waited for rank 1's part of bucket 2, parameter norm",
+        75,
+    );
 }
 
 #[test]
@@ -48,6 +57,7 @@ fn the_signal_is_named_also_when_the_connection_was_seen_first() {
     scene.closes(1);
     scene.now += ms(50);
     scene.exits(1, "was killed by SIGSEGV", None);
+    scene.pass(ms(250), busy_but(1));
     assert!(scene.endings[0].verdict.starts_with("rank 1 (host box, process 101) was killed by SIGSEGV"));
 }
 

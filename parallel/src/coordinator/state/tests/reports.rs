@@ -65,7 +65,7 @@ fn a_report_about_a_rank_that_turns_out_dead_blames_the_dead_one() {
         let verdict = &scene.endings[0].verdict;
         assert!(verdict.starts_with(&format!("rank 2 (host box, process 102) {how}")), "{verdict}");
     };
-    check(&|scene| scene.exits(2, "was killed by SIGKILL", None), Duration::ZERO, "was killed by SIGKILL");
+    check(&|scene| scene.exits(2, "was killed by SIGKILL", None), ms(300), "was killed by SIGKILL");
     check(&|scene| scene.closes(2), ms(300), "is gone: it closed its connection without a word");
     check(&|scene| scene.says(2, failing("disk full", 1)), Duration::ZERO, "failed: disk full");
     check(&|_| {}, ms(1600), "has been silent for 1.6 s");

@@ -75,6 +75,7 @@ fn a_coordinator_that_slept_blames_nobody() {
     let lost = |scene: &mut Scene| scene.says(0, From::Lost(Lost { rank: 1, why: "connection closed".into() }));
     let mut scene = check(&lost, Duration::from_secs(3600), false);
     scene.exits(1, "was killed by SIGKILL", None);
+    scene.pass(ms(300), busy_but(1));
     assert!(scene.endings[0].verdict.starts_with("rank 1 (host box, process 101) was killed by SIGKILL"));
     // The control: a gap that is not yet sleep.
     check(&closed, ms(500), true);

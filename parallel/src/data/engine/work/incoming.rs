@@ -81,7 +81,7 @@ impl Work {
     /// Keeps what came for the next step.
     fn keep(&mut self, from: usize, bytes: Bytes) -> Result<(), EngineError> {
         let sum = self.early_bytes.get_mut(from).map(|sum| {
-            *sum += bytes.len();
+            *sum += bytes.len() + size_of::<(usize, Bytes)>();
             *sum
         });
         if sum.is_none_or(|sum| sum > self.early_bytes_max) {
