@@ -255,7 +255,7 @@ fn runs_under_siege_take_the_steps_of_one_that_is_left_alone_and_keep_no_descrip
         let open: Vec<_> = pids.iter().flat_map(|&pid| ports(pid)).collect();
         let (place, ran) = run.stop();
         // The strangers are told of, too.
-        let strangers = ["closed the connection from 127.0.0.1:", ": it had no business here", " are open"];
+        let strangers = ["closed the connection from 127.0.0.1:", ": no service let it in", " are open"];
         let said = ["SIGTERM: stopping after this step", "with a checkpoint: go on with --resume"];
         ran.failed(75, &[&said[..], &strangers].concat());
         let still: Vec<_> = listening().into_iter().filter(|listening| open.contains(listening)).collect();

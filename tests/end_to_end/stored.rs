@@ -121,6 +121,37 @@ fn a_machine_that_is_taken_away_in_the_middle_of_a_copy_costs_steps_and_no_run()
 }
 
 #[test]
+fn a_machine_that_dies_while_it_brings_a_copy_brings_it_again() {
+    let (server, place) = (Server::new(), Place::new());
+    let (expected, upload) = (undisturbed(&place), upload());
+    run(&place, &server, "a", &["--set", "train.stop_at_step=30"]).ok();
+    let is_shard = |asked: &Asked| asked.method == "GET" && asked.path.contains("rank-0000.safetensors");
+    let shards = || server.asked().iter().filter(|asked| is_shard(asked)).count();
+    // As this build leaves it, and as builds did that wrote the recipe last.
+    for has_recipe in [true, false] {
+        let fresh = Place::new();
+        server.rule(move |asked| if is_shard(asked) { Fate::Hold } else { Fate::Pass });
+        let mut command = fresh.command(&stored("a", &upload, &["--resume"]));
+        let quiet = command.envs(server.environment()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = quiet.spawn().expect("it starts");
+        assert!(wait_until(&mut child, || shards() > 0), "it waits for the store");
+        child.kill().expect("our child");
+        assert!(!child.wait().expect("our child").success());
+        server.rule(|_| Fate::Pass);
+        let left = fresh.names("runs/a/checkpoints");
+        assert!(left.len() == 1 && left[0].ends_with(".partial"), "{left:?}");
+        let recipe = fresh.path("runs/a/recipe.toml");
+        assert!(recipe.exists(), "it is the folder of a run");
+        if !has_recipe {
+            std::fs::remove_file(&recipe).expect("writable");
+        }
+        run(&fresh, &server, "a", &["--resume"]).ok();
+        assert_eq!(of_kind(&fresh.events("a"), "downloaded").len(), 1);
+        assert_eq!(fresh.summary("a")["parameter_hash"], expected, "with a recipe: {has_recipe}");
+    }
+}
+
+#[test]
 fn training_goes_on_whatever_the_store_does_and_what_was_missed_is_copied_later() {
     let (server, place) = (Server::new(), Place::new());
     let expected = undisturbed(&place);

@@ -85,6 +85,22 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let write = |file: &mut File| file.write_all(bytes).and_then(|()| file.sync_all());
     write(file.as_file_mut()).map_err(Error::io("write", path))?;
     file.persist(path).map_err(|error| Error::io("replace", path)(error.error))?;
+    sync_names(folder)
+}
+
+/// Makes the names in a folder durable.
+///
+/// # Errors
+/// What the system says.
+#[cfg(unix)]
+pub fn sync_names(folder: &Path) -> Result<()> {
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    File::open(folder).and_then(|names| names.sync_all()).map_err(Error::io("sync", folder))
+}
+
+/// Elsewhere a folder cannot be opened.
+#[cfg(not(unix))]
+pub const fn sync_names(_: &Path) -> Result<()> {
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -14,6 +15,9 @@ use parallel::data::engine::Aborter;
 
 use super::join::remove_nonces;
 use crate::log::say;
+
+/// A disk that hangs keeps no process for longer.
+const TIDY_WITHIN: Duration = Duration::from_secs(2);
 
 /// What happens to this process when the run ends for everybody: the training thread is woken, and if it cannot end in
 /// time, because it computes, the process ends without it.
@@ -85,7 +89,13 @@ impl Ender {
             std::thread::sleep(Duration::from_millis(ender.0.grace_ms.load(Ordering::Relaxed)));
             // Before anything that may wait for a disk.
             ender.say(&ending.verdict);
-            ender.tidy_up();
+            let (done, tidied) = channel();
+            std::thread::spawn(move || {
+                ender.tidy_up();
+                // Whoever waits may have gone on.
+                let _ = done.send(());
+            });
+            let _ = tidied.recv_timeout(TIDY_WITHIN);
             std::process::exit(i32::from(ending.code));
         });
     }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::data::cache::replace;
+use crate::data::cache::{replace, sync_names};
 use crate::error::{Error, Result};
 use crate::recipe::{Raw, Tag, batch, raw};
 
@@ -76,9 +76,10 @@ impl Folder {
     pub fn create(runs: &Path, name: &str) -> Result<Self> {
         check_name(name)?;
         let path = runs.join(name);
-        std::fs::create_dir_all(runs).map_err(Error::io("create", runs))?;
+        make_durably(runs)?;
         match std::fs::create_dir(&path) {
-            Ok(()) => {}
+            // What is committed in it shall not vanish with its name.
+            Ok(()) => sync_names(runs)?,
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Err(exists(name, &path)),
             Err(error) => return Err(Error::io("create", path)(error)),
         }
@@ -174,6 +175,17 @@ impl Folder {
     }
 }
 
+/// Makes a folder and those above it, their names too.
+///
+/// # Errors
+/// What the system says.
+pub fn make_durably(folder: &Path) -> Result<()> {
+    let is_missing = |folder: &&Path| !folder.as_os_str().is_empty() && !folder.exists();
+    let missing: Vec<&Path> = folder.ancestors().take_while(is_missing).collect();
+    std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    missing.into_iter().filter_map(Path::parent).try_for_each(sync_names)
+}
+
 /// What differs of the recipe of a run that goes on, and may.
 ///
 /// # Errors
@@ -195,7 +207,9 @@ pub fn differences(name: &str, old: &Raw, recipe: &Raw) -> Result<Vec<String>> {
 fn is_ours(entry: &std::fs::DirEntry) -> bool {
     let name = entry.file_name();
     let name = name.to_string_lossy();
-    let empty = || std::fs::read_dir(entry.path()).is_ok_and(|mut entries| entries.next().is_none());
+    // Of checkpoints what was begun: written, or brought from a store.
+    let begun = |entry: std::fs::DirEntry| checkpoint::layout::is_left_over(&entry.file_name().to_string_lossy());
+    let empty = || std::fs::read_dir(entry.path()).is_ok_and(|entries| entries.flatten().all(begun));
     name == ".lock" || name == "logs" || name.starts_with(".new-") || (name == "checkpoints" && empty())
 }
 

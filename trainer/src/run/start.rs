@@ -29,7 +29,7 @@ use parallel::mesh;
 use parallel::progress::Progress;
 
 use super::codec::Codecs;
-use super::folder::{Folder, Status};
+use super::folder::{Folder, Status, make_durably};
 use super::group::Group;
 use super::join::host;
 use super::save::same_text;
@@ -231,9 +231,9 @@ fn begin_trace(
 }
 
 fn make_runs(runs: &Path) -> Result<()> {
-    std::fs::create_dir_all(runs).map_err(|source| {
-        let key = "metrics.runs_dir";
-        Error::Folder { key, path: runs.to_owned(), source }
+    make_durably(runs).map_err(|error| match error {
+        Error::Io { source, .. } => Error::Folder { key: "metrics.runs_dir", path: runs.to_owned(), source },
+        other => other,
     })
 }
 

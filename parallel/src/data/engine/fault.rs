@@ -58,7 +58,9 @@ pub enum EngineError {
 
 /// Who hears of the first fault, in the engine's thread.
 #[derive(Clone, Default)]
-pub(super) struct OnFault(Option<Arc<dyn Fn(&EngineError) + Send + Sync>>);
+pub(super) struct OnFault(Option<Arc<Hear>>);
+
+type Hear = dyn Fn(&EngineError) + Send + Sync;
 
 impl OnFault {
     pub(super) fn new(on_fault: impl Fn(&EngineError) + Send + Sync + 'static) -> Self {

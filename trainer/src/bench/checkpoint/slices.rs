@@ -92,7 +92,7 @@ mod tests {
                 begun += usize::from(on);
                 Ok(!on && begun == allowed)
             });
-            let slices = slices.unwrap();
+            let slices = slices.expect("it says nothing");
             assert_eq!((begun, slices.busy()), (allowed, counted), "of {allowed}");
             assert!(slices.turns.iter().all(|turn| turn.quiet.len() == 2 * turn.busy.len()));
         }

@@ -200,10 +200,13 @@ fn one(request: &Request, remote: &Remote, copies: &Copies, (rank, lead_of): (us
         None => Folder::create(runs, name)?,
     };
     let fetched: Result<()> = (|| {
-        remote.fetch(step, &seats, &RealDisk, &folder.checkpoints())?;
-        // Now it is the folder of a run, which goes on like any other.
+        // From here on it is the folder of a run, which goes on like any other, also where this process dies half-way.
         let file = folder.file("recipe.toml");
-        if file.exists() { Ok(()) } else { replace(&file, &recipe) }
+        if !file.exists() {
+            replace(&file, &recipe)?;
+        }
+        remote.fetch(step, &seats, &RealDisk, &folder.checkpoints())?;
+        Ok(())
     })();
     if fetched.is_err() && is_new {
         folder.abandon();
