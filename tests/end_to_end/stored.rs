@@ -120,33 +120,38 @@ fn a_machine_that_is_taken_away_in_the_middle_of_a_copy_costs_steps_and_no_run()
     assert!((1..4).contains(&begun_anew), "the first had no copy, the last had some: {begun_anew} had none");
 }
 
+/// Resumes a run of which the place has nothing, and kills it when it waits for the first file of rank 0.
+fn killed_while_it_brings(fresh: &Place, server: &Server) {
+    let is_shard = |asked: &Asked| asked.method == "GET" && asked.path.contains("rank-0000.safetensors");
+    server.rule(move |asked| if is_shard(asked) { Fate::Hold } else { Fate::Pass });
+    let mut command = fresh.command(&stored("a", &upload(), &["--resume"]));
+    let quiet = command.envs(server.environment()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = quiet.spawn().expect("it starts");
+    assert!(wait_until(&mut child, || server.asked().iter().any(is_shard)), "it waits for the store");
+    child.kill().expect("our child");
+    assert!(!child.wait().expect("our child").success());
+    server.rule(|_| Fate::Pass);
+    let left = fresh.names("runs/a/checkpoints");
+    assert!(left.len() == 1 && left[0].ends_with(".partial"), "{left:?}");
+}
+
 #[test]
 fn a_machine_that_dies_while_it_brings_a_copy_brings_it_again() {
-    let (server, place) = (Server::new(), Place::new());
-    let (expected, upload) = (undisturbed(&place), upload());
-    run(&place, &server, "a", &["--set", "train.stop_at_step=30"]).ok();
-    let is_shard = |asked: &Asked| asked.method == "GET" && asked.path.contains("rank-0000.safetensors");
-    let shards = || server.asked().iter().filter(|asked| is_shard(asked)).count();
+    let expected = undisturbed(&Place::new());
     // As this build leaves it, and as builds did that wrote the recipe last.
     for has_recipe in [true, false] {
-        let fresh = Place::new();
-        server.rule(move |asked| if is_shard(asked) { Fate::Hold } else { Fate::Pass });
-        let mut command = fresh.command(&stored("a", &upload, &["--resume"]));
-        let quiet = command.envs(server.environment()).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut child = quiet.spawn().expect("it starts");
-        assert!(wait_until(&mut child, || shards() > 0), "it waits for the store");
-        child.kill().expect("our child");
-        assert!(!child.wait().expect("our child").success());
-        server.rule(|_| Fate::Pass);
-        let left = fresh.names("runs/a/checkpoints");
-        assert!(left.len() == 1 && left[0].ends_with(".partial"), "{left:?}");
+        // What goes on is copied too: each has a store in which step 30 is the newest.
+        let (server, place, fresh) = (Server::new(), Place::new(), Place::new());
+        run(&place, &server, "a", &["--set", "train.stop_at_step=30"]).ok();
+        killed_while_it_brings(&fresh, &server);
         let recipe = fresh.path("runs/a/recipe.toml");
         assert!(recipe.exists(), "it is the folder of a run");
         if !has_recipe {
             std::fs::remove_file(&recipe).expect("writable");
         }
         run(&fresh, &server, "a", &["--resume"]).ok();
-        assert_eq!(of_kind(&fresh.events("a"), "downloaded").len(), 1);
+        let events = fresh.events("a");
+        assert_eq!((of_kind(&events, "downloaded"), of_kind(&events, "resumed")), (vec![30], vec![30]));
         assert_eq!(fresh.summary("a")["parameter_hash"], expected, "with a recipe: {has_recipe}");
     }
 }

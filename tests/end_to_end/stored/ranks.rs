@@ -1,12 +1,14 @@
 //! Several ranks: one folder has one copy, machines with folders of their own have one each.
 
+use checkpoint::layout::{committed, partial, shard};
+
 use crate::dying::{RANKS, undisturbed};
 use crate::joining::{APART, coordinator};
 use crate::processes::{Job, nobody_is_left};
 use crate::support::{Place, Ran};
 
 use super::server::Server;
-use super::{of_kind, run, upload};
+use super::{killed_while_it_brings, of_kind, run, upload};
 
 fn hash(place: &Place, run: &str) -> String {
     place.summary(run)["parameter_hash"].as_str().expect("a hash").to_owned()
@@ -29,6 +31,18 @@ fn ranks_of_one_folder_go_on_on_a_machine_that_has_nothing_of_it() {
     let fresh = Place::with(RANKS);
     run(&fresh, &server, "a", &[]).failed(2, &["has checkpoints of a run of this name"]);
     assert!(!fresh.path("runs/a").exists());
+    run(&fresh, &server, "a", &["--resume"]).ok();
+    let events = fresh.events("a");
+    assert_eq!((of_kind(&events, "downloaded"), of_kind(&events, "resumed")), (vec![30], vec![30]));
+    assert_eq!(hash(&fresh, "a"), expected());
+}
+
+#[test]
+fn ranks_go_on_where_their_launcher_was_killed_while_it_brought_the_copy() {
+    let (server, place) = (Server::new(), Place::with(RANKS));
+    run(&place, &server, "a", &["--set", "train.stop_at_step=30"]).ok();
+    let fresh = Place::with(RANKS);
+    killed_while_it_brings(&fresh, &server);
     run(&fresh, &server, "a", &["--resume"]).ok();
     let events = fresh.events("a");
     assert_eq!((of_kind(&events, "downloaded"), of_kind(&events, "resumed")), (vec![30], vec![30]));
@@ -117,6 +131,31 @@ fn until_30(place: &Place, server: &Server) {
     let stop = ["train.stop_at_step=30", "checkpoint.when_busy=wait", "checkpoint.keep_last=0"];
     let stop: Vec<&str> = stop.iter().flat_map(|set| ["--set", set]).collect();
     apart(place, server, &stop).into_iter().for_each(|ran| _ = ran.ok());
+}
+
+#[test]
+fn machines_that_were_killed_while_they_brought_their_copies_bring_them_again() {
+    let (server, place) = (Server::new(), Place::with(RANKS));
+    until_30(&place, &server);
+    let fresh = Place::with(RANKS);
+    // What is left half-way: with the recipe, as this build writes it first, and without, as builds did that wrote it last.
+    for (machine, has_recipe) in [("one", true), ("two", false)] {
+        let run = format!("runs/{machine}/a");
+        let (had, has) = (place.path(&run), fresh.path(&run));
+        let half = has.join("checkpoints").join(partial(&committed(30)));
+        std::fs::create_dir_all(&half).expect("writable");
+        std::fs::write(half.join(shard(0)), "half of it").expect("writable");
+        std::fs::write(has.join(".lock"), "1").expect("writable");
+        if has_recipe {
+            std::fs::copy(had.join("recipe.toml"), has.join("recipe.toml")).expect("it is there");
+        }
+    }
+    apart(&fresh, &server, &["--resume"]).into_iter().for_each(|ran| _ = ran.ok());
+    for machine in ["one/a", "two/a"] {
+        assert_eq!(of_kind(&fresh.events(machine), "downloaded"), [30]);
+    }
+    assert_eq!(of_kind(&fresh.events("one/a"), "resumed"), [30]);
+    assert_eq!(hash(&fresh, "one/a"), expected());
 }
 
 #[test]

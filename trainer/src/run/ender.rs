@@ -1,6 +1,6 @@
 //! How a rank's process ends when the run ends for everybody, and what it takes away before.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,6 +13,7 @@ use parallel::control::By;
 use parallel::coordinator::state::Ending;
 use parallel::data::engine::Aborter;
 
+use super::folder::holder;
 use super::join::remove_nonces;
 use crate::log::say;
 
@@ -27,9 +28,9 @@ pub struct Ender(Arc<Ends>);
 #[derive(Debug)]
 struct Ends {
     waiting: Mutex<Option<(Aborter, Mailbox)>>,
-    /// Where nonces would lie, and half-written checkpoints.
+    /// Where nonces would lie, and in the run's folder half-written checkpoints, as long as its lock is the same one's.
     runs: Mutex<Option<PathBuf>>,
-    checkpoints: Mutex<Option<PathBuf>>,
+    folder: Mutex<Option<(PathBuf, String)>>,
     grace_ms: AtomicU64,
     /// Whether a launcher hosts the coordinator and, while it can, says how the run ended.
     quiet: bool,
@@ -42,9 +43,9 @@ impl Ender {
     /// `quiet` where a launcher hosts the coordinator and, while it can, says how the run ended.
     #[must_use]
     pub fn new(quiet: bool) -> Self {
-        let (waiting, runs, checkpoints) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
+        let (waiting, runs, folder) = (Mutex::new(None), Mutex::new(None), Mutex::new(None));
         let (grace_ms, alone, said) = (AtomicU64::new(125), AtomicBool::new(false), AtomicBool::new(false));
-        Self(Arc::new(Ends { waiting, runs, checkpoints, grace_ms, quiet, alone, said }))
+        Self(Arc::new(Ends { waiting, runs, folder, grace_ms, quiet, alone, said }))
     }
 
     /// The run's `parallel.peer_timeout_s` is known.
@@ -62,9 +63,10 @@ impl Ender {
         *lock(&self.0.runs) = Some(runs);
     }
 
-    /// The run's checkpoints, where this process may leave one half-written. Not before the run is its own.
-    pub fn tidy_checkpoints(&self, checkpoints: PathBuf) {
-        *lock(&self.0.checkpoints) = Some(checkpoints);
+    /// The run's folder, where this process may leave a checkpoint half-written. Not before the run is its own, and its
+    /// lead has the lock.
+    pub fn tidy_checkpoints(&self, folder: &Path) {
+        *lock(&self.0.folder) = Some((folder.to_owned(), holder(folder)));
     }
 
     /// Takes away what this process would leave behind.
@@ -72,8 +74,12 @@ impl Ender {
         if let Some(runs) = &*lock(&self.0.runs) {
             remove_nonces(runs, std::process::id());
         }
-        if let Some(checkpoints) = &*lock(&self.0.checkpoints) {
-            give_up_all(&RealDisk, checkpoints, std::process::id() as usize);
+        // If a later run has had the lock since, what is half-written there is its own. That the lock is held says nothing:
+        // the lead of this one may still have it.
+        if let Some((folder, lead)) = &*lock(&self.0.folder)
+            && holder(folder) == *lead
+        {
+            give_up_all(&RealDisk, &folder.join("checkpoints"), std::process::id() as usize);
         }
     }
 
@@ -118,4 +124,37 @@ impl Ender {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use checkpoint::layout::{committed, partial};
+
+    use super::*;
+    use crate::recipe::raw;
+    use crate::run::folder::Folder;
+
+    #[test]
+    fn what_is_half_written_goes_with_its_own_run_and_stays_with_a_later_one() {
+        let runs = tempfile::tempdir().expect("a folder");
+        let first = Folder::create(runs.path(), "a").expect("new");
+        let half = first.checkpoints().join(partial(&committed(3)));
+        let begin = || std::fs::create_dir_all(&half).expect("writable");
+        let ender = Ender::new(true);
+        ender.tidy_checkpoints(first.path());
+        begin();
+        ender.tidy_up();
+        assert!(!half.exists(), "while the lead has the lock");
+        drop(first);
+        begin();
+        ender.tidy_up();
+        assert!(!half.exists(), "when the lead is gone");
+        let later = Folder::resume(runs.path(), "a", &raw::read("", &[]).0).expect("nobody has it");
+        begin();
+        ender.tidy_up();
+        assert!(half.exists(), "it is the later run's");
+        drop(later);
+        ender.tidy_up();
+        assert!(half.exists(), "whoever comes next puts it in order");
+    }
 }

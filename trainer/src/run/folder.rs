@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::cache::{replace, sync_names};
 use crate::error::{Error, Result};
 use crate::recipe::{Raw, Tag, batch, raw};
+use crate::run::join::random;
 
 /// How a run stands, `run.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -234,6 +235,12 @@ pub fn in_use(path: &Path) -> bool {
     matches!(file.try_lock(), Err(TryLockError::WouldBlock))
 }
 
+/// What the last process that took a run's lock wrote into it, which no other writes: whether it is still the same one.
+#[must_use]
+pub fn holder(path: &Path) -> String {
+    std::fs::read_to_string(path.join(".lock")).unwrap_or_default()
+}
+
 fn exists(name: &str, path: &Path) -> Error {
     let what = format!(
         "{} exists: go on with it by --resume, start another by --name OTHER, or remove the folder",
@@ -253,12 +260,16 @@ fn lock(name: &str, path: &Path) -> Result<File> {
         .map_err(Error::io("open", &file))?;
     match open.try_lock() {
         Ok(()) => {
-            // For people who look; the lock itself is the system's.
-            let _ = open.set_len(0).and_then(|()| write!(open, "{}", std::process::id()));
+            // For people who look, and ranks that must know whose the run is, on other machines too; the lock itself is
+            // the system's.
+            let text = format!("{}\n{}\n", std::process::id(), random());
+            let written = open.set_len(0).and_then(|()| open.write_all(text.as_bytes()));
+            let _ = written.and_then(|()| open.sync_data());
             Ok(open)
         }
         Err(TryLockError::WouldBlock) => {
-            let who = std::fs::read_to_string(&file).unwrap_or_default();
+            let text = holder(path);
+            let who = text.lines().next().unwrap_or_default();
             let what = format!("process {who} is working on it: wait for it, or stop it");
             Err(Error::Run { name: name.into(), what })
         }
@@ -282,8 +293,11 @@ mod tests {
         assert!(message.contains("--resume") && message.contains("--name"), "{message}");
         let message = Folder::resume(runs.path(), "a", &recipe(&[])).expect_err("locked").to_string();
         assert!(message.contains(&format!("process {} is working on it", std::process::id())), "{message}");
+        let held_by = holder(&runs.path().join("a"));
         drop(first);
+        assert_eq!(holder(&runs.path().join("a")), held_by, "until somebody else takes it");
         assert!(Folder::resume(runs.path(), "a", &recipe(&[])).expect("its own").is_some());
+        assert_ne!(holder(&runs.path().join("a")), held_by, "also by the same process");
         assert!(Folder::resume(runs.path(), "b", &recipe(&[])).expect("none").is_none());
     }
 

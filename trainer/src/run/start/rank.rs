@@ -306,7 +306,7 @@ fn connect(
     let checkpoints = path.join("checkpoints");
     request.log.open(&path.join(format!("logs/rank-{rank}.log")))?;
     // From now on what is half-written there is this group's.
-    joined.ender.tidy_checkpoints(checkpoints.clone());
+    joined.ender.tidy_checkpoints(&path);
     let from = met.start.from.as_ref().map_or(0, |held| held.step);
     let open = |_| Checkpoint::open(&checkpoints.join(checkpoint::layout::committed(from)));
     let explain = |error| newest::explain(&request.name, from, error);
