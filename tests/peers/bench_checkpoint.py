@@ -29,7 +29,7 @@ import time
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument("--elements", type=int, default=100_000_000)
 p.add_argument("--rounds", type=int, default=5)
-p.add_argument("--step-ms", type=int, default=100)
+p.add_argument("--step-ms", type=int, default=20)
 p.add_argument("--binary", default="target/release/tributary")
 p.add_argument("--folder", default=".", help="on which disk")
 p.add_argument("--cores", help="such as 0, or 0,1: the cores that may be used")

@@ -169,4 +169,6 @@ def main():
 
 
 if __name__ == "__main__":
+    # Whoever is stopped or in turn ends with it, also when time is up.
+    signal.signal(signal.SIGTERM, lambda *_: exit(143))
     main()
