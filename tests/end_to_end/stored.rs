@@ -10,7 +10,7 @@ mod ranks;
 mod server;
 mod tries;
 
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use checkpoint::layout::committed;
 use checkpoint::writer::Retention;
@@ -40,6 +40,17 @@ fn of_kind(events: &[Value], kind: &str) -> Vec<u64> {
 
 fn remove_run(place: &Place, run: &str) {
     std::fs::remove_dir_all(place.path(&format!("runs/{run}"))).expect("it is there");
+}
+
+/// Starts it, and kills it once the store holds back what it asks; from then on the store answers again.
+fn killed_when(hangs: impl Fn(&Asked) -> bool + Copy + Send + 'static, server: &Server, mut command: Command) {
+    server.rule(move |asked| if hangs(asked) { Fate::Hold } else { Fate::Pass });
+    let quiet = command.envs(server.environment()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = quiet.spawn().expect("it starts");
+    assert!(wait_until(&mut child, || server.asked().iter().any(hangs)), "it waits for the store");
+    child.kill().expect("our child");
+    assert!(!child.wait().expect("our child").success());
+    server.rule(|_| Fate::Pass);
 }
 
 /// The parameters at the end of the run that nobody disturbs.
@@ -99,16 +110,9 @@ fn a_machine_that_is_taken_away_in_the_middle_of_a_copy_costs_steps_and_no_run()
     for (index, last) in [2, 7, 15, 20, 26].into_iter().enumerate() {
         let (name, lost) = (format!("a{index}"), Place::new());
         let hangs = move |asked: &Asked| asked.number >= last && asked.method != "GET";
-        server.rule(move |asked| if hangs(asked) { Fate::Hold } else { Fate::Pass });
         // A step each, so that there is always one to copy; the disk must not leave one out.
         let sets = ["--set", "checkpoint.every=1", "--set", "checkpoint.when_busy=wait"];
-        let mut command = lost.command(&stored(&name, &upload, &sets));
-        let quiet = command.envs(server.environment()).stdout(Stdio::null()).stderr(Stdio::null());
-        let mut child = quiet.spawn().expect("it starts");
-        assert!(wait_until(&mut child, || server.asked().iter().any(hangs)), "it waits for the store");
-        child.kill().expect("our child");
-        assert!(!child.wait().expect("our child").success());
-        server.rule(|_| Fate::Pass);
+        killed_when(hangs, &server, lost.command(&stored(&name, &upload, &sets)));
         drop(lost);
         let fresh = Place::new();
         let ran = run(&fresh, &server, &name, &["--resume"]).ok();
@@ -123,14 +127,7 @@ fn a_machine_that_is_taken_away_in_the_middle_of_a_copy_costs_steps_and_no_run()
 /// Resumes a run of which the place has nothing, and kills it when it waits for the first file of rank 0.
 fn killed_while_it_brings(fresh: &Place, server: &Server) {
     let is_shard = |asked: &Asked| asked.method == "GET" && asked.path.contains("rank-0000.safetensors");
-    server.rule(move |asked| if is_shard(asked) { Fate::Hold } else { Fate::Pass });
-    let mut command = fresh.command(&stored("a", &upload(), &["--resume"]));
-    let quiet = command.envs(server.environment()).stdout(Stdio::null()).stderr(Stdio::null());
-    let mut child = quiet.spawn().expect("it starts");
-    assert!(wait_until(&mut child, || server.asked().iter().any(is_shard)), "it waits for the store");
-    child.kill().expect("our child");
-    assert!(!child.wait().expect("our child").success());
-    server.rule(|_| Fate::Pass);
+    killed_when(is_shard, server, fresh.command(&stored("a", &upload(), &["--resume"])));
     let left = fresh.names("runs/a/checkpoints");
     assert!(left.len() == 1 && left[0].ends_with(".partial"), "{left:?}");
 }

@@ -121,7 +121,8 @@ pub(super) async fn audit(shelf: &Shelf, at: At) -> Result<Audit, CheckpointErro
 /// whole, or not at all.
 ///
 /// # Errors
-/// What is damaged or missing of them, what the store says, what the disk says. What was begun is removed as far as possible.
+/// What is damaged or missing of them, what the store says, what the disk says. What was begun is removed as far as possible. If the
+/// last sync of the folder alone fails, the checkpoint stands there whole, but might not survive a loss of power.
 pub(super) async fn fetch(
     shelf: &Shelf,
     step: u64,

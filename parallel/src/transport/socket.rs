@@ -298,10 +298,10 @@ impl Accepted {
                 Poll::Ready(Some(Ok((_, Ok(connection))))) => return Some(connection),
                 Poll::Ready(Some(Ok((address, Err(error))))) => {
                     if let Some(why) = tls::telling(&error) {
-                        self.warn(&format!("closed the connection from {address}: {why}"));
+                        self.warnings.warn(&format!("closed the connection from {address}: {why}"));
                     }
                 }
-                Poll::Ready(Some(Err(error))) => self.warn(&format!("a handshake broke off: {error}")),
+                Poll::Ready(Some(Err(error))) => self.warnings.warn(&format!("a handshake broke off: {error}")),
                 Poll::Ready(None) | Poll::Pending => return None,
             }
         }
@@ -309,7 +309,8 @@ impl Accepted {
 
     fn enter(&mut self, stream: TcpStream, address: SocketAddr) -> Option<Socket> {
         let Ok(place) = self.places.clone().try_acquire_owned() else {
-            self.warn(&format!("closed the connection from {address}: {} are open", self.limits.connections_max));
+            self.warnings
+                .warn(&format!("closed the connection from {address}: {} are open", self.limits.connections_max));
             return None;
         };
         stream.set_nodelay(true).ok()?;
@@ -325,10 +326,6 @@ impl Accepted {
             }),
             _place: Some(place),
         })
-    }
-
-    fn warn(&self, text: &str) {
-        self.warnings.warn(text);
     }
 }
 
@@ -354,7 +351,7 @@ impl Stream for Accepted {
                     self.handshakes.spawn(async move { (address, tls::accept(keys, socket).await) });
                 }
                 Err(error) => {
-                    self.warn(&format!("could not accept a connection: {error}"));
+                    self.warnings.warn(&format!("could not accept a connection: {error}"));
                     self.pause = Some(Box::pin(sleep(PAUSE)));
                 }
             }

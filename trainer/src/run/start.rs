@@ -1,7 +1,7 @@
 //! Everything before the first step: whatever can be refused is refused here, then the run begins.
 //!
 //! - `newest`: the checkpoint to go on from; `bring`: where it is in a store alone.
-//! - `rank`: what is different for one rank of several; `restart`: what a checkpoint of other ranks had left out;
+//! - `rank`: what is different for one rank of several; `peers`: its way to the others; `restart`: what a checkpoint of other ranks had left out;
 //!   `share`: its part of what all write and send; `exchange`: how its gradients are summed. `books`: what is written for
 //!   people.
 
@@ -9,6 +9,7 @@ mod books;
 mod bring;
 mod exchange;
 mod newest;
+mod peers;
 pub mod rank;
 mod restart;
 mod share;

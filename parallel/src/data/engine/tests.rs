@@ -105,16 +105,20 @@ fn ranks_in_threads_get_the_same_sums_and_the_same_numbers_however_they_are_sche
     }
 }
 
-#[test]
-fn a_loss_is_told_while_the_rank_computes_with_what_it_needs_next_of_the_lost_one() {
+/// An engine of rank 0 whose others are not there, and what it tells by itself.
+fn telling() -> (Engine, Sink, Aborter, Receiver<String>) {
     let end = Arc::new(network(RANKS).remove(0));
     let (tell, told) = channel();
     let inbox = Inbox::default().telling(move |fault| tell.send(fault.to_string()).expect("somebody listens"));
-    end.open(inbox.sink());
-    let sink = inbox.sink();
+    let (sink, aborter) = (inbox.sink(), inbox.aborter());
     let group = Group { rank: 0, ranks: RANKS, members: 1, window: usize::MAX, epoch: 1, chunk_blocks: 64 };
     let engine = Engine::start(Exchange::new(plan(), group, Codec::Int8), end, inbox, Arc::default());
-    let engine = engine.expect("a thread");
+    (engine.expect("a thread"), sink, aborter, told)
+}
+
+#[test]
+fn a_loss_is_told_while_the_rank_computes_with_what_it_needs_next_of_the_lost_one() {
+    let (engine, sink, _, told) = telling();
     engine.begin(3);
     sink(Incoming::Lost { rank: 2, why: "the connection was closed".into() });
     let fault = told.recv_timeout(Duration::from_secs(60)).expect("it is told");
@@ -124,13 +128,7 @@ fn a_loss_is_told_while_the_rank_computes_with_what_it_needs_next_of_the_lost_on
 
 #[test]
 fn that_somebody_has_ended_the_run_is_not_told_again() {
-    let end = Arc::new(network(RANKS).remove(0));
-    let (tell, told) = channel();
-    let inbox = Inbox::default().telling(move |fault| tell.send(fault.to_string()).expect("somebody listens"));
-    let aborter = inbox.aborter();
-    let group = Group { rank: 0, ranks: RANKS, members: 1, window: usize::MAX, epoch: 1, chunk_blocks: 64 };
-    let engine = Engine::start(Exchange::new(plan(), group, Codec::Int8), end, inbox, Arc::default());
-    let engine = engine.expect("a thread");
+    let (engine, _, aborter, told) = telling();
     aborter.abort("rank 1 failed");
     assert_eq!(engine.gather(Vec::new()), Err(EngineError::Aborted("rank 1 failed".into())));
     drop(engine);

@@ -7,14 +7,17 @@ impl Exchange {
     /// parameter. `None` when nothing is missing, or what is missing is our own.
     #[must_use]
     pub fn first_missing(&self) -> Option<(usize, usize)> {
-        let indices = || self.plan.buckets().iter().flat_map(|bucket| &bucket.parameters).copied();
-        indices().find_map(|index| self.first_missing_of(index).map(|rank| (rank, index)))
+        self.backwards().find_map(|index| self.first_missing_of(index).map(|rank| (rank, index)))
     }
 
     /// The same, of one rank.
     pub(crate) fn first_missing_of_rank(&self, rank: usize) -> Option<usize> {
-        let indices = || self.plan.buckets().iter().flat_map(|bucket| &bucket.parameters).copied();
-        indices().find(|&index| self.late_with(index).contains(&rank))
+        self.backwards().find(|&index| self.late_with(index).contains(&rank))
+    }
+
+    /// The parameters in the order of the backward pass.
+    fn backwards(&self) -> impl Iterator<Item = usize> {
+        self.plan.buckets().iter().flat_map(|bucket| &bucket.parameters).copied()
     }
 
     pub(super) fn first_missing_of(&self, index: usize) -> Option<usize> {

@@ -12,18 +12,16 @@ use checkpoint::store::{Seat, Uploader};
 use checkpoint::writer::{Member, Writer};
 use compression::Codec;
 use parallel::collective::{CollectiveError, Collectives, Mailbox, Place, SubGroup};
-use parallel::control::{ControlError, Reporter, beat};
-use parallel::data::StreamError;
-use parallel::data::engine::{Engine, EngineError, Inbox, Members};
+use parallel::control::{ControlError, beat};
+use parallel::data::engine::{Engine, Inbox, Members};
 use parallel::data::plan::Plan;
 use parallel::mesh::Axis;
-use parallel::trace::Trace;
-use parallel::transport::grpc::{self, GrpcTransport};
-use parallel::transport::{Incoming, Sink};
-use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property, Start};
+use parallel::transport::grpc::GrpcTransport;
+use parallel::wire::control::{Held as HeldCheckpoint, Leaving, Property};
 
 use super::exchange::{exchange, group};
 use super::newest::{self, Loaded, SetAside};
+use super::peers;
 use super::restart::{self, Restart};
 use super::share::{f32_bytes, sharding, share};
 use super::{Begun, Books, Parts, Ready, begin_trace, bring, make_runs, peek, prepare, retention, work};
@@ -36,7 +34,7 @@ use crate::replica::Replica;
 use crate::run::codec::Codecs;
 use crate::run::folder::Folder;
 use crate::run::group::Group;
-use crate::run::join::{Joined, Met, addresses, failed, leave_with};
+use crate::run::join::{Joined, Met, failed, leave_with};
 use crate::run::signals::TRY_AGAIN;
 use crate::run::trace::Tracing;
 use crate::run::{Ended, Left, Request, Run, upload};
@@ -346,11 +344,11 @@ fn connect(
 
     let tracing = begin_trace(request, &path, rank, &plan, from)?;
     let trace = tracing.as_ref().map(Tracing::trace).cloned();
-    let inbox = Inbox::new(trace.clone()).telling(at_once(joined.control.reporter()));
+    let inbox = Inbox::new(trace.clone()).telling(peers::at_once(joined.control.reporter()));
     let place = Place { rank, ranks: share.ranks, epoch: met.start.epoch };
     let mailbox = Mailbox::new(place, joined.progress.clone());
     joined.ender.wake(inbox.aborter(), mailbox.clone());
-    let transport = Arc::new(meet_peers(joined, &met.start, mailbox.sink(inbox.sink()), trace.clone())?);
+    let transport = Arc::new(peers::meet(joined, &met.start, mailbox.sink(inbox.sink()), trace.clone())?);
     let collectives = Collectives::new(mailbox, transport.clone());
     let all = collectives.sub_group(&(0..share.ranks).collect::<Vec<_>>())?;
     let sums = collectives.sub_group(&axes.group(Axis::Data, rank))?;
@@ -384,35 +382,4 @@ fn connect(
         None => regained.log(),
     }
     Ok(Connected { begun, stepper, writer, uploader, books, share, mesh, transport, sums, f32_bytes, codecs, tracing })
-}
-
-/// Tells the coordinator why this rank cannot complete its step, while the training thread may still compute.
-fn at_once(reporter: Reporter) -> impl Fn(&EngineError) + Send + Sync + 'static {
-    move |fault| match fault {
-        EngineError::Lost(loss) => reporter.lost(loss.rank, &loss.to_string()),
-        fault => reporter.failed(failed(0, &StreamError::from(fault.clone()).into())),
-    }
-}
-
-/// Connects with all other ranks.
-fn meet_peers(joined: &mut Joined, start: &Start, inbox: Sink, trace: Option<Arc<Trace>>) -> Result<GrpcTransport> {
-    let group = grpc::Group {
-        rank: joined.rank(),
-        addresses: addresses(start)?,
-        epoch: start.epoch,
-        token: start.token.clone(),
-        // Whoever dies meanwhile is noticed on the control plane; a slow disk is no death.
-        connect_within: Duration::from_secs_f64(joined.recipe.parallel.join_timeout_s),
-        security: joined.security.clone(),
-    };
-    // A lost rank is reported at once, also while the training thread computes.
-    let reporter = joined.control.reporter();
-    let sink = Arc::new(move |incoming: Incoming| {
-        if let Incoming::Lost { rank, why } = &incoming {
-            reporter.lost(*rank, why);
-        }
-        inbox(incoming);
-    });
-    let listener = joined.listener.take().expect("a rank connects once");
-    Ok(listener.traced(trace).connect(&group, sink)?)
 }
