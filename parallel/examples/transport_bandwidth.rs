@@ -15,6 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use parallel::transport::congestion::Congestion;
 use parallel::transport::grpc::{Group, GrpcTransport, Listener};
 use parallel::transport::tls::{Keys, Security};
 use parallel::transport::{Incoming, Sink, Transport};
@@ -85,6 +86,7 @@ fn pair(security: &Security) -> Outcome<Pair> {
         token: "bandwidth".into(),
         connect_within: Duration::from_secs(10),
         security: security.clone(),
+        congestion: Congestion::default(),
     };
     let (tell, came) = mpsc::channel();
     let sink: Sink = Arc::new(move |incoming| {

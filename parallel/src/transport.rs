@@ -2,7 +2,8 @@
 //!
 //! - [`channel`]: ranks in one process, for tests; [`simulated`]: the same on a network with delays and faults.
 //! - [`grpc`]: ranks in other processes, over gRPC streams.
-//! - [`raw`]: gRPC messages that are plain bytes; [`socket`]: sockets that count; [`tls`]: who may connect.
+//! - [`raw`]: gRPC messages that are plain bytes; [`socket`]: sockets that count; [`tls`]: who may connect; [`congestion`]: what
+//!   paces what is sent.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use bytes::Bytes;
 use thiserror::Error;
 
 pub mod channel;
+pub mod congestion;
 pub mod grpc;
 #[cfg(test)]
 pub(crate) mod http2;

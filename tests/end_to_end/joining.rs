@@ -52,7 +52,9 @@ pub fn gathered(place: &Place, more: &[&str], workers: [&[&str]; 2]) -> [Ran; 3]
 #[test]
 fn workers_that_join_come_to_the_launchers_parameters() {
     let place = Place::with(RANKS);
-    gathered(&place, &[], [&[], &[]]).into_iter().for_each(|ran| _ = ran.ok());
+    // What paces a connection changes nothing that is computed.
+    let reno = ["--set", "parallel.congestion_control=reno"];
+    gathered(&place, &[], [&[], &reno]).into_iter().for_each(|ran| _ = ran.ok());
     assert_eq!(outcome(&place, "a"), undisturbed(2));
 }
 

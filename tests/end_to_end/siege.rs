@@ -9,6 +9,7 @@ use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 use parallel::control::{Control, ControlError, Join};
+use parallel::transport::congestion::Congestion;
 use parallel::transport::grpc::{Group, Listener, TransportError};
 use parallel::transport::tls::{Keys, Security};
 use parallel::wire::control::Hello;
@@ -166,6 +167,7 @@ fn of_another_run(address: SocketAddr, secured: bool) -> TransportError {
         token: "of another run".into(),
         connect_within: Duration::from_secs(10),
         security,
+        congestion: Congestion::default(),
     };
     listener.connect(&group, Arc::new(|_| ())).map(drop).expect_err("another run's")
 }

@@ -14,6 +14,7 @@ use super::silence::Silence;
 use super::{By, ControlError, End, Join, LEAVE_WITHIN};
 use crate::coordinator::MESSAGE_BYTES_MAX;
 use crate::coordinator::state::{Ending, TRY_AGAIN, interval};
+use crate::transport::congestion::Congestion;
 use crate::transport::socket::{Counters, Line, words};
 use crate::transport::tls::Mismatch;
 use crate::wire::control::coordinator_client::CoordinatorClient;
@@ -164,7 +165,7 @@ async fn greet_on(join: &Join, line: &Arc<Line>, until: Instant) -> Result<Greet
     let (security, address, line) = (join.security.clone(), join.address.clone(), line.clone());
     let connector = tower::service_fn(move |_| {
         let (security, address, line) = (security.clone(), address.clone(), line.clone());
-        async move { security.connect(address, Counters::default(), line).await.map(TokioIo::new) }
+        async move { security.connect(address, Counters::default(), line, &Congestion::default()).await.map(TokioIo::new) }
     });
     let connected = tokio::time::timeout_at(until, endpoint.connect_with_connector(connector)).await;
     let connected = connected.map_err(|_| later("it could not be reached in time".into()))?;

@@ -26,6 +26,7 @@ use tonic::transport::Server;
 pub use self::error::TransportError;
 use self::outbound::Queued;
 use self::watch::{Connecting, watch};
+use super::congestion::Congestion;
 use super::raw::Uncopied;
 use super::raw::service::data_server::DataServer;
 use super::socket::{Accepted, Counters, Limits};
@@ -74,6 +75,8 @@ pub struct Group {
     pub connect_within: Duration,
     /// What keeps strangers out.
     pub security: Security,
+    /// What paces what this rank sends.
+    pub congestion: Congestion,
 }
 
 /// Without the token.
@@ -84,6 +87,7 @@ impl fmt::Debug for Group {
             .field("addresses", &self.addresses)
             .field("epoch", &self.epoch)
             .field("security", &self.security)
+            .field("congestion", &self.congestion)
             .finish_non_exhaustive()
     }
 }

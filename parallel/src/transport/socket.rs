@@ -22,6 +22,7 @@ use tonic::transport::server::Connected;
 use tracing::warn;
 
 use super::Counted;
+use super::congestion::Congestion;
 use super::tls::{self, Connection, Mismatch, Security};
 
 /// What may wait unsent in the system's buffers: enough for 25 Gb/s while a thread wakes up, and 10 ms of 200 Mb/s for what
@@ -155,9 +156,15 @@ impl Socket {
     /// # Errors
     ///
     /// Those of the system.
-    pub async fn connect(address: impl ToSocketAddrs, counters: Counters, line: Arc<Line>) -> io::Result<Self> {
+    pub async fn connect(
+        address: impl ToSocketAddrs,
+        counters: Counters,
+        line: Arc<Line>,
+        congestion: &Congestion,
+    ) -> io::Result<Self> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
+        congestion.set(&stream)?;
         // Elsewhere the system's buffers are as long as it likes: a message that should go first goes later.
         #[cfg(any(target_os = "android", target_os = "linux"))]
         socket2::SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES_MAX)?;

@@ -16,6 +16,7 @@ use tokio::net::ToSocketAddrs;
 
 pub use self::authority::{Keys, SECRET_BYTES, SecretError};
 pub use self::connection::Connection;
+use super::congestion::Congestion;
 use super::socket::{Counters, Line, Socket, words};
 
 mod authority;
@@ -49,8 +50,9 @@ impl Security {
         address: impl ToSocketAddrs,
         counters: Counters,
         line: Arc<Line>,
+        congestion: &Congestion,
     ) -> io::Result<Connection> {
-        let socket = Socket::connect(address, counters, line.clone()).await?;
+        let socket = Socket::connect(address, counters, line.clone(), congestion).await?;
         match self {
             Self::Loopback | Self::TrustedNetwork => Ok(Connection::plain(socket)),
             Self::Tls(keys) => shaken(keys.connect(socket), &line).await,

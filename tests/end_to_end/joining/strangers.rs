@@ -9,7 +9,7 @@ use parallel::control::{Control, ControlError, Join};
 use parallel::transport::tls::Security;
 use parallel::wire::control::Hello;
 
-use super::{coordinator, port, rank_command, two_ports, worker};
+use super::{coordinator, gathered, port, rank_command, two_ports, worker};
 use crate::dying::{RANKS, hostname, outcome};
 use crate::processes::{HANG, Job, Listening, nobody_is_left, ports, processes};
 use crate::support::Place;
@@ -75,6 +75,17 @@ fn a_command_line_that_cannot_work_is_named() {
     run(&[&join(&free_at)[..], &["--set", "train.step=5"]].concat()).failed(2, &["train.step"]);
     nobody_is_left(&place.path(""));
     assert!(!place.path("runs/a").exists());
+}
+
+#[test]
+fn a_machine_that_lacks_what_its_own_keys_ask_for_ends_the_run_by_name() {
+    let place = Place::with(RANKS);
+    let (has, lacks) = (["--rank", "0"], ["--rank", "1", "--set", "parallel.congestion_control=tortoise"]);
+    let [all, one, two] = gathered(&place, &[], [&has, &lacks]);
+    let said = "--set: parallel.congestion_control: expected \"system\" or one of ";
+    let found = "found \"tortoise\": there is none of this name";
+    [all, one, two].into_iter().for_each(|ran| _ = ran.failed(2, &[said, found]));
+    assert_eq!(place.names("runs/a"), [] as [&str; 0]);
 }
 
 #[test]

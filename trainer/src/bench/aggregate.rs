@@ -25,6 +25,7 @@ use parallel::data::{Gradient, GradientStream, Parameter, Plan, StreamError};
 use parallel::note::Ballot;
 use parallel::progress::Progress;
 use parallel::transport::Transport as _;
+use parallel::transport::congestion::Congestion;
 use parallel::transport::grpc::{Group, Listener};
 use parallel::transport::tls::Security;
 use serde_json::json;
@@ -72,6 +73,9 @@ pub struct Options {
     /// Frames under way to one rank
     #[arg(long, value_parser = at_least_one, default_value_t = 16)]
     window_chunks: usize,
+    /// TCP's congestion control, for the plain copy too: one that the machine has, or `system`; cubic unless given, if it is there
+    #[arg(long)]
+    congestion_control: Option<String>,
     /// Let ranks connect beyond loopback, neither encrypted nor authenticated
     #[arg(long)]
     pub trusted_network: bool,
@@ -122,6 +126,14 @@ pub fn aggregate(options: &Options, security: &Security) -> Result<()> {
             "--line-bits-per-s: with --group not all bytes pass a line; leave one of them out".into(),
         ));
     }
+    let congestion = Congestion::chosen(options.congestion_control.as_deref())
+        .map_err(|error| Error::Usage(format!("--congestion-control: {error}")))?;
+    let place = |rank, addresses: &[[SocketAddr; 2]]| Place {
+        rank,
+        addresses: addresses.to_vec(),
+        security: security.clone(),
+        congestion: congestion.clone(),
+    };
     match options.rank {
         None => {
             // The system chooses.
@@ -131,7 +143,7 @@ pub fn aggregate(options: &Options, security: &Security) -> Result<()> {
                 let addresses = ports.each_ref().map(Ports::addresses);
                 std::thread::scope(|scope| {
                     let each = ports.into_iter().enumerate().map(|(rank, ports)| {
-                        let place = Place { rank, addresses: addresses.to_vec(), security: security.clone() };
+                        let place = place(rank, &addresses);
                         let codecs = &codecs;
                         scope.spawn(move || place.run(ports, elements, codecs, options))
                     });
@@ -151,8 +163,7 @@ pub fn aggregate(options: &Options, security: &Security) -> Result<()> {
             };
             let addresses = options.addresses.iter().map(both).collect::<Result<Vec<_>>>()?;
             for &elements in &options.elements {
-                let place = Place { rank, addresses: addresses.clone(), security: security.clone() };
-                place.run(Ports::bind(addresses[rank])?, elements, &codecs, options)?;
+                place(rank, &addresses).run(Ports::bind(addresses[rank])?, elements, &codecs, options)?;
             }
             Ok(())
         }
@@ -187,6 +198,7 @@ struct Place {
     rank: usize,
     addresses: Vec<[SocketAddr; 2]>,
     security: Security,
+    congestion: Congestion,
 }
 
 impl Place {
@@ -210,6 +222,7 @@ impl Place {
             token: "bench aggregate".into(),
             connect_within: CONNECT_WITHIN,
             security: self.security.clone(),
+            congestion: self.congestion.clone(),
         };
         let transport = Arc::new(listener.traced(trace).connect(&group, inbox.sink())?);
         let Options { group: members, chunk_elements, window_chunks: window, .. } = *options;
@@ -219,7 +232,7 @@ impl Place {
         let stream = GradientStream::across(engine.map_err(Error::io("start", "a thread"))?);
         // To the next machine, if there are several.
         let distance = if group.nodes().count() > 1 { members } else { 1 };
-        let wire = Copies::connect(&plain, self.addresses[(rank + distance) % ranks][1])?;
+        let wire = Copies::connect(&plain, self.addresses[(rank + distance) % ranks][1], &self.congestion)?;
         let gradient: Vec<f32> = (0..TENSOR).map(|i| ((i * 31 + rank * 7) as f32 * 0.1).sin() * 1e-2).collect();
 
         let mut step = 0;
@@ -277,7 +290,7 @@ impl Place {
                     [plan.elements(), ranks, formula],
                     sent,
                     [median(&mut sums), median(&mut copies)],
-                    &self.security,
+                    &self,
                 )?;
             }
         }
@@ -304,7 +317,7 @@ fn largest(stream: &GradientStream, own: f64) -> Result<f64> {
 struct Copies(TcpStream, TcpStream);
 
 impl Copies {
-    fn connect(listener: &TcpListener, next: SocketAddr) -> Result<Self> {
+    fn connect(listener: &TcpListener, next: SocketAddr, congestion: &Congestion) -> Result<Self> {
         let failed = |error| Error::io("connect to", next.to_string())(error);
         let to = TcpStream::connect(next).map_err(failed)?;
         let until = Instant::now() + CONNECT_WITHIN;
@@ -319,6 +332,7 @@ impl Copies {
         };
         from.set_nonblocking(false).map_err(failed)?;
         to.set_nodelay(true).map_err(failed)?;
+        congestion.set(&to).map_err(failed)?;
         // The others have gone, or the network has: no copy waits for ever.
         from.set_read_timeout(Some(STILL)).map_err(failed)?;
         to.set_write_timeout(Some(STILL)).map_err(failed)?;
@@ -349,14 +363,14 @@ fn report(
     [elements, ranks, formula]: [usize; 3],
     sent: u64,
     [sum_s, copy_s]: [f64; 2],
-    security: &Security,
+    place: &Place,
 ) -> Result<()> {
     let line_ratio = options.line_bits_per_s.map(|rate| sent as f64 * 8.0 / rate / sum_s);
     let (of_formula, of_copy) = (sent as f64 / formula as f64, copy_s / sum_s);
     let line = if options.json {
         json!({
             "codec": codec.name(), "world": ranks, "elements": elements, "rounds": options.rounds,
-            "tls": matches!(security, Security::Tls(_)), "median_s": sum_s, "line_rate_ratio": line_ratio,
+            "tls": matches!(place.security, Security::Tls(_)), "congestion_control": place.congestion.name(), "median_s": sum_s, "line_rate_ratio": line_ratio,
             "bytes_sent": sent, "bytes_formula": formula, "bytes_ratio": of_formula, "tcp_copy_s": copy_s,
             "tcp_copy_ratio": of_copy,
         })

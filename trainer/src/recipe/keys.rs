@@ -140,6 +140,7 @@ pub const KEYS: &[Key] = &[
     key("parallel.group", Integer(1, 1024), DefaultInteger(1), Resumable, "ranks of a machine, which are consecutive: they add their gradients in f32 before these are compressed and leave the machine, once for all of them; a divisor of `parallel.data`"),
     key("parallel.chunk_elements", Integer(1 << 14, 1 << 20), DefaultInteger(1 << 18), Free, "elements of a frame, a multiple of 128; as `int8` the default takes 260 KiB. A frame must pass a link within `parallel.peer_timeout_s`"),
     key("parallel.window_chunks", Integer(1, 1 << 20), DefaultInteger(16), Free, "frames that are encoded and under way to one rank; what is to follow waits as gradient, without memory of its own"),
+    key("parallel.congestion_control", Text, Empty, Local, "TCP's congestion control for what ranks send each other: the name of one that the machine has, or `system` for the one that it would choose; `cubic` unless written, if it is there"),
     key("parallel.peer_timeout_s", Real(1.0, 86_400.0), DefaultReal(30.0), Free, "when a rank is lost, all others have ended after so many seconds; three quarters of it in silence count as lost"),
     key("parallel.join_timeout_s", Real(1.0, 604_800.0), DefaultReal(300.0), Free, "seconds in which all ranks must have joined and read their text"),
     key("parallel.verify_every", Integer(0, MANY), DefaultInteger(50), Free, "steps between two comparisons of all ranks' parameters by hash, which also come before every checkpoint; 0 for none but the last"),

@@ -205,6 +205,8 @@ pub struct Parallel {
     pub chunk_elements: usize,
     /// Frames that are under way to one rank.
     pub window_chunks: usize,
+    /// Which congestion control ranks ask for.
+    pub congestion_control: Option<String>,
     /// Seconds until all have ended when one is lost.
     pub peer_timeout_s: f64,
     /// Seconds until all must have joined.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use parallel::control::{Control, ControlError, Join, local_address};
 use parallel::coordinator::FromCoordinator as To;
 use parallel::progress::Progress;
+use parallel::transport::congestion::Congestion;
 use parallel::transport::grpc::Listener;
 use parallel::transport::tls::Security;
 use parallel::wire::control::from_worker::What as From;
@@ -17,7 +18,7 @@ use super::ender::Ender;
 use super::folder::check_name;
 use super::signals::Stop;
 use crate::error::{Error, Result};
-use crate::recipe::fault::Origin;
+use crate::recipe::fault::{Fault, Origin};
 use crate::recipe::{self, Faults, Raw, Recipe, Tag, keys};
 
 /// How a worker finds its run.
@@ -54,6 +55,8 @@ pub struct Joined {
     pub recipe: Recipe,
     /// Where the other ranks will connect.
     pub listener: Option<Listener>,
+    /// What paces what this rank sends them.
+    pub congestion: Congestion,
     /// What happens when the run ends for everybody.
     pub ender: Ender,
     /// Whether the coordinator or a signal asked to stop.
@@ -102,7 +105,7 @@ pub fn join(ticket: &Ticket, stop: &Stop) -> Result<Joined> {
     };
     ender.joined(control.welcome().peer_timeout_s);
     let read = check_name(&control.welcome().name).and_then(|()| local_recipe(&control.welcome().recipe, ticket));
-    let (raw, recipe) = match read {
+    let (raw, recipe, congestion) = match read {
         Ok(read) => read,
         Err(error) => {
             leave_with(control, &error);
@@ -111,7 +114,7 @@ pub fn join(ticket: &Ticket, stop: &Stop) -> Result<Joined> {
     };
     ender.tidy_nonces(recipe.metrics.runs_dir.clone());
     let (listener, security) = (Some(listener), ticket.security.clone());
-    Ok(Joined { security, control, raw, recipe, listener, ender, stop: stop.clone(), progress })
+    Ok(Joined { security, control, raw, recipe, listener, congestion, ender, stop: stop.clone(), progress })
 }
 
 /// How long one of several addresses is tried: who listens there may be somebody else, who never answers.
@@ -173,15 +176,21 @@ pub fn permit(ip: IpAddr, security: &Security) -> Result<()> {
     )))
 }
 
-/// The coordinator's recipe with the local keys of this worker.
-fn local_recipe(text: &str, ticket: &Ticket) -> Result<(Raw, Recipe)> {
+/// The coordinator's recipe with the local keys of this worker, and what these ask of its system.
+fn local_recipe(text: &str, ticket: &Ticket) -> Result<(Raw, Recipe, Congestion)> {
+    const PATH: &str = "the coordinator's recipe";
     let mut sets = Vec::new();
     if let Some(own) = &ticket.recipe {
         let local = keys::KEYS.iter().filter(|key| key.tag == Tag::Local);
         sets.extend(local.filter_map(|key| Some(format!("{}={}", key.name, own.get(key.name)?.to_toml()))));
     }
     sets.extend(ticket.sets.iter().cloned());
-    Ok(recipe::read("the coordinator's recipe", text, &sets)?)
+    let (raw, recipe) = recipe::read(PATH, text, &sets)?;
+    let congestion = Congestion::chosen(recipe.parallel.congestion_control.as_deref()).map_err(|error| {
+        let key = "parallel.congestion_control";
+        Faults::new(PATH, vec![Fault::new(raw.origin(key), key, error.to_string())])
+    })?;
+    Ok((raw, recipe, congestion))
 }
 
 /// Where this rank stands, and with whom.

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use super::*;
+use crate::transport::congestion::Congestion;
 use crate::transport::grpc::{Group, GrpcTransport, Listener};
 use crate::transport::tls::Security;
 
@@ -16,8 +17,15 @@ fn connected(count: usize) -> Vec<(Arc<GrpcTransport>, Collectives)> {
     let listeners: Vec<_> = (0..count).map(listen).collect();
     let addresses: Vec<_> = listeners.iter().map(Listener::local_address).collect();
     let connect = |(rank, listener): (usize, Listener)| {
-        let (security, token) = (Security::Loopback, "secret".into());
-        let group = Group { rank, addresses: addresses.clone(), epoch: EPOCH, token, connect_within: HANG, security };
+        let group = Group {
+            rank,
+            addresses: addresses.clone(),
+            epoch: EPOCH,
+            token: "secret".into(),
+            connect_within: HANG,
+            security: Security::Loopback,
+            congestion: Congestion::default(),
+        };
         thread::spawn(move || {
             let mailbox = Mailbox::new(Place { rank, ranks: count, epoch: EPOCH }, Arc::default());
             let transport = Arc::new(listener.connect(&group, mailbox.sink(nobody())).expect("all are here"));

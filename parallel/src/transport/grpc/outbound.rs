@@ -20,6 +20,7 @@ use super::connection::Connection;
 use super::watch::Event;
 use crate::frame::is_frame;
 use crate::trace::{Label, Trace, Track};
+use crate::transport::congestion::Congestion;
 use crate::transport::socket::{Counters, Line, words};
 use crate::transport::tls::{Mismatch, Security};
 use crate::transport::{Incoming, Sink};
@@ -48,6 +49,7 @@ pub(super) struct Caller {
     token: blake3::Hash,
     counters: Counters,
     security: Security,
+    congestion: Congestion,
     events: UnboundedSender<Event>,
     sink: Sink,
     trace: Option<Arc<Trace>>,
@@ -62,8 +64,8 @@ impl Caller {
         trace: Option<Arc<Trace>>,
     ) -> Self {
         let token = blake3::hash(group.token.as_bytes());
-        let (rank, epoch, security) = (group.rank, group.epoch, group.security.clone());
-        Self { rank, epoch, token, counters, security, events, sink, trace }
+        let Group { rank, epoch, security, congestion, .. } = group.clone();
+        Self { rank, epoch, token, counters, security, congestion, events, sink, trace }
     }
 
     /// Reaches rank `to`, trying until `deadline`, and then pushes what is put in the queue that it reports until the
@@ -94,7 +96,7 @@ impl Caller {
         loop {
             let line = Arc::<Line>::default();
             let connect = async {
-                let io = self.security.connect(address, self.counters.clone(), line.clone()).await?;
+                let io = self.security.connect(address, self.counters.clone(), line.clone(), &self.congestion).await?;
                 Connection::over(io).await
             };
             match timeout_at(deadline, connect).await {

@@ -30,7 +30,8 @@ fn bytes_are_counted_both_ways_and_the_end_is_put_in_words() {
     run(async {
         let (mut accepted, address, server) = listen(1, HANG).await;
         let (client, line) = (Counters::default(), Arc::<Line>::default());
-        let mut there = Socket::connect(address, client.clone(), line.clone()).await.expect("it listens");
+        let mut there =
+            Socket::connect(address, client.clone(), line.clone(), &Congestion::default()).await.expect("it listens");
         let mut here = next(&mut accepted).await;
         there.write_all(&[1; 1000]).await.expect("room");
         let slices = [io::IoSlice::new(&[2; 30]), io::IoSlice::new(&[3; 4])];

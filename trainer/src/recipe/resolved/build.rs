@@ -92,6 +92,7 @@ pub fn resolve(raw: &Raw, faults: &mut Vec<Fault>) -> Option<Recipe> {
             group: keys.count("parallel.group")?,
             chunk_elements: keys.count("parallel.chunk_elements")?,
             window_chunks: keys.count("parallel.window_chunks")?,
+            congestion_control: keys.text("parallel.congestion_control"),
             peer_timeout_s: keys.real("parallel.peer_timeout_s")?,
             join_timeout_s: keys.real("parallel.join_timeout_s")?,
             verify_every: keys.count("parallel.verify_every")? as u64,

@@ -32,6 +32,7 @@ pub fn meet(joined: &mut Joined, start: &Start, inbox: Sink, trace: Option<Arc<T
         // Whoever dies meanwhile is noticed on the control plane; a slow disk is no death.
         connect_within: Duration::from_secs_f64(joined.recipe.parallel.join_timeout_s),
         security: joined.security.clone(),
+        congestion: joined.congestion.clone(),
     };
     // Every lost rank is reported at once, also before there is an engine, which adds what this rank lacks of the first.
     let reporter = joined.control.reporter();

@@ -89,7 +89,10 @@ fn who_does_not_know_the_secret_is_kept_out_while_the_ranks_meet_and_go_on() {
     plain.expect_err("it is plain");
     let other = asynchronous().block_on(async {
         let line = Arc::default();
-        let error = keys(OTHER).connect(addresses[0], Counters::default(), Arc::clone(&line)).await.map(drop);
+        let error = keys(OTHER)
+            .connect(addresses[0], Counters::default(), Arc::clone(&line), &Congestion::default())
+            .await
+            .map(drop);
         (error.map_err(|error| error.to_string()), line.mismatch())
     });
     assert_eq!(other, (Err(Mismatch::Secret.to_string()), Some(Mismatch::Secret)));
