@@ -9,6 +9,7 @@ and all but one are stopped (SIGSTOP) at any time: each takes `--warm-steps` ste
 fell into is left out. A ratio is that of the medians of a turn of the hosts alone, of the slower of them step by
 step, over that of the turn after or before it of the hosts together; what is printed is the median over all turns and its standard
 error. `mean_ratio` is the sum of all steps of the one over that of the other.
+Ranks ask for CUBIC: with `--set parallel.congestion_control=bbr` the steps after a stop pay for it, which BBR takes for a slow line.
 `null`, as a contender, is the hosts alone a second time, without a network between them: what it misses to 1 is the method's own error.
 """
 
@@ -16,7 +17,6 @@ import argparse
 import json
 import math
 import os
-import pathlib
 import signal
 import statistics
 import subprocess
@@ -24,8 +24,6 @@ import tempfile
 import time
 
 POLL_S = 0.05
-# New namespaces get this machine's.
-CONGESTION_CONTROL = "/proc/sys/net/ipv4/tcp_congestion_control"
 
 
 class Contender:
@@ -125,7 +123,6 @@ def main():
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     parser.add_argument("--rate", default="1gbit")
     parser.add_argument("--hosts", type=int, default=2)
-    parser.add_argument("--congestion", default="cubic", help="control; bbr takes a stop for a slow line, and the steps after it pay")
     parser.add_argument("--cores", nargs="+", help="of each host, if not the first ones: such as share no core with each other")
     parser.add_argument("--turns", type=int, default=20, help="of each contender")
     parser.add_argument("--warm-steps", type=int, default=12, help="of each contender, before the first turn")
@@ -138,9 +135,7 @@ def main():
         parser.error(f"--turns: expected at least 2, found {args.turns}")
     with tempfile.TemporaryDirectory() as folder:
         contenders = []
-        before = pathlib.Path(CONGESTION_CONTROL).read_text()
         try:
-            pathlib.Path(CONGESTION_CONTROL).write_text(args.congestion)
             for index, name in enumerate(["alone", *args.contenders]):
                 contenders.append(Contender(args, name, folder, 29500 + index))
                 contenders[-1].until(lambda: all(len(steps) >= args.warm_steps for steps in contenders[-1].lines()))
@@ -150,7 +145,6 @@ def main():
                     contender.turn(args.turn_s)
             contenders[0].turn(args.turn_s)
         finally:
-            pathlib.Path(CONGESTION_CONTROL).write_text(before)
             for contender in contenders:
                 contender.end()
     if not all(turn for contender in contenders for turn in contender.turns):
