@@ -231,6 +231,12 @@ fn an_export_whose_files_belong_to_different_models_is_refused() {
     for (from, to, said) in [
         ("\"vocab_size\": 300", "\"vocab_size\": 299", "a tokenizer of 300 tokens and a model of 299"),
         ("\"vocab_size\": 300", "\"vocab_size\": 99999999999", "expected [99999999999, 32], found [300, 32]"),
+        // Nothing is as long as that.
+        (
+            "_layers\": 2",
+            "_layers\": 1000000000000000000",
+            "config.json: expected num_hidden_layers of at most 20, the",
+        ),
         ("\"hidden_size\": 32", "\"hidden_size\": 64", "expected heads of hidden_size / num_attention_heads"),
     ] {
         std::fs::write(&config, text.replace(from, to)).expect("writable");

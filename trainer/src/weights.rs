@@ -70,6 +70,16 @@ impl Weights {
     fn export(path: &Path) -> Result<Self> {
         let folder = Folder::open(path)?;
         let config = HfConfig::parse(&folder.file("config.json")?, &path.join("config.json"))?;
+        // Each layer has tensors: before this nothing may be as long as the model that the file names.
+        let (layers, most) = (config.shape.num_hidden_layers, folder.names().len());
+        if layers > most {
+            return Err(Error::Text {
+                path: path.join("config.json").display().to_string(),
+                what: format!(
+                    "expected num_hidden_layers of at most {most}, the tensors of model.safetensors, found {layers}"
+                ),
+            });
+        }
         Ok(Self {
             path: path.to_owned(),
             tokenizer_json: folder.file("tokenizer.json")?,
