@@ -17,7 +17,7 @@ pub(crate) mod hooked;
 pub(crate) mod paced;
 mod real;
 mod simulated;
-mod watched;
+pub(crate) mod watched;
 
 pub use real::RealDisk;
 pub use simulated::SimulatedDisk;

@@ -53,7 +53,8 @@ fn group(members: &[Named<'_>]) -> Group {
             (first, last) => format!("{{{first}..{last}}}"),
         }
     };
-    let of = |count: fn(&TensorEntry) -> usize| members.iter().map(|(_, entry)| count(entry)).sum();
+    let of =
+        |count: fn(&TensorEntry) -> usize| members.iter().map(|(_, entry)| count(entry)).fold(0, usize::saturating_add);
     Group {
         pattern: (0..names[0].len()).map(part).collect::<Vec<_>>().join("."),
         shape: members[0].1.shape.clone(),

@@ -11,6 +11,9 @@ use std::path::{Component, Path};
 /// The file that makes a folder a checkpoint.
 pub const MANIFEST: &str = "manifest.json";
 
+/// The most bytes that are read at once of a file beside the tensors, a manifest for one.
+pub const SMALL_BYTES_MAX: u64 = 256 << 20;
+
 const REPLACED: &str = ".replaced";
 const DAMAGED: &str = ".damaged";
 const RANK: &str = ".rank-";

@@ -31,6 +31,7 @@ pub mod manifest;
 mod mapped;
 mod packed;
 pub mod reader;
+mod regular;
 pub mod safetensors_file;
 pub mod store;
 mod tree;

@@ -65,6 +65,12 @@ struct Envelope<Body> {
 }
 
 impl Manifest {
+    /// Elements of all tensors that no file here is said to hold: another machine may have them.
+    #[must_use]
+    pub fn absent_count(&self) -> usize {
+        self.tensors.values().map(TensorEntry::absent_count).fold(0, usize::saturating_add)
+    }
+
     /// The text of `manifest.json`. `path` is for messages.
     ///
     /// # Errors

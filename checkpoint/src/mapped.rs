@@ -1,6 +1,5 @@
 //! Files mapped for reading, and safetensors files among them.
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -9,6 +8,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Metadata, TensorInfo};
 
 use crate::error::CheckpointError;
+use crate::regular;
 
 /// A whole file, mapped.
 #[derive(Debug)]
@@ -19,7 +19,7 @@ pub struct Mapped {
 
 impl Mapped {
     pub fn open(path: &Path) -> Result<Self, CheckpointError> {
-        let file = File::open(path).map_err(|source| match source.kind() {
+        let file = regular::open(path).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => CheckpointError::FileMissing { path: path.to_path_buf() },
             _ => CheckpointError::Io { operation: "open the file", path: path.to_path_buf(), source },
         })?;

@@ -31,6 +31,7 @@ use crate::disk::{self, Disk, RealDisk};
 use crate::error::CheckpointError;
 use crate::layout;
 use crate::manifest::{FileEntry, Manifest, TensorEntry, difference};
+use crate::regular;
 
 pub use audit::{Audit, Damage, audit};
 pub use load::Want;
@@ -94,7 +95,8 @@ impl Checkpoint {
     /// The manifest of the checkpoint in the folder `path`; its files may be there or not.
     fn manifest_of(path: &Path) -> Result<Manifest, CheckpointError> {
         let file = path.join(layout::MANIFEST);
-        let text = fs::read(&file).map_err(CheckpointError::io("read the manifest", &file))?;
+        let text =
+            regular::read(&file, layout::SMALL_BYTES_MAX).map_err(CheckpointError::io("read the manifest", &file))?;
         let manifest = Manifest::parse(&text, &file)?;
         let named = path.file_name().and_then(|name| name.to_str()).and_then(layout::step_of);
         match named {
@@ -246,7 +248,8 @@ impl Checkpoint {
     pub fn attachment(&self, name: &str) -> Result<Vec<u8>, CheckpointError> {
         let entry = self.entry(name)?;
         let path = self.path.join(name);
-        let bytes = fs::read(&path).map_err(CheckpointError::io("read the file", &path))?;
+        let bytes =
+            regular::read(&path, layout::SMALL_BYTES_MAX).map_err(CheckpointError::io("read the file", &path))?;
         check_size(&path, entry, bytes.len() as u64)?;
         check_hash(&path, entry, blake3::hash(&bytes))?;
         Ok(bytes)

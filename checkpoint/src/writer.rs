@@ -127,16 +127,16 @@ impl Writer {
         self.target.packed.store(packed, Ordering::SeqCst);
     }
 
-    /// From the next checkpoint on, whether it is read from the disk again, and its hashes compared, before older ones are removed for
-    /// it. Without it the lengths of its files are looked at.
+    /// From the next checkpoint on, whether this rank's file is read from the disk again, and its hash compared, before it counts as
+    /// written. If all ranks do so no older one is ever removed for one that was not read.
     pub fn read_back(&self, on: bool) {
         self.target.read_back.store(on, Ordering::SeqCst);
     }
 
-    /// Bytes that the thread has written so far, for whoever wonders whether it gets on.
+    /// Bytes that the thread has written and read so far, for whoever wonders whether it gets on.
     #[must_use]
-    pub fn written_bytes(&self) -> u64 {
-        self.limit.written_bytes()
+    pub fn moved_bytes(&self) -> u64 {
+        self.limit.moved_bytes()
     }
 
     /// Whether an [`offer`](Self::offer) of `step` would be taken now. It stays so until the next offer: ranks that must

@@ -1,7 +1,7 @@
 //! A disk that is written to no faster than so many bytes a second.
 
 use std::fmt::Debug;
-use std::io;
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -44,11 +44,11 @@ const SLEEP_MAX: Duration = Duration::from_millis(20);
 /// Bytes that are written at once, so that a small limit is kept within a second too.
 const PIECE: usize = 1 << 18;
 
-/// A limit that may be changed, or lifted, while somebody writes, and what was written so far.
+/// A limit that may be changed, or lifted, while somebody writes, and what was written and read so far.
 #[derive(Debug, Default)]
 pub struct Limit {
     bytes_per_s_max: AtomicU64,
-    written_bytes: AtomicU64,
+    moved_bytes: AtomicU64,
 }
 
 impl Limit {
@@ -57,9 +57,9 @@ impl Limit {
         self.bytes_per_s_max.store(bytes_per_s_max, Ordering::SeqCst);
     }
 
-    /// Bytes of all files so far.
-    pub fn written_bytes(&self) -> u64 {
-        self.written_bytes.load(Ordering::SeqCst)
+    /// Bytes of all files so far, written and read.
+    pub fn moved_bytes(&self) -> u64 {
+        self.moved_bytes.load(Ordering::SeqCst)
     }
 
     /// When bytes that begin to be written at `now` have had their time.
@@ -89,7 +89,7 @@ impl Watch for Pace {
         for piece in bytes.chunks(PIECE) {
             let begun = self.clock.now();
             file.write_all(piece)?;
-            self.limit.written_bytes.fetch_add(piece.len() as u64, Ordering::SeqCst);
+            self.limit.moved_bytes.fetch_add(piece.len() as u64, Ordering::SeqCst);
             loop {
                 // Asked each time: the limit may have been lifted meanwhile.
                 let (now, due) = (self.clock.now(), self.limit.due(begun, piece.len()));
@@ -100,6 +100,24 @@ impl Watch for Pace {
             }
         }
         Ok(())
+    }
+
+    fn reading(&self, file: Box<dyn Read + Send>) -> Box<dyn Read + Send> {
+        Box::new(Counted { file, limit: Arc::clone(&self.limit) })
+    }
+}
+
+/// A file of which what is read counts.
+struct Counted {
+    file: Box<dyn Read + Send>,
+    limit: Arc<Limit>,
+}
+
+impl Read for Counted {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let count = self.file.read(into)?;
+        self.limit.moved_bytes.fetch_add(count as u64, Ordering::SeqCst);
+        Ok(count)
     }
 }
 
@@ -159,6 +177,15 @@ mod tests {
             assert!((found - expected).abs() < 1e-6, "{bytes} bytes at {limit} a second: {found} s");
         }
         assert_eq!(seconds(0, 3_000_000, never), 0.0, "0 is no limit");
+    }
+
+    #[test]
+    fn what_is_written_and_read_counts_for_whoever_asks_whether_it_gets_on() {
+        let (limit, path) = (Arc::new(Limit::default()), Path::new("/file"));
+        let paced = paced(Arc::new(SimulatedDisk::new()), limit.clone(), Arc::new(SystemClock::default()));
+        paced.create(path).unwrap().write_all(&[1; 1000]).unwrap();
+        assert_eq!(limit.moved_bytes(), 1000);
+        assert_eq!((paced.read(path).unwrap().len(), limit.moved_bytes()), (1000, 2000));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 #[cfg(target_os = "linux")]
 use super::direct::{self, Direct};
 use super::{Disk, DiskFile, write_fully};
+use crate::regular;
 
 /// The machine's own file system.
 #[derive(Clone, Copy, Debug, Default)]
@@ -85,7 +86,7 @@ impl Disk for RealDisk {
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn Read + Send>> {
-        Ok(Box::new(File::open(path)?))
+        Ok(Box::new(Passing(regular::open(path)?)))
     }
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
@@ -96,6 +97,23 @@ impl Disk for RealDisk {
     /// its size.
     fn size(&self, path: &Path) -> io::Result<u64> {
         Ok(File::open(path)?.metadata()?.len())
+    }
+}
+
+/// A file that is read once, from its beginning to its end. What it leaves in the page cache pushes nothing else out.
+struct Passing(File);
+
+impl Read for Passing {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.0.read(into)
+    }
+}
+
+impl Drop for Passing {
+    fn drop(&mut self) {
+        // A system that does not take the advice keeps what it likes.
+        #[cfg(target_os = "linux")]
+        let _ = rustix::fs::fadvise(&self.0, 0, None, rustix::fs::Advice::DontNeed);
     }
 }
 

@@ -35,6 +35,11 @@ pub trait Watch: Send + Sync + Debug {
     fn write(&self, file: &mut dyn DiskFile, bytes: &[u8]) -> io::Result<()> {
         file.write_all(bytes)
     }
+
+    /// What is read of a file that was opened for it.
+    fn reading(&self, file: Box<dyn Read + Send>) -> Box<dyn Read + Send> {
+        file
+    }
 }
 
 /// `inner`, watched.
@@ -103,7 +108,7 @@ impl<W: Watch + 'static> Disk for Watched<W> {
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn Read + Send>> {
-        self.inner.open(path)
+        Ok(self.watch.reading(self.inner.open(path)?))
     }
 
     fn exists(&self, path: &Path) -> io::Result<bool> {

@@ -12,6 +12,7 @@ use crate::disk::{self, RealDisk};
 use crate::error::CheckpointError;
 use crate::layout;
 use crate::mapped::{Mapped, Shard};
+use crate::regular;
 
 /// An opened Hugging Face folder with one `model.safetensors`.
 #[derive(Debug)]
@@ -45,7 +46,7 @@ impl Folder {
             return Err(CheckpointError::FileName { path: self.path.clone(), name: name.to_owned(), why });
         }
         let path = self.path.join(name);
-        match fs::read(&path) {
+        match regular::read(&path, layout::SMALL_BYTES_MAX) {
             Err(fault) if fault.kind() == io::ErrorKind::NotFound => {
                 let present = disk::names(&RealDisk, &self.path)?;
                 Err(CheckpointError::NoFile { path: self.path.clone(), name: name.to_owned(), present })

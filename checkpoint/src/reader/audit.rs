@@ -16,6 +16,8 @@ pub struct Audit {
     pub files: usize,
     /// Bytes of those that are as it says.
     pub bytes_good: u64,
+    /// Elements that the tensors have and no file here is said to hold: another machine may have them.
+    pub absent: usize,
     /// Everything else; a checkpoint is whole when there is none.
     pub damage: Vec<Damage>,
 }
@@ -40,10 +42,11 @@ pub fn audit(path: &Path) -> Audit {
         Ok(manifest) => manifest,
         Err(error) => {
             let damage = Damage { file: layout::MANIFEST.into(), error, tensors: Vec::new() };
-            return Audit { step: None, files: 0, bytes_good: 0, damage: vec![damage] };
+            return Audit { step: None, files: 0, bytes_good: 0, absent: 0, damage: vec![damage] };
         }
     };
-    let mut audit = Audit { step: Some(manifest.step), files: manifest.files.len(), bytes_good: 0, damage: Vec::new() };
+    let (step, files, absent) = (Some(manifest.step), manifest.files.len(), manifest.absent_count());
+    let mut audit = Audit { step, files, bytes_good: 0, absent, damage: Vec::new() };
     for (name, entry) in &manifest.files {
         let held = manifest.pieces_in(name);
         let stored = Stored::open(path, name, entry, true);

@@ -13,6 +13,7 @@ use super::once::{self, Fault, Place, Proof};
 use super::packed::Packed;
 use crate::error::CheckpointError;
 use crate::manifest::{DTYPE, FileEntry, Piece};
+use crate::regular;
 
 /// The longest header that is read; the `safetensors` crate has the same bound.
 pub(super) const HEADER_BYTES_MAX: u64 = 100_000_000;
@@ -174,7 +175,7 @@ impl<'a> Reading<'a> {
 }
 
 fn open(path: &Path, entry: &FileEntry) -> Result<File, CheckpointError> {
-    let file = File::open(path).map_err(|source| match source.kind() {
+    let file = regular::open(path).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => CheckpointError::FileMissing { path: path.to_path_buf() },
         _ => CheckpointError::Io { operation: "open the file", path: path.to_path_buf(), source },
     })?;

@@ -95,11 +95,12 @@ pub(super) async fn audit(shelf: &Shelf, at: At) -> Result<Audit, CheckpointErro
         Ok((manifest, _)) => manifest,
         Err(error) if error.is_damage() => {
             let damage = Damage { file: layout::MANIFEST.into(), error, tensors: Vec::new() };
-            return Ok(Audit { step: None, files: 0, bytes_good: 0, damage: vec![damage] });
+            return Ok(Audit { step: None, files: 0, bytes_good: 0, absent: 0, damage: vec![damage] });
         }
         Err(error) => return Err(error),
     };
-    let mut audit = Audit { step: Some(at.step), files: manifest.files.len(), bytes_good: 0, damage: Vec::new() };
+    let (step, files, absent) = (Some(at.step), manifest.files.len(), manifest.absent_count());
+    let mut audit = Audit { step, files, bytes_good: 0, absent, damage: Vec::new() };
     for (name, entry) in &manifest.files {
         let whole = match check_size(shelf, at, name, entry, there.get(name).copied()) {
             Ok(()) => read(shelf, at, (name, entry), |_| Ok(())).await,

@@ -12,12 +12,10 @@ use super::error::failed;
 use super::open::{Settings, check_folder, open};
 use super::place::Place;
 use crate::error::CheckpointError;
-use crate::layout;
+use crate::layout::{self, SMALL_BYTES_MAX};
 
 /// Most objects that are looked at below a run's place.
 const OBJECTS_MAX: usize = 1_000_000;
-/// The longest object that is read whole: a manifest, an attachment.
-const SMALL_MAX: u64 = 256 << 20;
 
 /// Whose folder of checkpoints a copy is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -134,8 +132,8 @@ impl Shelf {
     pub async fn get(&self, at: At, name: &str) -> Result<Bytes, CheckpointError> {
         let object = self.object(at, name)?;
         let found = self.store.get(&object.path).await.map_err(failed("read", &object.url))?;
-        if found.meta.size > SMALL_MAX {
-            let why = format!("expected at most {SMALL_MAX} bytes, found {}", found.meta.size);
+        if found.meta.size > SMALL_BYTES_MAX {
+            let why = format!("expected at most {SMALL_BYTES_MAX} bytes, found {}", found.meta.size);
             return Err(CheckpointError::Store { operation: "read", url: object.url, why, again: false });
         }
         found.bytes().await.map_err(failed("read", &object.url))

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
 
 use super::retention::{SCORE, Verdict};
 use super::thread::Target;
@@ -77,7 +76,8 @@ fn holds(disk: &dyn Disk, path: &Path, expected: &Manifest) -> bool {
             .all(|(name, entry)| hash(disk, &path.join(name)).is_ok_and(|found| found == entry.blake3))
 }
 
-fn hash(disk: &dyn Disk, path: &Path) -> std::io::Result<String> {
+/// The BLAKE3 of a file as it is now.
+pub(super) fn hash(disk: &dyn Disk, path: &Path) -> std::io::Result<String> {
     let mut hasher = blake3::Hasher::new();
     let mut file = disk.open(path)?;
     let mut chunk = vec![0; 1 << 20];
@@ -97,7 +97,7 @@ fn hash(disk: &dyn Disk, path: &Path) -> std::io::Result<String> {
 /// here only leaves too much, and the next sweep removes it. Nothing goes for one that does not stand any more.
 pub(super) fn retain(target: &Target, step: u64) -> Vec<u64> {
     if !stands(target, step) {
-        tracing::warn!(step, "a file of the checkpoint just committed is missing, cut or damaged: older ones stay");
+        tracing::warn!(step, "a file of the checkpoint just committed is missing or cut: older ones stay");
         return Vec::new();
     }
     let try_to = || {
@@ -120,18 +120,14 @@ pub(super) fn retain(target: &Target, step: u64) -> Vec<u64> {
     })
 }
 
-/// Whether a checkpoint's manifest is intact and every file that it names there, as long as it says, or where that is wanted with the
-/// bytes that it says. They were hashed on their way and are synced; reading them again costs about what a save costs.
+/// Whether a checkpoint's manifest is intact and every file that it names there, as long as it says. They were hashed on their way, are
+/// synced, and where that is wanted were read again by whoever wrote them.
 fn stands(target: &Target, step: u64) -> bool {
     let (disk, path) = (&*target.disk, target.folder.join(layout::committed(step)));
     let file = path.join(layout::MANIFEST);
     let manifest = disk.read(&file).ok().and_then(|text| Manifest::parse(&text, &file).ok());
-    let read_back = target.read_back.load(Ordering::SeqCst);
-    let is_there = |(name, entry): (&String, &FileEntry)| {
-        let file = path.join(name);
-        disk.size(&file).is_ok_and(|size| size == entry.bytes)
-            && (!read_back || hash(disk, &file).is_ok_and(|found| found == entry.blake3))
-    };
+    let is_there =
+        |(name, entry): (&String, &FileEntry)| disk.size(&path.join(name)).is_ok_and(|size| size == entry.bytes);
     manifest.is_some_and(|manifest| manifest.step == step && manifest.files.iter().all(is_there))
 }
 

@@ -81,6 +81,15 @@ pub(super) fn write(target: &Target, step: u64, values: &[f32]) -> Result<Part, 
     } else {
         (safetensors_file::write(disk, &path, &entries, Dtype::F32, &[])?, None)
     };
+    if target.read_back.load(Ordering::SeqCst) {
+        let found = folder::hash(disk, &path).map_err(CheckpointError::io("read the file", &path))?;
+        if found != blake3 {
+            let why = format!(
+                "{file} was written with BLAKE3 {blake3}, and read from the disk again it has {found}: the disk, or the memory, changes bytes"
+            );
+            return Err(CheckpointError::Commit { path: target.folder.clone(), step, why });
+        }
+    }
     let entry = FileEntry { bytes, blake3, unpacked_bytes, subtrees };
     Ok(Part { file, entry, pieces: target.pieces.clone() })
 }

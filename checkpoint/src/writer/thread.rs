@@ -27,7 +27,7 @@ pub(super) struct Target {
     pub retention: Retention,
     /// Whether this rank's file is packed.
     pub packed: AtomicBool,
-    /// Whether a checkpoint is read again before older ones are removed for it.
+    /// Whether this rank's file is read again before it counts as written.
     pub read_back: AtomicBool,
     /// While it is set, jobs that the thread has not begun fail at once.
     pub abandoned: AtomicBool,

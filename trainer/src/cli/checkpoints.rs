@@ -175,7 +175,7 @@ fn contents(checkpoint: &Checkpoint, others: &[PathBuf], checksums: Option<&[Str
         "format": manifest.format,
         "version": manifest.version,
         "mesh": mesh_of(checkpoint),
-        "bytes": manifest.files.values().map(|file| file.bytes).sum::<u64>(),
+        "bytes": manifest.files.values().map(|file| file.bytes).fold(0, u64::saturating_add),
         "files": files.map(file_json).collect::<Vec<_>>(),
         "tensors": tensors.collect::<Vec<_>>(),
         "state": manifest.state,
@@ -241,6 +241,7 @@ fn audited(path: &Path, audit: &Audit) -> Value {
         "whole": audit.damage.is_empty(),
         "files": audit.files,
         "bytes_good": audit.bytes_good,
+        "elements_absent": audit.absent,
         "damage": damage.collect::<Vec<_>>(),
     })
 }

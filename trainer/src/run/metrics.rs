@@ -3,7 +3,7 @@
 
 pub mod appended;
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 
 use compression::Codec;
@@ -151,7 +151,15 @@ pub fn event_before(folder: &Path, kind: &str, step: u64, fields: Value) {
 fn open(folder: &Path, name: &'static str) -> Result<Appended> {
     let path = folder.join(name);
     let file = OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io("open", &path))?;
+    end_with_a_line(&file, &path).map_err(Error::io("mend", &path))?;
     Appended::new(file, name).map_err(Error::io("read", path))
+}
+
+/// Takes away a last line that a crash has left incomplete, so that the next one is no part of it.
+fn end_with_a_line(file: &File, path: &Path) -> std::io::Result<()> {
+    let text = std::fs::read(path)?;
+    let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+    if whole < text.len() { file.set_len(whole as u64) } else { Ok(()) }
 }
 
 fn event_line(kind: &str, step: u64, fields: Value) -> Vec<u8> {
@@ -172,16 +180,16 @@ fn to_line(value: &impl Serialize) -> std::io::Result<Vec<u8>> {
 
 /// Keeps the lines up to `step`; what a kill left incomplete goes too.
 fn cut(path: &Path, step: u64) -> Result<()> {
-    let text = match std::fs::read_to_string(path) {
+    let text = match std::fs::read(path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(Error::io("read", path)(error)),
     };
-    let kept: String = text
-        .split_inclusive('\n')
-        .filter(|line| line.ends_with('\n') && serde_json::from_str::<Line>(line).is_ok_and(|line| line.step <= step))
-        .collect();
-    replace(path, kept.as_bytes())
+    let is_kept = |line: &&[u8]| {
+        line.ends_with(b"\n") && serde_json::from_slice::<Line>(line).is_ok_and(|line| line.step <= step)
+    };
+    let kept: Vec<&[u8]> = text.split_inclusive(|&byte| byte == b'\n').filter(is_kept).collect();
+    replace(path, &kept.concat())
 }
 
 /// Resident memory of this process in bytes, where the system tells it.

@@ -29,8 +29,12 @@ impl Run {
     /// when the others can; so nobody has to ask them. Their heartbeats bound it.
     fn wait_for_room(&mut self) -> Result<()> {
         let (start, step) = (Instant::now(), self.state.step);
-        let (mut stage, mut written) = (None, self.writer.written_bytes());
+        let (mut stage, mut moved) = (None, self.writer.moved_bytes());
         while !self.writer.ready(step) {
+            // A signalled run has little time, and what is under way is to be whole before the checkpoint at its end.
+            if self.stop.asked() {
+                self.writer.limit(0);
+            }
             // Whoever waits for another rank's disk is not the one to blame.
             let waits = self.group.as_ref().is_some_and(|group| group.writing.is_empty());
             let now = if waits { Stage::Waiting } else { Stage::Checkpointing };
@@ -43,8 +47,8 @@ impl Run {
                 self.writer.wait(LOOK_AGAIN);
             }
             // A disk that is slow, or held back, is no disk that hangs.
-            let so_far = self.writer.written_bytes();
-            if std::mem::replace(&mut written, so_far) != so_far {
+            let so_far = self.writer.moved_bytes();
+            if std::mem::replace(&mut moved, so_far) != so_far {
                 self.stepper.progress().advance();
             }
             let outcomes = self.writer.outcomes();

@@ -41,7 +41,8 @@ impl fmt::Display for Mesh {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.replica() > 1 {
             let Self { data, pipeline, tensor, .. } = self;
-            let ranks = data * self.replica();
+            // What a damaged checkpoint says is shown too.
+            let ranks = data.saturating_mul(self.replica());
             return write!(f, "{ranks} ranks, {data} x {pipeline} x {tensor} (data x pipeline x tensor)");
         }
         match (self.data, self.group) {
@@ -78,7 +79,7 @@ impl Mesh {
     /// How many ranks hold one model together.
     #[must_use]
     pub const fn replica(&self) -> usize {
-        self.pipeline * self.tensor
+        self.pipeline.saturating_mul(self.tensor)
     }
 
     /// Whether both leave the same out of the same places, so that nothing has to be cut anew. Which stage a layer is on

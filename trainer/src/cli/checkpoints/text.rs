@@ -25,8 +25,8 @@ const NAMED_MAX: usize = 5;
 pub(super) fn contents(checkpoint: &Checkpoint, others: &[PathBuf], all: bool, checksums: Option<&[String]>) -> String {
     let manifest = checkpoint.manifest();
     let mut text = format!("{}\n", checkpoint.path().display());
-    let bytes: u64 = manifest.files.values().map(|file| file.bytes).sum();
-    let elements: usize = manifest.tensors.values().map(|entry| entry.elements()).sum();
+    let bytes: u64 = manifest.files.values().map(|file| file.bytes).fold(0, u64::saturating_add);
+    let elements = manifest.tensors.values().map(|entry| entry.elements()).fold(0, usize::saturating_add);
     let plain = manifest.files.values().map(FileEntry::plain_bytes).fold(0, u64::saturating_add);
     let mut facts = vec![
         ("step".to_owned(), manifest.step.to_string()),
@@ -81,11 +81,16 @@ fn state_facts(facts: &mut Vec<(String, String)>, state: &Value) {
     }
 }
 
+/// A manifest may say any number.
+fn bytes_of(elements: usize) -> u64 {
+    (elements as u64).saturating_mul(size_of::<f32>() as u64)
+}
+
 fn tensor_rows(checkpoint: &Checkpoint, checksums: Option<&[String]>) -> Vec<Vec<String>> {
     let row = |(index, (name, entry)): (usize, (&String, &checkpoint::manifest::TensorEntry))| {
         let files: Vec<&str> = entry.pieces.iter().map(|piece| piece.file.as_str()).collect();
         let mut row = vec![format!("  {name}"), entry.dtype.clone(), format!("{:?}", entry.shape)];
-        row.push(DecimalBytes((entry.elements() * size_of::<f32>()) as u64).to_string());
+        row.push(DecimalBytes(bytes_of(entry.elements())).to_string());
         row.push(several(&files));
         if entry.absent_count() > 0 {
             row.push(format!("{} elements are not here", entry.absent_count()));
@@ -102,7 +107,7 @@ fn group_row(group: &Group) -> Vec<String> {
     let mut row = vec![format!("  {}", group.pattern), checkpoint::manifest::DTYPE.to_owned()];
     row.push(format!("{:?}", group.shape));
     row.push(if group.tensors > 1 { format!("x {}", group.tensors) } else { String::new() });
-    row.push(DecimalBytes((group.elements * size_of::<f32>()) as u64).to_string());
+    row.push(DecimalBytes(bytes_of(group.elements)).to_string());
     row.push(format!("{} pieces", group.pieces));
     if group.absent > 0 {
         row.push(format!("{} elements are not here", group.absent));
@@ -111,10 +116,11 @@ fn group_row(group: &Group) -> Vec<String> {
 }
 
 pub(super) fn audited(path: &Path, audit: &Audit) -> String {
-    let Audit { files, bytes_good, damage, .. } = audit;
+    let Audit { files, bytes_good, absent, damage, .. } = audit;
     let path = path.display();
     if damage.is_empty() {
-        return format!("{path}: whole, {files} files, {}\n", DecimalBytes(*bytes_good));
+        let elsewhere = if *absent > 0 { format!("; {absent} elements are not here") } else { String::new() };
+        return format!("{path}: whole, {files} files, {}{elsewhere}\n", DecimalBytes(*bytes_good));
     }
     let mut text = format!("{path}: DAMAGED\n");
     for damage in damage {
@@ -192,9 +198,15 @@ fn several(names: &[&str]) -> String {
 }
 
 /// Rows whose columns stand below each other.
+/// Text that a checkpoint brings, without what a terminal would obey.
+fn printable(text: &str) -> String {
+    let plain = |char: char| if char.is_control() { char.escape_default().to_string() } else { char.to_string() };
+    text.chars().map(plain).collect()
+}
+
 fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let cell = |row: &Vec<String>, column: usize| row.get(column).cloned().unwrap_or_default();
+    let cell = |row: &Vec<String>, column: usize| row.get(column).map(|text| printable(text)).unwrap_or_default();
     let width = |column| rows.iter().map(|row| cell(row, column).chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let line = |row: &Vec<String>| {

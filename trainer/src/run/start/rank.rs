@@ -163,13 +163,14 @@ fn hold(
     };
     let (mut set_aside, mut loaded) = (Vec::new(), None);
     let mut held = || {
-        folder.keep_recipe(&request.raw)?;
         // A lead's writer puts the folder in order: what was set aside counts under its own name from then on.
         let member = Member { rank: 0, lead: true };
         drop(Writer::member(Arc::new(RealDisk), folder.checkpoints(), Vec::new(), member, retention(&request.recipe))?);
         let keys = &request.recipe.parallel;
         let keeps_all = keys.mesh().ranks() == keys.data && request.recipe.optimizer.sharded.is_none();
         let newest = newest::newest(&folder, request.resume_from_earlier, keeps_all)?;
+        // Not before it is known that the run goes on: a resume that is refused changes nothing.
+        folder.keep_recipe(&request.raw)?;
         (set_aside, loaded) = (newest.set_aside, newest.loaded);
         let verified = newest.checkpoint.map(|newest| newest.step());
         let open = |(step, path): (u64, std::path::PathBuf)| {
