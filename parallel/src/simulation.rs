@@ -34,7 +34,8 @@ type Reference = BTreeMap<Key, Vec<blake3::Hash>>;
 type Key = (usize, usize, &'static str, Option<&'static str>, usize, Option<u64>);
 
 /// Runs one seed.
-fn run(seed: u64, references: &Mutex<Reference>) -> Result<(), String> {
+/// Returns what was to happen and whether it did, if anything was.
+fn run(seed: u64, references: &Mutex<Reference>) -> Result<Option<(String, bool)>, String> {
     let setting = Setting::drawn(seed);
     let Setting { ranks, members, codec, parameters, micro_batches, .. } = setting;
     let key = (ranks, members, codec.name(), parameters.map(Codec::name), micro_batches, setting.skips());
@@ -47,9 +48,11 @@ fn run(seed: u64, references: &Mutex<Reference>) -> Result<(), String> {
             calm
         }
     };
-    let found = World::new(setting.clone()).run().map_err(|error| format!("{setting:?}: {error}"))?;
+    let mut world = World::new(setting.clone());
+    let found = world.run().map_err(|error| format!("{setting:?}: {error}"))?;
     if expected.starts_with(&found) {
-        Ok(())
+        let kind = format!("{:?}", setting.fault).chars().take_while(char::is_ascii_alphabetic).collect();
+        Ok(world.is_struck().map(|struck| (kind, struck)))
     } else {
         Err(format!("{setting:?}: other parameters than without faults"))
     }
@@ -57,19 +60,33 @@ fn run(seed: u64, references: &Mutex<Reference>) -> Result<(), String> {
 
 fn run_all(seeds: std::ops::Range<u64>) {
     let references = Mutex::new(Reference::new());
+    let enough = seeds.end - seeds.start >= FEW;
     let next = Mutex::new(seeds);
+    // Of each kind of fault, how many runs it has struck, and all.
+    let faults = Mutex::new(BTreeMap::<String, [u64; 2]>::new());
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
                 loop {
                     let Some(seed) = next.lock().unwrap_or_else(PoisonError::into_inner).next() else { return };
-                    if let Err(error) = run(seed, &references) {
+                    let fault = run(seed, &references).unwrap_or_else(|error| {
                         panic!("seed {seed}: {error}\nonce more: TRIBUTARY_SEEDS={seed}..{} cargo test -p parallel simulation", seed + 1);
+                    });
+                    if let Some((kind, struck)) = fault {
+                        let mut faults = faults.lock().unwrap_or_else(PoisonError::into_inner);
+                        let [struck_by_it, all] = faults.entry(kind).or_default();
+                        (*struck_by_it, *all) = (*struck_by_it + u64::from(struck), *all + 1);
                     }
                 }
             });
         }
     });
+    let faults = faults.into_inner().unwrap_or_else(PoisonError::into_inner);
+    println!("faults that struck, of all: {faults:?}");
+    // Runs whose fault comes too late say nothing of it.
+    if enough {
+        assert!(faults.values().all(|[struck, all]| 2 * struck > *all), "{faults:?}");
+    }
 }
 
 /// `TRIBUTARY_SEEDS=0..10000` runs those; docs/testing.md has the command.

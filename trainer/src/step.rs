@@ -244,6 +244,8 @@ impl Stepper {
         // Of the ranks that hold one model together several may have the same loss, and one of them says it.
         let loss = if self.replica.as_ref().is_none_or(Replica::speaks) { loss } else { 0.0 };
         let voted = self.stream.vote(Ballot { finite, stop, busy, loss, compute_s, parameters, codec })?;
+        // Whoever is stuck from here on keeps the others waiting.
+        self.progress.enter(Stage::Updating);
         self.span(backward_end, Label::new("wait", step));
 
         let hashes: Vec<_> = voted.ballots.iter().map(|ballot| ballot.parameters).collect();

@@ -28,7 +28,7 @@ pub(super) struct Setting {
     /// The longest that one gradient takes.
     pub(super) compute: Duration,
     pub(super) fault: Fault,
-    pub(super) fault_at: Duration,
+    pub(super) fault_at: When,
     /// What must be named: the fault, but in a control.
     pub(super) expects: Fault,
     /// A control: sums are added in the order of arrival.
@@ -40,6 +40,14 @@ pub(super) struct Setting {
 /// As small as they may be whose gradients are compressed, and two that travel as they are. The last one is a table.
 const SHAPES: [(&str, &[usize]); 4] =
     [("matrix", &[256, 256]), ("norm", &[77]), ("small", &[3, 50]), ("model.embed_tokens.weight", &[256, 256])];
+
+/// When a fault happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum When {
+    At(Duration),
+    /// When all ranks together have completed so many steps.
+    Steps(usize),
+}
 
 impl Setting {
     pub(super) fn drawn(seed: u64) -> Self {
@@ -67,7 +75,11 @@ impl Setting {
             // In the smallest frames and one at a time a step would take longer than a peer may.
             window: if chunk_blocks == 2 { 1 << 20 } else { [1, 3, 1 << 20][random.below(3) as usize] },
             fault,
-            fault_at: random.duration(Duration::from_millis(1500)),
+            // In the middle of the run, however long that is; or while it begins, or ends.
+            fault_at: match random.below(4) {
+                0 => When::At(random.duration(Duration::from_millis(1500))),
+                _ => When::Steps(1 + random.below((ranks * 3) as u64) as usize),
+            },
             expects: fault,
             by_arrival: false,
             blind: false,

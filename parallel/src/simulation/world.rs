@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::fault::Fault;
 use super::rank::{Doing, Rank};
-use super::setting::Setting;
+use super::setting::{Setting, When};
 use crate::coordinator::FromCoordinator as To;
 use crate::coordinator::state::{Ending, Input, Options, Output, State, interval};
 use crate::transport::simulated::{Network, Random};
@@ -46,6 +46,9 @@ pub(super) struct World {
     events: BTreeMap<(Duration, u64), Event>,
     /// When the last word to and from each rank arrives: none overtakes another.
     last_words: Vec<[Duration; 2]>,
+    /// Steps of all ranks that are complete, and whether a fault that waits for some of them is on its way.
+    completed: usize,
+    announced: bool,
     /// When the fault happened, and whether every rank was at its steps then.
     struck: Option<(Duration, bool)>,
     story: Vec<String>,
@@ -82,6 +85,8 @@ impl World {
             ending: None,
             events: BTreeMap::new(),
             last_words: vec![[Duration::ZERO; 2]; setting.ranks],
+            completed: 0,
+            announced: false,
             struck: None,
             story: Vec::new(),
             setting,
@@ -91,11 +96,24 @@ impl World {
             world.at(at, Event::Joins(rank));
         }
         world.at(Duration::ZERO, Event::Ticks);
-        if !matches!(world.setting.fault, Fault::None | Fault::Slow(_) | Fault::Nan(..)) {
-            let differs = matches!(world.setting.fault, Fault::Differs(_));
-            world.at(if differs { Duration::ZERO } else { world.setting.fault_at }, Event::Fault);
+        if world.is_faulty() {
+            match (world.setting.fault, world.setting.fault_at) {
+                (Fault::Differs(_), _) => world.at(Duration::ZERO, Event::Fault),
+                (_, When::At(at)) => world.at(at, Event::Fault),
+                (_, When::Steps(_)) => {}
+            }
         }
         world
+    }
+
+    /// Whether something is to happen to it that no run survives, or may not.
+    fn is_faulty(&self) -> bool {
+        !matches!(self.setting.fault, Fault::None | Fault::Slow(_) | Fault::Nan(..))
+    }
+
+    /// Whether that has happened while somebody was there.
+    pub(super) fn is_struck(&self) -> Option<bool> {
+        (self.is_faulty() && !matches!(self.setting.fault, Fault::Differs(_))).then_some(self.struck.is_some())
     }
 
     /// Everything that happened, in words.
@@ -164,6 +182,15 @@ impl World {
             self.word(rank, 0, |rank| Event::ToCoordinator(rank, what));
         }
         let doing = self.ranks[rank].doing.clone();
+        self.completed += self.ranks[rank].hashes.len() - step;
+        if let When::Steps(steps) = self.setting.fault_at
+            && (self.completed >= steps)
+            && !self.announced
+            && self.is_faulty()
+        {
+            self.announced = true;
+            self.after(self.setting.compute + self.setting.quality.delay_max, Event::Fault);
+        }
         if doing != before || self.ranks[rank].hashes.len() > step {
             self.story.push(format!("{:?} rank {rank} {doing:?}", self.now));
         }

@@ -42,7 +42,13 @@ impl Congestion {
                 expected: there().map_or_else(|| "one that the system has".into(), |names| format!("one of {names}")),
                 why: why(&error),
             }),
-            None => Ok(tried(PREFERRED).unwrap_or_default()),
+            None => Ok(tried(PREFERRED).unwrap_or_else(|error| {
+                // What it costs to go without is measured; where the machine has none there is no more to say.
+                if error.kind() == io::ErrorKind::PermissionDenied {
+                    tracing::warn!("{PREFERRED}: {}; what this rank sends is paced as the system likes", why(&error));
+                }
+                Self::default()
+            })),
         }
     }
 
@@ -141,6 +147,7 @@ mod tests {
         let (unsaid, stream) = (Congestion::chosen(None).expect("never refused"), connect());
         unsaid.set(&stream).expect("it is there");
         assert_eq!(of(&stream), if unsaid.name() == "system" { before } else { PREFERRED.to_owned() });
-        assert_eq!(unsaid.name() == PREFERRED, there().is_some_and(|names| names.contains(PREFERRED)));
+        let names = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_allowed_congestion_control").expect("Linux tells");
+        assert!(unsaid.name() == PREFERRED || !names.split_whitespace().any(|name| name == PREFERRED), "{names}");
     }
 }

@@ -206,6 +206,8 @@ fn round(
     })?;
     quiet[1] = work.steps_s(quiet_steps);
     // Beside steps: the call, the step after it, and those until the checkpoint is there.
+    // It is read from the disk again, as a run does it.
+    writer.read_back(true);
     let copy_s = state.offer(writer, 3 * number + 1)?;
     let mut outcome = Ok(None);
     let busy = steps_until(work, || {
@@ -216,7 +218,8 @@ fn round(
     quiet[2] = work.steps_s(quiet_steps);
     let idle = work.steps_s(busy.len());
     quiet[3] = work.steps_s(quiet_steps);
-    // By itself.
+    // By itself, and only written.
+    writer.read_back(false);
     state.offer(writer, 3 * number + 2)?;
     let (write_s, stored_ratio) = committed(writer.flush())?.unwrap_or((f64::NAN, f64::NAN));
     // In turns.

@@ -70,6 +70,7 @@ pub fn evaluate(at: &Place<'_>, weights: &[Vec<f32>], tokens: &Tokens, windows: 
             Some(engine) => engine.gather(own).map_err(StreamError::from)?,
             None => vec![own],
         };
+        at.progress.enter(Stage::Evaluating);
         // A rank that was asked to stop has sent fewer than its share.
         let all: Vec<&Vec<f64>> = all.iter().skip(speaker).step_by(replica).collect();
         let whole = (0..ranks).all(|rank| all[rank].len() == round.iter().skip(rank).step_by(ranks).count());

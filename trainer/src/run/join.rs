@@ -190,6 +190,7 @@ fn local_recipe(text: &str, ticket: &Ticket) -> Result<(Raw, Recipe, Congestion)
         let key = "parallel.congestion_control";
         Faults::new(PATH, vec![Fault::new(raw.origin(key), key, error.to_string())])
     })?;
+    tracing::info!("what this rank sends the others is paced by TCP's congestion control: {}", congestion.name());
     Ok((raw, recipe, congestion))
 }
 

@@ -21,6 +21,7 @@ impl Run {
     /// A rank is lost while all of them add up what they left out.
     pub(super) fn checkpoint(&mut self) -> Result<()> {
         assert!(self.stepper.is_settled(), "the state is behind its step");
+        self.stepper.progress().enter(Stage::Checkpointing);
         let meta = Meta {
             step: self.state.step,
             updates: self.state.updates,

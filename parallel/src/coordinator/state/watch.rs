@@ -7,6 +7,8 @@ use super::{ERROR_CHARS_MAX, Output, Phase, SLEPT, State, TRY_AGAIN, interval, s
 use crate::wire::control::to_worker::What as To;
 use crate::wire::control::{Beat, Lost};
 
+/// The code with which Rust ends a process that has panicked.
+const PANICKED: i32 = 101;
 /// How long a closed connection may wait for the system's word on how its process ended, and an ended process for its
 /// last words.
 const CLOSED_FOR: Duration = Duration::from_millis(200);
@@ -110,7 +112,10 @@ impl State {
             }
             (Some((_, worker)), _) if worker.left.is_some() => {}
             // Its last words may still be on their way.
-            (Some((_, worker)), Some(_)) => worker.closed = Some((now, how.to_owned())),
+            (Some((_, worker)), Some(code)) => {
+                worker.closed = Some((now, how.to_owned()));
+                worker.exit = Some(code);
+            }
             // It has none. What the others lack of it may be.
             (Some((_, worker)), None) => {
                 let since = worker.closed.as_ref().map_or(now, |(at, _)| *at);
@@ -153,7 +158,13 @@ impl State {
         let at = self.workers.get(&rank).map_or("", |worker| &worker.mark.text);
         let at = if at.is_empty() { String::new() } else { format!("; it was last seen at {at}") };
         let verdict = format!("{} {how}{at}{}", self.name(rank), self.marks(now, Some(rank)));
-        self.end(verdict, TRY_AGAIN, out);
+        let code = match self.workers.get(&rank).and_then(|worker| worker.exit) {
+            // It has judged itself: another try comes to the same.
+            Some(1 | PANICKED) => 1,
+            Some(2) => 2,
+            _ => TRY_AGAIN,
+        };
+        self.end(verdict, code, out);
     }
 
     /// Where everybody is, but for one, and what they say of the loss of that one.

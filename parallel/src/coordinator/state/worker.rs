@@ -31,6 +31,8 @@ pub(super) struct Worker {
     pub(super) left: Option<Left>,
     /// When its connection or its process ended, and how.
     pub(super) closed: Option<(Duration, String)>,
+    /// The code with which its process has ended, where that is known.
+    pub(super) exit: Option<i32>,
 }
 
 /// How a worker ended on its own.
@@ -59,6 +61,7 @@ impl Worker {
             holds: None,
             left: None,
             closed: None,
+            exit: None,
         }
     }
 

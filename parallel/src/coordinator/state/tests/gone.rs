@@ -62,14 +62,14 @@ fn the_signal_is_named_also_when_the_connection_was_seen_first() {
 }
 
 #[test]
-fn last_words_win_over_an_exit_code_and_without_them_the_code_is_named() {
-    let run = |word: Option<From>, closed_first: bool| {
+fn last_words_win_over_an_exit_code_and_without_them_the_code_is_the_runs() {
+    let run = |(code, word): (i32, Option<From>), closed_first: bool| {
         let mut scene = Scene::running(2);
         if closed_first {
             scene.closes(1);
             scene.now += ms(100);
         }
-        scene.exits(1, "exited with code 1", Some(1));
+        scene.exits(1, &format!("exited with code {code}"), Some(code));
         scene.pass(ms(100), busy_but(1));
         scene.goes_on();
         if let Some(word) = word {
@@ -79,13 +79,17 @@ fn last_words_win_over_an_exit_code_and_without_them_the_code_is_named() {
         scene
     };
     for closed_first in [false, true] {
-        run(Some(failing("disk full: /data", 1)), closed_first)
+        run((1, Some(failing("disk full: /data", 1))), closed_first)
             .ended("rank 1 (host box, process 101) failed: disk full: /data", 1);
-        let verdict = "rank 1 (host box, process 101) exited with code 1\n  rank 0 (host box, process 100): in the \
-                       forward pass";
-        run(None, closed_first).ended(verdict, 75);
+        // 101 is a panic, which comes again.
+        for (exit, code) in [(1, 1), (2, 2), (101, 1), (75, 75), (7, 75)] {
+            let verdict = format!(
+                "rank 1 (host box, process 101) exited with code {exit}\n  rank 0 (host box, process 100): in the forward pass"
+            );
+            run((exit, None), closed_first).ended(&verdict, code);
+        }
         // It left in good order: how its process ends does not matter any more.
-        run(Some(leaving("abc", 0)), closed_first).goes_on();
+        run((1, Some(leaving("abc", 0))), closed_first).goes_on();
     }
 }
 
