@@ -316,6 +316,20 @@ fn in_the_middle_of_a_warm_up_and_of_an_epoch_and_after_a_skip() {
 }
 
 #[test]
+fn bytes_that_are_no_text_in_metrics_and_events_cost_their_own_line_alone() {
+    use std::io::Write as _;
+    let place = Place::new();
+    place.train("a", &["--set", "train.stop_at_step=20"]).ok();
+    for name in ["metrics.jsonl", "events.jsonl"] {
+        let file = std::fs::File::options().append(true).open(place.path(&format!("runs/a/{name}")));
+        file.expect("writable").write_all(b"\xff\xfe{\"step\": 2").expect("writable");
+    }
+    place.train("a", &["--resume"]).ok();
+    same_as_uninterrupted(&place, "a");
+    assert!(place.events("a").iter().any(|event| event["event"] == "resumed"));
+}
+
+#[test]
 fn a_key_that_may_change_is_reported_and_takes_effect() {
     let place = Place::new();
     place.train("a", &["--set", "train.stop_at_step=20"]).ok();

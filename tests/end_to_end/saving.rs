@@ -10,11 +10,11 @@ mod ranks;
 use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use serde_json::Value;
 
 use crate::dying::RANKS;
-use crate::support::{Place, Ran, wait_until};
+use crate::support::{Place, Ran, end, wait_until};
 
 fn steps_of(events: &[Value], kind: &str) -> Vec<u64> {
     let of_kind = events.iter().filter(|event| event["event"] == kind);
@@ -63,6 +63,21 @@ fn check_when_busy(place: &Place, bytes_per_s_max: u64) {
 #[test]
 fn a_run_whose_disk_is_too_slow_waits_or_leaves_out() {
     check_when_busy(&Place::new(), 250_000);
+}
+
+/// A disk that is held back takes minutes for two checkpoints; a signalled run has no more than the grace for all of them.
+#[test]
+fn a_signal_while_there_is_no_room_lifts_the_limit() {
+    let place = Place::new();
+    let sets = ["--set", "checkpoint.every=1", "--set", "checkpoint.when_busy=wait", "--set", "checkpoint.grace_s=60"];
+    let slow = ["--set", "checkpoint.write_bytes_per_s_max=2000"];
+    let mut child = place.start("a", &[&sets[..], &slow].concat());
+    // The third of them waits for room.
+    assert!(wait_until(&mut child, || place.lines("a") >= 3), "it ended by itself");
+    let ran = end(child, Signal::TERM);
+    assert_eq!(ran.code, Some(75), "{}", ran.stderr);
+    let last = place.lines("a") as u64;
+    assert_eq!(steps_of(&place.events("a"), "checkpoint"), (1..=last).collect::<Vec<_>>());
 }
 
 #[test]

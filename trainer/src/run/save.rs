@@ -5,6 +5,7 @@ use std::time::Instant;
 use checkpoint::reader::Checkpoint;
 use checkpoint::writer::{Offer, Outcome, Snapshot};
 use compression::Codec;
+use parallel::progress::Stage;
 use serde_json::json;
 
 use super::folder::{Status, Summary};
