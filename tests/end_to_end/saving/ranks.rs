@@ -137,14 +137,14 @@ fn a_damaged_checkpoint_in_a_folder_that_two_ranks_share_is_passed_over_when_tha
     let bytes = spoil(&place.path(&file));
     let said = ["newest checkpoint is damaged", "rank-0001.safetensors", "--resume-from-earlier goes on from step"];
     let recipe = || std::fs::read(place.path("runs/a/recipe.toml")).expect("readable");
-    let (before, faster) = (recipe(), ["--set", "metrics.log_every=7"]);
-    place.train("a", &[&["--resume"], &faster[..]].concat()).failed(2, &said);
+    let (before, other) = (recipe(), ["--set", "train.skip_max=7"]);
+    place.train("a", &[&["--resume"], &other[..]].concat()).failed(2, &said);
     assert_eq!(place.names("runs/a/checkpoints"), had, "nothing is taken away");
     assert!(recipe() == before, "what is refused changes nothing");
-    let ran = place.train("a", &[&["--resume-from-earlier"], &faster[..]].concat()).ok();
+    let ran = place.train("a", &[&["--resume-from-earlier"], &other[..]].concat()).ok();
     assert!(ran.stderr.contains("kept as"), "{}", ran.stderr);
     let resumed = place.events("a").into_iter().rfind(|event| event["event"] == "resumed").expect("an event");
-    assert!(resumed["changed"].to_string().contains("metrics.log_every"), "{resumed}");
+    assert!(resumed["changed"].to_string().contains("train.skip_max"), "{resumed}");
     assert_eq!(outcome(&place, "a"), undisturbed(2));
     let kept = place.path(&format!("runs/a/checkpoints/{newest}.damaged/rank-0001.safetensors"));
     assert!(std::fs::read(kept).expect("it is kept") == bytes);
