@@ -186,7 +186,7 @@ impl World {
         if let When::Steps(steps) = self.setting.fault_at
             && (self.completed >= steps)
             && !self.announced
-            && self.is_faulty()
+            && self.is_struck() == Some(false)
         {
             self.announced = true;
             self.after(self.setting.compute + self.setting.quality.delay_max, Event::Fault);
