@@ -86,7 +86,7 @@ impl Disk for RealDisk {
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn Read + Send>> {
-        Ok(Box::new(Passing(regular::open(path)?)))
+        Ok(Box::new(Passing::begin(regular::open(path)?)))
     }
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
@@ -100,8 +100,23 @@ impl Disk for RealDisk {
     }
 }
 
-/// A file that is read once, from its beginning to its end. What it leaves in the page cache pushes nothing else out.
+/// A file that is read once, from its beginning to its end: from the disk, where the page cache holds nothing of it that is still to be
+/// written. What it leaves in there pushes nothing else out.
 struct Passing(File);
+
+impl Passing {
+    fn begin(file: File) -> Self {
+        forget(&file);
+        Self(file)
+    }
+}
+
+/// Gives back what the page cache holds of a file. A system that does not take the advice keeps what it likes.
+#[cfg_attr(not(target_os = "linux"), expect(unused_variables, reason = "there is no such advice"))]
+fn forget(file: &File) {
+    #[cfg(target_os = "linux")]
+    let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
+}
 
 impl Read for Passing {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
@@ -111,9 +126,7 @@ impl Read for Passing {
 
 impl Drop for Passing {
     fn drop(&mut self) {
-        // A system that does not take the advice keeps what it likes.
-        #[cfg(target_os = "linux")]
-        let _ = rustix::fs::fadvise(&self.0, 0, None, rustix::fs::Advice::DontNeed);
+        forget(&self.0);
     }
 }
 
